@@ -1,0 +1,36 @@
+# make test     run the tests
+# make lint     check style and types
+# make sudoku   train the small Sudoku recipe
+#
+# Each sets up .venv first: PYTHON makes it, TORCH is installed into it before anything else.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# What an editable installation is built from; Python sources need no reinstallation.
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: test lint sudoku
+.DEFAULT_GOAL := test
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+
+sudoku: $(STAMP)
+	@$(BIN)/egspo train recipes/sudoku_tiny.yaml
+
+$(STAMP): $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "egspo needs Python 3.11 or newer: make PYTHON=/path/to/python ..." >&2; exit 1; }
+	@echo "Setting up .venv with $(TORCH)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -qq "$(TORCH)"
+	@$(BIN)/pip install -qq --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,289 @@
+"""The configuration of a run: one tree of dataclasses, read from a YAML recipe.
+
+Defaults are EGSPO-SA's with exact on-policy numerics; ``algorithm.preset`` changes several at once.
+Checks that need only the configuration are made here, before any model or data is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Strategy = Literal["high_entropy", "uniform", "random", "all"]
+EntropyOver = Literal["revealed", "block", "masked"]
+EntropyReduce = Literal["mean", "sum"]
+Policy = Literal["low_confidence", "random", "max_prob", "margin", "entropy"]
+Preset = Literal["egspo", "egspo-sa", "reference", "uniform", "random"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the seven projections of every block (never the LM head)."""
+
+    rank: int = 128
+    alpha: int = 64
+    dropout: float = 0.05
+    target_modules: list[str] | None = None
+    """Module names or suffixes; None for all seven projections."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank > 0, f"model.lora.rank must be > 0, got {self.rank}")
+        _require(0 <= self.dropout < 1, f"model.lora.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained: a checkpoint (``path``) or a new one (``config``)."""
+
+    path: str | None = None
+    """Local folder or hub name, for example ``GSAI-ML/LLaDA-8B-Instruct``."""
+    config: dict[str, Any] | None = None
+    """Fields of a LLaDA configuration for a new model; the vocabulary comes from the tokenizer."""
+    tokenizer: str | None = None
+    """Folder or hub name; None takes ``path``'s, or the task's character tokenizer for a new model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights in memory; ``auto`` is bfloat16 for a frozen base on a GPU, else float32."""
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    adapter: str | None = None
+    """Folder of an adapter in PEFT format to continue from."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.path is None) != (self.config is None),
+            "model needs exactly one of model.path (a checkpoint) and model.config (a new model)",
+        )
+        _require(
+            self.adapter is None or self.lora is None,
+            "model.adapter continues an existing adapter: it excludes model.lora",
+        )
+
+
+@dataclass
+class TaskConfig:
+    """The task by registered name; ``options`` go to its builder."""
+
+    name: str = "sudoku"
+    options: dict[str, Any] = field(default_factory=dict)
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """Weights by reward name; rewards not named keep the task's."""
+    on_reward_error: Literal["raise", "skip"] = "raise"
+    """``skip`` leaves the sample out of the update, counts it and reports it."""
+
+
+@dataclass
+class GenerationConfig:
+    """How a completion is denoised."""
+
+    max_new_tokens: int = 256
+    steps: int = 128
+    block_length: int = 32
+    temperature: float = 0.9
+    policy: Policy = "max_prob"
+    """Which positions are unmasked first. ``low_confidence`` is the published code's order; its
+    step log-probability is a surrogate, the others' is exact."""
+    batch_size: int = 32
+    """Sequences denoised together."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "steps", "block_length", "batch_size"):
+            value = getattr(self, name)
+            _require(value > 0, f"generation.{name} must be > 0, got {value}")
+        _require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
+        _require(
+            self.max_new_tokens % self.block_length == 0,
+            f"generation.max_new_tokens ({self.max_new_tokens}) must be a multiple of "
+            f"generation.block_length ({self.block_length})",
+        )
+        blocks = self.max_new_tokens // self.block_length
+        _require(
+            self.steps % blocks == 0,
+            f"generation.steps ({self.steps}) must divide evenly over the {blocks} blocks "
+            f"of {self.block_length} tokens",
+        )
+        _require(
+            self.steps // blocks <= self.block_length,
+            f"generation.steps ({self.steps}) gives {self.steps // blocks} steps to a block of "
+            f"{self.block_length} tokens: at most one step per token",
+        )
+
+
+@dataclass
+class AlgorithmConfig:
+    """Step selection, advantages and loss. A preset fills what the recipe leaves out."""
+
+    preset: Preset | None = None
+    group_size: int = 8
+    selected_steps: int = 8
+    """K, denoising steps trained per trajectory."""
+    strategy: Strategy = "high_entropy"
+    entropy_over: EntropyOver = "revealed"
+    entropy_reduce: EntropyReduce = "mean"
+    entropy_at: Literal["one", "sampling"] = "one"
+    """Temperature of the step entropy."""
+    stop_at_eos: bool = True
+    """Only steps up to the last one that revealed a non-EOS token are candidates."""
+    stepwise: bool = True
+    """EGSPO-SA: score the greedy one-step completion of every selected state. False is EGSPO."""
+    lam: float = 0.5
+    """Lambda, the weight of the stepwise term."""
+    lam_schedule: Literal["constant", "late", "halving"] = "constant"
+    lam_halving_updates: int = 100
+    normalize_returns: bool = True
+    returns: Literal["joint", "split"] = "joint"
+    baseline: Literal["rank", "group"] = "rank"
+    """Mean over the group at the same selection rank, or over all its selected steps. ``group``
+    averages in values of later states of the same trajectory: a bias of order 1 / group_size."""
+    scale_by_std: bool = False
+    clip_low: float = 0.2
+    clip_high: float = 0.5
+    beta: float = 0.04
+    kl: Literal["k3", "exact"] = "k3"
+    aggregation: Literal["sum", "mean", "exact"] = "sum"
+    ratio_temperature: Literal["sampling", "one"] = "sampling"
+    """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
+    schedule: Literal["joint", "per_step"] = "joint"
+    """``per_step``: one optimizer step per entropy rank, highest first. ``joint``: all together."""
+    num_iterations: int = 1
+    """Inner epochs over the selected steps of one rollout."""
+
+    def __post_init__(self) -> None:
+        _require(self.group_size >= 2, f"algorithm.group_size must be >= 2, got {self.group_size}")
+        for name in ("selected_steps", "num_iterations", "lam_halving_updates"):
+            value = getattr(self, name)
+            _require(value > 0, f"algorithm.{name} must be > 0, got {value}")
+        _require(self.lam >= 0, f"algorithm.lam must be >= 0, got {self.lam}")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; the defaults are the published settings."""
+
+    learning_rate: float = 3e-5
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.1
+    eps: float = 1e-8
+    max_grad_norm: float = 0.2
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate}")
+        _require(self.max_grad_norm > 0, f"max_grad_norm must be > 0, got {self.max_grad_norm}")
+        _require(self.warmup_steps >= 0, f"warmup_steps must be >= 0, got {self.warmup_steps}")
+
+
+@dataclass
+class SFTConfig:
+    """Masked-diffusion supervised training: the warm start of a new model, or ``egspo sft``."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, max_grad_norm=1.0
+        )
+    )
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every"):
+            value = getattr(self, name)
+            _require(value > 0, f"sft.{name} must be > 0, got {value}")
+
+
+@dataclass
+class EvalConfig:
+    """Greedy decoding of held-out prompts."""
+
+    every: int = 10
+    """RL steps between evaluations; 0 evaluates at the start and the end only."""
+    examples: int | None = None
+    """Held-out prompts; None for all of them."""
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"eval.every must be >= 0, got {self.every}")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50
+    """RL steps between checkpoints; 0 saves at the end only."""
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every must be >= 0, got {self.every}")
+        _require(self.keep_last > 0, f"checkpoint.keep_last must be > 0, got {self.keep_last}")
+
+
+@dataclass
+class TrainConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    task: TaskConfig = field(default_factory=TaskConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sft: SFTConfig | None = None
+    """With it, a new model is first trained on the task's reference completions (cached)."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    output_dir: str = "runs/egspo"
+    seed: int = 0
+    steps: int = 100
+    """RL iterations: rollout, select, score, update."""
+    prompts_per_step: int = 8
+    """Over all processes; each is answered ``algorithm.group_size`` times."""
+    micro_batch_size: int = 32
+    """States in one forward of replay and update."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """``auto``: bf16 autocast where there is a GPU that has it."""
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "micro_batch_size"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} must be > 0, got {value}")
+        _require(
+            self.algorithm.selected_steps <= self.generation.steps,
+            f"algorithm.selected_steps ({self.algorithm.selected_steps}) must be at most "
+            f"generation.steps ({self.generation.steps})",
+        )
+        _require(
+            self.generation.temperature > 0,
+            "generation.temperature must be > 0 for training: greedy rollouts have no gradient",
+        )
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Entropy-selected steps, one advantage per trajectory.
+    "egspo": {"algorithm": {"strategy": "high_entropy", "stepwise": False}},
+    # The default: entropy-selected steps, stepwise advantages.
+    "egspo-sa": {"algorithm": {"strategy": "high_entropy", "stepwise": True}},
+    # Ablations: EGSPO on steps chosen without looking at the entropy.
+    "uniform": {"algorithm": {"strategy": "uniform", "stepwise": False}},
+    "random": {"algorithm": {"strategy": "random", "stepwise": False}},
+    # The authors' public code, including what `egspo-sa` does otherwise.
+    "reference": {
+        "algorithm": {
+            "strategy": "high_entropy",
+            "stepwise": True,
+            "entropy_over": "revealed",
+            "baseline": "rank",
+            "aggregation": "sum",
+            "ratio_temperature": "one",
+            "schedule": "per_step",
+            "stop_at_eos": True,
+        },
+        "generation": {"policy": "low_confidence"},
+    },
+}

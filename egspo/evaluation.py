@@ -1,0 +1,95 @@
+"""Held-out evaluation: decode, score, average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from egspo.config import GenerationConfig
+from egspo.denoiser import Denoiser
+from egspo.rewards import score_completions
+from egspo.rollout import rollout
+from egspo.tasks.base import Example, Reward, Task
+from egspo.tokenization import decode_completion
+from egspo.trajectory import PromptBatch, Trajectory
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Examples with their tokenised prompts."""
+
+    examples: Sequence[Example]
+    token_ids: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def columns(self, index: Sequence[int]) -> dict[str, list[object]]:
+        """Columns of the examples at ``index``, as reward functions take them."""
+        names = self.examples[0].columns
+        return {name: [self.examples[i].columns[name] for i in index] for name in names}
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory, denoiser: Denoiser
+) -> list[str]:
+    """Texts of the final completions, up to the first EOS."""
+    return [
+        decode_completion(tokenizer, ids, denoiser.eos_id) for ids in trajectory.tokens.tolist()
+    ]
+
+
+def evaluate(
+    denoiser: Denoiser,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompts: PromptSet,
+    generation: GenerationConfig,
+    *,
+    temperature: float,
+    seed: int,
+    index: Sequence[int],
+) -> list[dict[str, float]]:
+    """Decode the prompts at ``index`` once each and score them.
+
+    Returns:
+        For every prompt: ``reward``, each reward function by name, and ``solved`` where the task
+        defines it. A reward that does not apply to a sample is left out of its record.
+    """
+    if not index:
+        return []
+    batch = PromptBatch.from_lists(
+        [prompts.token_ids[i] for i in index], denoiser.pad_id, denoiser.device
+    )
+    trajectory = rollout(
+        denoiser,
+        batch,
+        replace(generation, temperature=temperature),
+        seed=seed,
+        sequence_ids=torch.tensor(index, device=denoiser.device),
+    )
+    texts = decode(tokenizer, trajectory, denoiser)
+    messages = [prompts.examples[i].prompt for i in index]
+    columns = prompts.columns(index)
+    scored = score_completions(task.rewards, messages, texts, columns, on_error="skip")
+    named = {"reward": scored.total, **scored.per_function}
+    if task.solved is not None:
+        solved = Reward("solved", task.solved)
+        named["solved"] = score_completions([solved], messages, texts, columns).total
+    return [
+        {name: float(values[i]) for name, values in named.items() if not values[i].isnan()}
+        for i in range(len(index))
+    ]
+
+
+def average(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of every metric over the samples that have it."""
+    names = {name for record in records for name in record}
+    result = {}
+    for name in sorted(names):
+        values = [record[name] for record in records if name in record]
+        result[name] = sum(values) / len(values)
+    return result

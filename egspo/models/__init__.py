@@ -1,0 +1,28 @@
+"""Masked diffusion language models; importing it registers them with transformers."""
+
+from __future__ import annotations
+
+from egspo.models.llada import LLaDAConfig, LLaDAForMaskedLM, LLaDAModel
+from egspo.models.loading import (
+    SpecialTokens,
+    load_model,
+    load_tokenizer,
+    new_model,
+    special_token_ids,
+)
+from egspo.models.lora import LORA_TARGETS, add_lora, load_adapter, reference_mode
+
+__all__ = [
+    "LORA_TARGETS",
+    "LLaDAConfig",
+    "LLaDAForMaskedLM",
+    "LLaDAModel",
+    "SpecialTokens",
+    "add_lora",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "new_model",
+    "reference_mode",
+    "special_token_ids",
+]

@@ -1,0 +1,102 @@
+"""Rotary embedding, masks and plain attention, all without direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from egspo.models.llada.configuration import LLaDAConfig
+
+
+def rope_tables(config: LLaDAConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, float32 [B or 1, 1, S, head_dim].
+
+    Computed at every call: a buffer would be rounded by ``.to(bfloat16)``, and be empty after
+    construction on the meta device.
+    """
+    dim, device = config.head_dim, position_ids.device
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    angles = position_ids[:, None, :, None].float() * config.rope_theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` [B, H, S, head_dim] rotated in float32, in its own dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + rotated * sin).to(x.dtype)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operators, in the signature of transformers' attention interface.
+
+    Returns:
+        The output [B, S, H, head_dim] and the weights [B, H, S, S].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, dropout, training=module.training) @ value
+    return output.transpose(1, 2), weights
+
+
+def bidirectional_mask(config: LLaDAConfig, mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """``mask`` in the form that the attention implementation takes.
+
+    A row that may attend to nothing attends to everything instead: its softmax would be NaN.
+
+    Args:
+        config: with the attention implementation.
+        mask: None, [B, S] (zero or False at padding) or [B or 1, H or 1, S, S] (bool, or added).
+        x: input embeddings [B, S, D].
+
+    Raises:
+        ValueError: another shape or dtype, or a 4-D mask for flash attention.
+    """
+    batch, length = x.shape[:2]
+    if mask is None:
+        return None
+    if mask.shape == (batch, length):
+        keep = mask != 0
+        keep = keep | ~keep.any(dim=-1, keepdim=True)
+        result: Tensor | None = create_bidirectional_mask(
+            config=config, inputs_embeds=x, attention_mask=keep
+        )
+        return result
+    if mask.ndim != 4 or mask.shape[2:] != (length, length):
+        raise ValueError(
+            f"attention_mask must be [{batch}, {length}] or [B, H, {length}, {length}], "
+            f"got shape {tuple(mask.shape)}"
+        )
+    implementation = config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        raise ValueError(f"a 4-D attention_mask needs 'eager' or 'sdpa', not {implementation!r}")
+    # Under autocast the scores have a lower precision than the residual stream.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    lowest = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        keep = mask | ~mask.any(dim=-1, keepdim=True)
+        if implementation == "sdpa":
+            return keep
+        return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, lowest)
+    if not mask.is_floating_point():
+        raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}")
+    return mask.clamp(min=lowest).to(dtype)

@@ -1,0 +1,158 @@
+"""Low-rank adapters in PEFT's format, never on the language-model head by accident."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from egspo.models.loading import seeded
+
+LORA_TARGETS = r".*\bblocks\.\d+\.(?:q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
+"""The seven projections of every block, matched against the whole module name. (The plain suffix
+``ff_out`` would match the head too.)"""
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str] | None = None,
+    seed: int,
+) -> PeftModel:
+    """Freeze ``model`` and put a new adapter on it, which changes nothing until it is trained.
+
+    Args:
+        rank: columns of the low-rank factors.
+        alpha: the adapter's output is scaled by ``alpha / rank``.
+        dropout: on the adapter's input, in training mode.
+        target_modules: names or dotted suffixes of projections in the blocks; None for all seven.
+            The head is never adapted.
+        seed: of the random factor; the global random state is left alone.
+
+    Raises:
+        TypeError: ``target_modules`` is a string.
+        ValueError: ``rank`` or ``dropout`` out of range, or a target matches no projection.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if isinstance(target_modules, str):
+        raise TypeError(
+            f"target_modules must be a list of names, got the string {target_modules!r}"
+        )
+    projections = [name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    for target in target_modules or ():
+        if not any(_is_suffix(target, name) for name in projections):
+            raise ValueError(f"target_modules has {target!r}, which names no projection of a block")
+    targets = LORA_TARGETS if target_modules is None else list(target_modules)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type, unused-ignore]
+        lora_dropout=dropout,
+        target_modules=targets,
+        exclude_modules=_matched_head(model, targets),
+    )
+    with seeded(seed, model.device):
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def load_adapter(
+    model: PreTrainedModel, path: str | os.PathLike[str], trainable: bool = False
+) -> PeftModel:
+    """Put a saved adapter on ``model``.
+
+    Adapters that target the suffix ``ff_out`` name the head too; it is adapted only if the file
+    has weights for it.
+
+    Args:
+        model: the base, whose weights are frozen.
+        path: folder, or name on the hub, with ``adapter_config.json`` and the weights.
+        trainable: whether the adapter's weights require gradients.
+
+    Raises:
+        ValueError: no adapter at ``path``, not a LoRA adapter, or tensors missing, unknown or of
+            another shape (the message names them; ``model`` is left without adapter).
+    """
+    path = os.fspath(path)
+    config = PeftConfig.from_pretrained(path)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{path} is an adapter of type {config.peft_type}, expected LoRA")
+    weights = load_peft_weights(path, device="cpu")
+    head = _matched_head(model, config.target_modules)
+    if head is not None and not any(f".{head[0]}.lora_" in key for key in weights):
+        config.exclude_modules = _joined(config.exclude_modules, head[0])
+    config.inference_mode = not trainable
+    with seeded(0, model.device):  # the initial values drawn here are all overwritten
+        adapted = PeftModel(model, config)
+    problem = _difference(weights, adapted)
+    if problem:
+        adapted.unload()
+        raise ValueError(f"the adapter {path} does not fit {type(model).__name__}: {problem}")
+    set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+@contextmanager
+def reference_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` computes what it would without its adapter.
+
+    Raises:
+        TypeError: ``model`` has no adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"expected a model with an adapter (PeftModel), got {type(model).__name__}")
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        # PEFT re-enables the adapter as trainable, whether or not it was.
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _is_suffix(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _matched_head(model: PreTrainedModel, targets: object) -> list[str] | None:
+    """The head's name, in a list, if ``targets`` (PEFT's ``target_modules``) match it."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or isinstance(head, nn.Embedding):
+        return None
+    if isinstance(targets, str):
+        matched = re.fullmatch(targets, name) is not None
+    else:
+        matched = any(_is_suffix(target, name) for target in targets or ())  # type: ignore[attr-defined]
+    return [name] if matched else None
+
+
+def _joined(excluded: list[str] | str | None, name: str) -> list[str] | str:
+    if isinstance(excluded, str):
+        return f"(?:{excluded})|{re.escape(name)}"
+    return [*(excluded or ()), name]
+
+
+def _difference(weights: dict[str, Tensor], adapted: PeftModel) -> str:
+    """What keeps ``weights`` from being the adapter of ``adapted``; empty if nothing."""
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    shared = sorted(set(weights) & set(expected))
+    problems = {
+        "missing": sorted(set(expected) - set(weights)),
+        "unknown": sorted(set(weights) - set(expected)),
+        "mis-shaped": [key for key in shared if weights[key].shape != expected[key].shape],
+    }
+    return "; ".join(f"{kind} {', '.join(keys[:8])}" for kind, keys in problems.items() if keys)

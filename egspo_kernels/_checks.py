@@ -1,0 +1,68 @@
+"""Argument checks shared by the public functions.
+
+Checks that read tensor *values* would synchronise a GPU: they always run on CPU tensors and run on
+GPU tensors only with ``EGSPO_KERNELS_DEBUG=1``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether value checks on ``tensor`` are allowed (they would synchronise a GPU)."""
+    return tensor.device.type == "cpu" or os.environ.get("EGSPO_KERNELS_DEBUG", "0") == "1"
+
+
+def check_matrix(name: str, tensor: Tensor) -> None:
+    """``tensor`` must be a floating-point matrix."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_vector(name: str, tensor: Tensor, length: int, device: torch.device) -> None:
+    """``tensor`` must be a vector of ``length`` elements on ``device``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+
+
+def check_index(name: str, tensor: Tensor, length: int, device: torch.device, upper: int) -> None:
+    """``tensor`` must be an integer vector of ``length`` values in [0, ``upper``)."""
+    check_vector(name, tensor, length, device)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
+    if length and may_read_values(tensor):
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < 0 or high >= upper:
+            raise ValueError(f"{name} must lie in [0, {upper}), got values in [{low}, {high}]")
+
+
+def check_temperature(temperature: float, *, allow_zero: bool = False) -> None:
+    """``temperature`` must be a positive finite number (or zero, where greedy is meaningful)."""
+    valid = temperature > 0 or (allow_zero and temperature == 0)
+    if not valid or temperature == float("inf"):
+        bound = ">= 0" if allow_zero else "> 0"
+        raise ValueError(f"temperature must be finite and {bound}, got {temperature}")
+
+
+def check_banned(banned_token: int | None, vocab_size: int) -> None:
+    """``banned_token`` must be a token id, and must leave something to choose from."""
+    if banned_token is None:
+        return
+    if not 0 <= banned_token < vocab_size:
+        raise ValueError(f"banned_token must lie in [0, {vocab_size}), got {banned_token}")
+    if vocab_size == 1:
+        raise ValueError("banned_token bans the only token of the vocabulary")

@@ -1,0 +1,223 @@
+"""The K highest-entropy steps of every trajectory.
+
+Order, the same in every backend: by entropy, highest first; equal entropies by earlier step; NaN
+after every number, NaNs among themselves by earlier step. -0 equals +0. A row with fewer than K
+candidates ends in -1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from egspo_kernels import _extension
+from egspo_kernels._backend import Dispatcher, always_available
+from egspo_kernels._checks import check_index, check_matrix, may_read_values
+
+_REDUCTIONS = {"sum": 0, "mean": 1}  # EGSPO_REDUCE_* in csrc/select_steps.h
+_SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
+
+
+def _probe_cpp(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "runs on CPU tensors only"
+    library = _extension.cpu_library()
+    return library if isinstance(library, str) else None
+
+
+_CANDIDATES = {"cpp": _probe_cpp, "reference": always_available}
+_SELECT_STEPS = Dispatcher("select_steps", _CANDIDATES)
+_SELECT_STEPS_SEGMENTED = Dispatcher("select_steps_segmented", _CANDIDATES)
+
+
+def select_steps(
+    entropy: Tensor, k: int, *, limits: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Indices of the ``k`` highest entropies of each row, highest first.
+
+    Args:
+        entropy: float32 or float64 [B, T], nats. Not differentiated through.
+        k: how many steps to select, in [0, T].
+        limits: integer [B] in [0, T]; only the steps in [0, limit) of a row are candidates. None:
+            every step. On a GPU the range is not checked, as reading it would synchronise: limits
+            beyond it act as 0 or T.
+        backend: ``"auto"``, ``"cpp"`` (CPU tensors) or ``"reference"``.
+
+    Returns:
+        int64 [B, k] on the device of ``entropy``, -1 where a row has too few candidates.
+
+    Raises:
+        TypeError: an argument has the wrong type, or ``entropy`` has 16 bits.
+        ValueError: an argument has the wrong shape, device or range.
+        UnavailableBackendError: an explicit backend cannot run.
+    """
+    _check_entropy("entropy", entropy)
+    _check_k(k, entropy.shape[1])
+    if limits is not None:
+        check_index("limits", limits, len(entropy), entropy.device, entropy.shape[1] + 1)
+        limits = limits.long()
+    if _SELECT_STEPS.choose(backend, entropy.device) == "cpp":
+        return _select_cpp(entropy, k, limits)
+    return _select_reference(entropy, _within(entropy, limits), k)
+
+
+def select_steps_segmented(
+    token_entropy: Tensor,
+    step_ids: Tensor,
+    num_steps: int,
+    k: int,
+    *,
+    reduce: str = "mean",
+    limits: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`select_steps` on per-token entropies, reduced to one entropy per step.
+
+    Sums are taken in float64. Steps without a token are not candidates.
+
+    Args:
+        token_entropy: float32 or float64 [B, L], nats. Not differentiated through.
+        step_ids: integer [B, L], the step in [0, ``num_steps``) each token belongs to, or -1 for
+            a token to ignore. On a GPU the range is not checked: other ids are ignored too.
+        num_steps: T, the number of steps.
+        k: how many steps to select, in [0, T].
+        reduce: ``"mean"`` or ``"sum"`` over the tokens of a step.
+        limits: integer [B] in [0, T], as for :func:`select_steps`.
+        backend: ``"auto"``, ``"cpp"`` (CPU tensors) or ``"reference"``.
+
+    Returns:
+        int64 [B, k] on the device of ``token_entropy``, -1 where a row has too few candidates.
+
+    Raises:
+        TypeError: an argument has the wrong type, or ``token_entropy`` has 16 bits.
+        ValueError: an argument has the wrong shape, device or range.
+        UnavailableBackendError: an explicit backend cannot run.
+    """
+    _check_entropy("token_entropy", token_entropy)
+    _check_count("num_steps", num_steps)
+    _check_k(k, num_steps)
+    _check_step_ids(step_ids, token_entropy, num_steps)
+    if reduce not in _REDUCTIONS:
+        raise ValueError(f"reduce must be one of {tuple(_REDUCTIONS)}, got {reduce!r}")
+    if limits is not None:
+        check_index("limits", limits, len(token_entropy), token_entropy.device, num_steps + 1)
+        limits = limits.long()
+    if _SELECT_STEPS_SEGMENTED.choose(backend, token_entropy.device) == "cpp":
+        return _select_segmented_cpp(token_entropy, step_ids.long(), num_steps, k, reduce, limits)
+    entropy, has_token = _step_entropy(token_entropy, step_ids.long(), num_steps, reduce)
+    return _select_reference(entropy, _within(entropy, limits) & has_token, k)
+
+
+def _within(entropy: Tensor, limits: Tensor | None) -> Tensor:
+    """bool [B, T]: which steps lie before their row's limit."""
+    if limits is None:
+        return torch.ones_like(entropy, dtype=torch.bool)
+    return torch.arange(entropy.shape[1], device=entropy.device) < limits.unsqueeze(1)
+
+
+def _select_reference(entropy: Tensor, candidate: Tensor, k: int) -> Tensor:
+    # Ascending order of the negated value puts NaN last, and a stable sort ties to the earlier
+    # step. `0 - x` rather than `-x`: it leaves one zero, whatever a device's sort makes of two.
+    order = (0.0 - entropy.detach()).sort(dim=1, stable=True).indices
+    candidates_first = (~candidate).gather(1, order).byte().sort(dim=1, stable=True).indices
+    selected = order.gather(1, candidates_first[:, :k])
+    rank = torch.arange(k, device=entropy.device)
+    return selected.masked_fill(rank >= candidate.sum(1, keepdim=True), -1)
+
+
+def _step_entropy(
+    token_entropy: Tensor, step_ids: Tensor, num_steps: int, reduce: str
+) -> tuple[Tensor, Tensor]:
+    """float64 [B, T] entropy of each step, and bool [B, T]: whether it has a token."""
+    ignored = (step_ids < 0) | (step_ids >= num_steps)
+    bins = step_ids.masked_fill(ignored, num_steps)  # one more bin takes the ignored tokens
+    values = token_entropy.detach().double()
+    empty = values.new_zeros(len(values), num_steps + 1)
+    sums = empty.scatter_add(1, bins, values)[:, :-1]
+    counts = empty.scatter_add(1, bins, torch.ones_like(values))[:, :-1]
+    return (sums if reduce == "sum" else sums / counts.clamp(min=1)), counts > 0
+
+
+def _select_cpp(entropy: Tensor, k: int, limits: Tensor | None) -> Tensor:
+    values = _contiguous_rows(entropy)
+    limits = None if limits is None else limits.contiguous()
+    batch, steps = values.shape
+    selected = torch.empty(batch, k, dtype=torch.int64)
+    function = f"egspo_select_steps_{_SUFFIXES[values.dtype]}"
+    _extension.call(function, values, batch, steps, values.stride(0), limits, k, selected)
+    return selected
+
+
+def _select_segmented_cpp(
+    token_entropy: Tensor,
+    step_ids: Tensor,
+    num_steps: int,
+    k: int,
+    reduce: str,
+    limits: Tensor | None,
+) -> Tensor:
+    values = _contiguous_rows(token_entropy)
+    limits = None if limits is None else limits.contiguous()
+    batch, tokens = values.shape
+    selected = torch.empty(batch, k, dtype=torch.int64)
+    _extension.call(
+        f"egspo_select_steps_segmented_{_SUFFIXES[values.dtype]}",
+        values,
+        step_ids.contiguous(),
+        batch,
+        tokens,
+        values.stride(0),
+        num_steps,
+        _REDUCTIONS[reduce],
+        limits,
+        k,
+        selected,
+    )
+    return selected
+
+
+def _contiguous_rows(matrix: Tensor) -> Tensor:
+    matrix = matrix.detach()
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _check_entropy(name: str, tensor: Tensor) -> None:
+    check_matrix(name, tensor)
+    if tensor.dtype not in _SUFFIXES:
+        raise TypeError(
+            f"{name} must be float32 or float64, got {tensor.dtype}: rounded to 16 bits, entropies "
+            "change about one in eight choices of the top 8; compute them in float32"
+        )
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def _check_k(k: int, steps: int) -> None:
+    _check_count("k", k)
+    if k > steps:
+        raise ValueError(f"k must be at most the number of steps, {steps}, got {k}")
+
+
+def _check_step_ids(step_ids: Tensor, token_entropy: Tensor, num_steps: int) -> None:
+    if not isinstance(step_ids, Tensor):
+        raise TypeError(f"step_ids must be a tensor, got {type(step_ids).__name__}")
+    if step_ids.dtype not in (torch.int64, torch.int32, torch.int16):
+        raise TypeError(f"step_ids must be int64, int32 or int16, got {step_ids.dtype}")
+    if step_ids.shape != token_entropy.shape:
+        raise ValueError(
+            f"step_ids must have the shape of token_entropy, {tuple(token_entropy.shape)}, "
+            f"got {tuple(step_ids.shape)}"
+        )
+    if step_ids.device != token_entropy.device:
+        raise ValueError(f"step_ids is on {step_ids.device}, expected {token_entropy.device}")
+    if step_ids.numel() and may_read_values(step_ids):
+        low, high = int(step_ids.min()), int(step_ids.max())
+        if low < -1 or high >= num_steps:
+            raise ValueError(
+                f"step_ids must lie in [-1, {num_steps}), got values in [{low}, {high}]"
+            )
