@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
+from egspo.tokenization import character_tokenizer, encode_prompts
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +17,6 @@ from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
 from egspo.tasks import Task, build_task
-from egspo.tokenization import character_tokenizer, encode_prompts
 
 
 @dataclass(frozen=True)

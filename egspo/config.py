@@ -45,7 +45,7 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     """Fields of a LLaDA configuration for a new model; the vocabulary comes from the tokenizer."""
     tokenizer: str | None = None
-    """Folder or hub name; None takes ``path``'s, or the task's character tokenizer for a new model."""
+    """Folder or hub name; None takes ``path``'s, or the character tokenizer for a new model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights in memory; ``auto`` is bfloat16 for a frozen base on a GPU, else float32."""
     attn_implementation: str = "sdpa"

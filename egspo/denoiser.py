@@ -83,7 +83,7 @@ class Denoiser:
             finally:
                 self._use_reference = False
         elif hasattr(self.model, "disable_adapter"):
-            with self.model.disable_adapter():
+            with self.model.disable_adapter():  # type: ignore[operator]
                 yield
         else:
             raise RuntimeError("this model has neither adapters to switch off nor a frozen copy")

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from egspo.rewards import score_completions
+from egspo.tasks.base import Example, Reward, Task
+from egspo.tokenization import decode_completion
 from transformers import PreTrainedTokenizerBase
 
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
-from egspo.rewards import score_completions
 from egspo.rollout import rollout
-from egspo.tasks.base import Example, Reward, Task
-from egspo.tokenization import decode_completion
 from egspo.trajectory import PromptBatch, Trajectory
 
 

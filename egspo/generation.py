@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from egspo.tokenization import decode_completion, encode_prompts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
 from egspo.models.loading import special_token_ids
 from egspo.rollout import rollout
-from egspo.tokenization import decode_completion, encode_prompts
 from egspo.trajectory import PromptBatch
 
 GENERATION_FILE = "egspo_generation.json"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from egspo_kernels import SampledTokens, linear_token_stats, sample_tokens
 from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
 from egspo.denoiser import Denoiser
 from egspo.trajectory import PromptBatch, Trajectory, length_before
 from egspo.unmasking import Candidates, Step, schedule, unmasking_policy
+from egspo_kernels import SampledTokens, linear_token_stats, sample_tokens
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate, linear_token_stats
 from torch import Tensor
 
 from egspo.config import AlgorithmConfig
 from egspo.denoiser import Denoiser
 from egspo.trajectory import Trajectory
+from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate, linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class States:
         """
         index = torch.arange(len(self), device=self.row.device)
         groups = [index] if ranks is None else [index[self.rank == r] for r in range(ranks)]
-        return [list(group.split(size)) if group.numel() else [] for group in groups]
+        return [list(torch.split(group, size)) if group.numel() else [] for group in groups]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from egspo_kernels import counter_uniform, select_steps
 from torch import Tensor
 
 from egspo.config import Strategy
 from egspo.trajectory import Trajectory
+from egspo_kernels import counter_uniform, select_steps
 
 # Keeps the noise of random selection apart from the noise of the rollout.
 _SELECTION_STREAM = 0x73656C656374

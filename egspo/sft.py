@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from egspo_kernels import counter_uniform, linear_token_stats
+from egspo.metrics import MetricsWriter
+from egspo.progress import RunProgress
+from egspo.tasks.base import Example
+from egspo.tokenization import encode_prompts
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from egspo.config import SFTConfig
-from egspo.denoiser import Denoiser
 from egspo.data_order import data_order
-from egspo.metrics import MetricsWriter
+from egspo.denoiser import Denoiser
 from egspo.optimization import (
     NonFiniteError,
     apply_gradients,
@@ -28,11 +30,9 @@ from egspo.optimization import (
     build_scheduler,
     clip_gradients,
 )
-from egspo.progress import RunProgress
 from egspo.state import TrainingState
-from egspo.tasks.base import Example
-from egspo.tokenization import encode_prompts
 from egspo.trajectory import PromptBatch
+from egspo_kernels import counter_uniform, linear_token_stats
 
 _MIN_RATE = 1e-3
 _RATE_STREAM, _MASK_STREAM = 0x72617465, 0x6D61736B

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -28,7 +29,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Load in place what :func:`save_weights` wrote; raises CheckpointError if keys differ."""
     if isinstance(model, PeftModel):
         tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
-        unexpected = list(set_peft_model_state_dict(model, tensors).unexpected_keys)
+        outcome: Any = set_peft_model_state_dict(model, tensors)
+        unexpected = list(outcome.unexpected_keys)
         missing: list[str] = []
     else:
         tensors = {}

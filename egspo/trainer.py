@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from egspo.metrics import MetricsWriter
+from egspo.plotting import plot_run
+from egspo.progress import RunProgress
+from egspo.recipe import config_to_dict, save_config
 from transformers import PreTrainedModel
 
 from egspo.build import base_model, build_data, build_denoiser, check_data, fresh_model
@@ -18,11 +22,7 @@ from egspo.continuation import check_continuation
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.iteration import Iteration, Metrics
-from egspo.metrics import MetricsWriter
 from egspo.optimization import build_optimizer, build_scheduler
-from egspo.plotting import plot_run
-from egspo.progress import RunProgress
-from egspo.recipe import config_to_dict, save_config
 from egspo.state import TrainingState
 from egspo.warm_start import save_model, warm_start
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from egspo_kernels import SampledTokens, counter_uniform, token_stats
 from torch import Tensor
+
+from egspo_kernels import SampledTokens, counter_uniform, token_stats
 
 # Keeps the noise that orders positions apart from the noise that samples tokens.
 _ORDER_STREAM = 0x6F72646572

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from egspo.recipe import save_config
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +33,6 @@ from egspo.checkpoint import (
 from egspo.config import GenerationConfig, TrainConfig
 from egspo.denoiser import Denoiser
 from egspo.generation import save_generation_config
-from egspo.recipe import save_config
 from egspo.sft import SupervisedData, train_supervised
 from egspo.state import save_weights
 

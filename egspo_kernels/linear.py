@@ -169,7 +169,7 @@ def linear_token_stats(
         :class:`TokenStats` of [N] tensors.
 
     Raises:
-        ValueError: also when the workspace cannot hold one row (about 24 bytes per vocabulary entry).
+        ValueError: also when the workspace cannot hold one row, 24 bytes per vocabulary entry.
     """
     hidden, weight, bias = _check_linear(hidden, weight, bias, temperature, banned_token)
     if targets is not None:

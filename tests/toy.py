@@ -69,7 +69,7 @@ class Enumeration:
 
 
 def enumerate_trajectories(denoiser: Denoiser, config: GenerationConfig) -> Enumeration:
-    """All trajectories of an unmasking policy, from its definition and not by the rollout's code."""
+    """All trajectories of an unmasking policy, by its definition and not by the rollout."""
     plan = schedule(config.max_new_tokens, config.steps, config.block_length)
     length, steps = config.max_new_tokens, config.steps
     leaves: list[tuple[list[int], list[int], Tensor, list[Tensor]]] = []

@@ -197,6 +197,8 @@ def _read_config(path_or_id: str | os.PathLike[str], **kwargs: Any) -> dict[str,
         fields, _ = PretrainedConfig.get_config_dict(path_or_id, **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"no model at {os.fspath(path_or_id)!r}: {error}") from error
+    if not fields:  # a folder without config.json
+        raise FileNotFoundError(f"no model at {os.fspath(path_or_id)!r}: it has no config.json")
     return dict(fields)
 
 

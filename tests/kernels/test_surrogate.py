@@ -54,7 +54,7 @@ def definition(p: dict[str, Tensor], kl: str | None, aggregation: str) -> Tensor
     policy, reference = scores(p["hidden"]), scores(p["ref_hidden"])
     loss = torch.zeros((), dtype=torch.float64)
     for step in range(STEPS):
-        rows = (STEP_IDS == step).nonzero()[:, 0].tolist()
+        rows = (step == STEP_IDS).nonzero()[:, 0].tolist()
         log_prob = sum(policy[i, p["targets"][i]] for i in rows)
         ref_log_prob = sum(reference[i, p["targets"][i]] for i in rows)
         if aggregation == "mean":
