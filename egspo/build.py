@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from egspo.tokenization import character_tokenizer, encode_prompts
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +17,7 @@ from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
 from egspo.tasks import Task, build_task
+from egspo.tokenization import character_tokenizer, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def weighted_task(task: Task, config: TaskConfig) -> Task:
 
 
 def fresh_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, device: torch.device
 ) -> PreTrainedModel:
-    """A new model whose vocabulary and special tokens are the tokenizer's."""
+    """A new model on ``device`` with the tokenizer's vocabulary and special tokens."""
     assert config.config is not None
     fields = {
         "vocab_size": len(tokenizer),
@@ -70,7 +71,7 @@ def fresh_model(
         "pad_token_id": tokenizer.pad_token_id,
         **config.config,
     }
-    return new_model(fields, seed=seed)
+    return on_device(new_model(fields, seed=seed), device)
 
 
 def base_model(config: ModelConfig, source: str, device: torch.device) -> PreTrainedModel:
@@ -84,13 +85,18 @@ def base_model(config: ModelConfig, source: str, device: torch.device) -> PreTra
         dtype=torch.bfloat16 if half else torch.float32,
         attn_implementation=config.attn_implementation,
     )
-    return model.to(device)
+    return on_device(model, device)
+
+
+def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    nn.Module.to(model, device)
+    return model
 
 
 def trainable_model(config: ModelConfig, base: PreTrainedModel, seed: int) -> nn.Module:
     """``base`` with the adapter that the recipe asks for, or itself."""
     if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable()
+        base.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     if config.lora is not None:
         lora = config.lora
         return add_lora(
@@ -118,7 +124,7 @@ def build_denoiser(
 
 def plain_denoiser(
     config: TrainConfig,
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     reference: nn.Module | None = None,

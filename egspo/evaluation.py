@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from egspo.rewards import score_completions
-from egspo.tasks.base import Example, Reward, Task
-from egspo.tokenization import decode_completion
 from transformers import PreTrainedTokenizerBase
 
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
+from egspo.rewards import score_completions
 from egspo.rollout import rollout
-from egspo.trajectory import PromptBatch, Trajectory
+from egspo.tasks.base import Example, Reward, Task
+from egspo.tokenization import decode_completions
+from egspo.trajectory import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,6 @@ class PromptSet:
         """Columns of the examples at ``index``, as reward functions take them."""
         names = self.examples[0].columns
         return {name: [self.examples[i].columns[name] for i in index] for name in names}
-
-
-def decode(
-    tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory, denoiser: Denoiser
-) -> list[str]:
-    """Texts of the final completions, up to the first EOS."""
-    return [
-        decode_completion(tokenizer, ids, denoiser.eos_id) for ids in trajectory.tokens.tolist()
-    ]
 
 
 def evaluate(
@@ -71,7 +62,7 @@ def evaluate(
         seed=seed,
         sequence_ids=torch.tensor(index, device=denoiser.device),
     )
-    texts = decode(tokenizer, trajectory, denoiser)
+    texts = decode_completions(tokenizer, trajectory.tokens.tolist(), denoiser.eos_id)
     messages = [prompts.examples[i].prompt for i in index]
     columns = prompts.columns(index)
     scored = score_completions(task.rewards, messages, texts, columns, on_error="skip")

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from egspo.tokenization import decode_completion, encode_prompts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
 from egspo.models.loading import special_token_ids
 from egspo.rollout import rollout
+from egspo.tokenization import decode_completions, encode_prompts
 from egspo.trajectory import PromptBatch
 
 GENERATION_FILE = "egspo_generation.json"
@@ -48,7 +48,7 @@ def generate(
         seed=seed,
         sequence_ids=torch.arange(len(encoded), device=denoiser.device),
     )
-    return [decode_completion(tokenizer, ids, tokens.eos) for ids in trajectory.tokens.tolist()]
+    return decode_completions(tokenizer, trajectory.tokens.tolist(), tokens.eos)
 
 
 def check_context(

@@ -9,10 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from egspo.metrics import MetricsWriter
-from egspo.plotting import plot_run
-from egspo.progress import RunProgress
-from egspo.recipe import config_to_dict, save_config
 from transformers import PreTrainedModel
 
 from egspo.build import base_model, build_data, build_denoiser, check_data, fresh_model
@@ -22,7 +18,11 @@ from egspo.continuation import check_continuation
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.iteration import Iteration, Metrics
+from egspo.metrics import MetricsWriter
 from egspo.optimization import build_optimizer, build_scheduler
+from egspo.plotting import plot_run
+from egspo.progress import RunProgress
+from egspo.recipe import config_to_dict, save_config
 from egspo.state import TrainingState
 from egspo.warm_start import save_model, warm_start
 
@@ -173,7 +173,7 @@ class Trainer:
         if config.path is not None:
             return base_model(config, config.path, device)
         if self.config.sft is None:
-            return fresh_model(config, self.data.tokenizer, self.config.seed).to(device)
+            return fresh_model(config, self.data.tokenizer, self.config.seed, device)
         folder = warm_start(self.config, self.data, device)
         return base_model(config, str(folder), device)
 

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from egspo.recipe import save_config
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +32,7 @@ from egspo.checkpoint import (
 from egspo.config import GenerationConfig, TrainConfig
 from egspo.denoiser import Denoiser
 from egspo.generation import save_generation_config
+from egspo.recipe import save_config
 from egspo.sft import SupervisedData, train_supervised
 from egspo.state import save_weights
 
@@ -58,7 +58,7 @@ def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
         logger.info("warm start found in %s", cached)
     except CheckpointError:
         check_writable(cached.parent, 0)
-        model = fresh_model(config.model, data.tokenizer, config.sft.seed).to(device)
+        model = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
         denoiser = plain_denoiser(config, model, data.tokenizer)
         _train(config, data, denoiser, Path(config.output_dir) / "warm_start")
         publish(cached, lambda folder: save_model(model, data.tokenizer, config.generation, folder))
@@ -81,7 +81,7 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_data(config)
     if config.model.path is None:
-        base = fresh_model(config.model, data.tokenizer, config.sft.seed).to(device)
+        base = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
     else:
         base = base_model(config.model, config.model.path, device)
     check_data(config, data, getattr(base.config, "max_sequence_length", None))

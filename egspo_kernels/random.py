@@ -37,7 +37,7 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _LOW32, (k1 + _WEYL[1]) & _LOW32
-    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    shape = (c0 | c1 | c2 | c3).shape
     return torch.stack([word.expand(shape) for word in (c0, c1, c2, c3)], dim=-1)
 
 

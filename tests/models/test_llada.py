@@ -155,9 +155,11 @@ def test_a_row_of_padding_is_finite_and_harmless(
         mask = torch.zeros(mask.shape).masked_fill(~mask, closed)
     output = model(input_ids, attention_mask=mask)
     with torch.no_grad():
-        alone = model(input_ids[[0, 2]]).logits
-    assert output.logits.isfinite().all()
-    torch.testing.assert_close(output.logits[[0, 2]], alone, rtol=0, atol=1e-5)
+        unmasked = model(input_ids).logits
+    torch.testing.assert_close(output.logits[[0, 2]], unmasked[[0, 2]], rtol=0, atol=1e-5)
+    # A float mask costs its row the precision of what is added to the scores.
+    tolerance = 1e-5 if kind in ("padding", "bool") else 0.2
+    torch.testing.assert_close(output.logits[1], unmasked[1], rtol=0, atol=tolerance)
     output.logits.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

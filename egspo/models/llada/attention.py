@@ -11,6 +11,9 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from egspo.models.llada.configuration import LLaDAConfig
 
+# Added to a score, leaves it no weight; finite in any dtype that autocast may give the scores.
+_CLOSED = -3.0e4
+
 
 def rope_tables(config: LLaDAConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, float32 [B or 1, 1, S, head_dim].
@@ -27,9 +30,9 @@ def rope_tables(config: LLaDAConfig, position_ids: Tensor) -> tuple[Tensor, Tens
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` [B, H, S, head_dim] rotated in float32, in its own dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + rotated * sin).to(x.dtype)
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def eager_attention(
@@ -88,15 +91,11 @@ def bidirectional_mask(config: LLaDAConfig, mask: Tensor | None, x: Tensor) -> T
     implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         raise ValueError(f"a 4-D attention_mask needs 'eager' or 'sdpa', not {implementation!r}")
-    # Under autocast the scores have a lower precision than the residual stream.
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    lowest = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
         keep = mask | ~mask.any(dim=-1, keepdim=True)
         if implementation == "sdpa":
             return keep
-        return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, lowest)
+        return torch.zeros_like(keep, dtype=x.dtype).masked_fill(~keep, _CLOSED)
     if not mask.is_floating_point():
         raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}")
-    return mask.clamp(min=lowest).to(dtype)
+    return mask.clamp(min=_CLOSED).to(x.dtype)

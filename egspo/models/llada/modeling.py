@@ -302,6 +302,8 @@ class LLaDAForMaskedLM(LLaDAPreTrainedModel):  # type: ignore[no-untyped-call, u
                 config.d_model, config.embedding_size, bias=config.include_bias
             )
         self.post_init()  # type: ignore[no-untyped-call, unused-ignore]
+        # Collected from the transformer by post_init; with a head here, or tied, it is an error.
+        self._keys_to_ignore_on_load_unexpected = set()
 
     def get_input_embeddings(self) -> nn.Embedding:
         embedding: nn.Embedding = self.model.transformer.wte

@@ -1,0 +1,99 @@
+"""What a task is: prompts, the columns rewards need, and reward functions."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+RewardFunction = Callable[..., Any]
+"""``f(prompts, completions, **columns) -> list[float | None]``, or the same as ``async def``.
+
+``prompts`` are chat messages, ``completions`` decoded texts; each column is a list of the same
+length. None means that the function does not apply to that sample.
+"""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt."""
+
+    prompt: list[dict[str, str]]
+    """Chat messages, rendered by the tokenizer's chat template."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Passed to reward functions, as lists over the batch."""
+    target: str | None = None
+    """Reference completion, for supervised training."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function and its place in the total."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    intermediate: bool = True
+    """Whether it also scores the one-step completions of EGSPO-SA."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and held-out prompts, which must share no answer, and how completions are scored."""
+
+    name: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+    rewards: Sequence[Reward]
+    solved: RewardFunction | None = None
+    """1.0 or 0.0 for each completion; a metric, not a reward."""
+
+    def __post_init__(self) -> None:
+        for split in ("train", "test"):
+            if not getattr(self, split):
+                raise ValueError(f"task {self.name} has no {split} examples")
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"task {self.name} has two rewards of one name: {names}")
+
+
+TaskBuilder = Callable[..., Task]
+_BUILDERS: dict[str, TaskBuilder] = {}
+
+
+def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
+    """Decorator: make a function of keyword options to :class:`Task` known by ``name``."""
+
+    def register(builder: TaskBuilder) -> TaskBuilder:
+        if name in _BUILDERS:
+            raise ValueError(f"task {name!r} is registered already")
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def build_task(name: str, **options: Any) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: naming the nearest task, or the valid options, where one is unknown.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown task {name!r}{nearest(name, list(_BUILDERS))}")
+    builder = _BUILDERS[name]
+    valid = list(inspect.signature(builder).parameters)
+    for option in options:
+        if option not in valid:
+            raise ValueError(
+                f"task {name} has no option {option!r}{nearest(option, valid)}; options: {valid}"
+            )
+    return builder(**options)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``", did you mean ...?"`` where a known name is close, otherwise what is known."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {sorted(known)}"

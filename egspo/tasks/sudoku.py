@@ -1,0 +1,175 @@
+"""4x4 Sudoku: all grids, puzzles with one solution, splits that do not leak, and the CSV format.
+
+A grid or puzzle is 16 digits, row by row; 0 is an empty cell of a puzzle.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CELLS = 16
+MAX_EMPTY = 12
+"""A 4x4 puzzle needs at least four clues to have one solution."""
+
+# Unions of which cells conflict: same row, column or 2x2 box.
+_PEERS = [
+    [
+        j
+        for j in range(CELLS)
+        if j != i
+        and (i // 4 == j // 4 or i % 4 == j % 4 or (i // 8, i % 4 // 2) == (j // 8, j % 4 // 2))
+    ]
+    for i in range(CELLS)
+]
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """A puzzle and its only solution."""
+
+    puzzle: str
+    solution: str
+
+    @property
+    def empty(self) -> list[int]:
+        """Places of the empty cells."""
+        return [i for i, digit in enumerate(self.puzzle) if digit == "0"]
+
+
+def solutions(puzzle: str, limit: int = 2) -> list[str]:
+    """Up to ``limit`` solutions, in ascending order, by backtracking on the tightest cell.
+
+    Raises:
+        ValueError: if ``puzzle`` is not 16 digits from 0 to 4.
+    """
+    if len(puzzle) != CELLS or set(puzzle) - set("01234"):
+        raise ValueError(f"a puzzle is 16 digits from 0 to 4, got {puzzle!r}")
+    cells = [int(digit) for digit in puzzle]
+    if any(cells[i] and any(cells[i] == cells[j] for j in _PEERS[i]) for i in range(CELLS)):
+        return []
+    found: list[str] = []
+    for solution in _complete(cells):
+        found.append(solution)
+        if len(found) == limit:
+            break
+    return sorted(found)
+
+
+def _complete(cells: list[int]) -> Iterator[str]:
+    """Every way to fill the zeros of a grid without conflicts; ``cells`` is restored."""
+    options = {
+        i: {1, 2, 3, 4} - {cells[j] for j in _PEERS[i]} for i in range(CELLS) if not cells[i]
+    }
+    if not options:
+        yield "".join(map(str, cells))
+        return
+    cell = min(options, key=lambda i: len(options[i]))
+    for digit in sorted(options[cell]):
+        cells[cell] = digit
+        yield from _complete(cells)
+        cells[cell] = 0
+
+
+@functools.cache
+def all_grids() -> tuple[str, ...]:
+    """The 288 solved grids, ascending."""
+    return tuple(solutions("0" * CELLS, limit=10**6))
+
+
+def has_unique_solution(puzzle: str) -> bool:
+    return len(solutions(puzzle)) == 1
+
+
+def make_puzzle(grid: str, empty_cells: int, rng: random.Random) -> Puzzle:
+    """A puzzle with exactly ``empty_cells`` empty cells and ``grid`` as its only solution.
+
+    Cells are emptied in random order, skipping those that would make a second solution possible;
+    where that ends too early it starts again.
+
+    Raises:
+        ValueError: if ``grid`` is not a solved grid, ``empty_cells`` is not in [1, 12], or no
+            such puzzle was found in 1000 orders (not every grid has puzzles of 12 empty cells).
+    """
+    if "0" in grid or not has_unique_solution(grid):
+        raise ValueError(f"{grid!r} is not a solved grid")
+    if not 1 <= empty_cells <= MAX_EMPTY:
+        raise ValueError(f"empty_cells must lie in [1, {MAX_EMPTY}], got {empty_cells}")
+    for _ in range(1000):
+        cells = list(grid)
+        for cell in rng.sample(range(CELLS), CELLS):
+            if cells.count("0") == empty_cells:
+                break
+            cells[cell] = "0"
+            if not has_unique_solution("".join(cells)):
+                cells[cell] = grid[cell]
+        if cells.count("0") == empty_cells:
+            return Puzzle("".join(cells), grid)
+    raise ValueError(f"found no puzzle of {empty_cells} empty cells for the grid {grid}")
+
+
+def split_grids(test_grids: int, seed: int) -> tuple[list[str], list[str]]:
+    """Training and test grids, disjoint: a split by puzzle would leak solutions."""
+    grids = list(all_grids())
+    if not 0 < test_grids < len(grids):
+        raise ValueError(f"test_grids must lie in [1, {len(grids) - 1}], got {test_grids}")
+    random.Random(f"split-{seed}").shuffle(grids)
+    return grids[test_grids:], grids[:test_grids]
+
+
+def make_puzzles(
+    grids: Sequence[str], count: int, empty_cells: tuple[int, int], seed: int, name: str
+) -> list[Puzzle]:
+    """``count`` puzzles, the i-th a function of (seed, name, i) and ``grids`` alone."""
+    puzzles = []
+    for index in range(count):
+        rng = random.Random(f"{seed}-{name}-{index}")
+        puzzles.append(make_puzzle(rng.choice(grids), rng.randint(*empty_cells), rng))
+    return puzzles
+
+
+def write_csv(path: str | os.PathLike[str], puzzles: Sequence[Puzzle]) -> None:
+    """Write the columns ``Puzzle,Solution``."""
+    with Path(path).open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["Puzzle", "Solution"])
+        writer.writerows([p.puzzle, p.solution] for p in puzzles)
+
+
+def read_csv(path: str | os.PathLike[str]) -> list[Puzzle]:
+    """Read the columns ``Puzzle,Solution`` and check every line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming file and line, for a missing column, a malformed grid, or a solution
+            that is not the puzzle's only one.
+    """
+    with Path(path).open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream)
+        missing = {"Puzzle", "Solution"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"{path} lacks the columns {sorted(missing)}; it has {reader.fieldnames or []}"
+            )
+        puzzles = []
+        for row in reader:
+            # Spreadsheets drop leading zeros of what looks like a number.
+            puzzle = (row["Puzzle"] or "").strip().zfill(CELLS)
+            solution = (row["Solution"] or "").strip()
+            try:
+                found = solutions(puzzle)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+            if found != [solution]:
+                problem = "has several solutions" if len(found) > 1 else f"is solved by {found}"
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: the puzzle {puzzle} {problem}, "
+                    f"Solution says {solution!r}"
+                )
+            puzzles.append(Puzzle(puzzle, solution))
+    return puzzles

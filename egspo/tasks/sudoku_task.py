@@ -1,0 +1,128 @@
+"""The Sudoku task: prompts in two styles, the reward of the literature, and the solve rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.sudoku import MAX_EMPTY, Puzzle, make_puzzles, read_csv, split_grids
+
+_DIGITS = re.compile("[0-9]")
+_INSTRUCTION = (
+    "Solve this 4x4 Sudoku. Every row, every column and every 2x2 box must hold each of the "
+    "digits 1 to 4 exactly once; 0 marks a cell to fill in. The grid is given row by row:\n{rows}\n"
+    "Think it through, then give the solved grid as 16 digits, row by row, between <answer> and "
+    "</answer>."
+)
+
+
+def extract_digits(completion: str) -> str:
+    """Digits of the answer: inside the last ``<answer>`` tag if there is one, else everywhere."""
+    start = completion.rfind("<answer>")
+    if start >= 0:
+        completion = completion[start:].partition("</answer>")[0]
+    return "".join(_DIGITS.findall(completion))
+
+
+def cell_accuracy(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    puzzle: Sequence[str],
+    solution: Sequence[str],
+    **_: Any,
+) -> list[float]:
+    """Share of the empty cells filled correctly; given cells pay nothing.
+
+    Cells are compared by place in the first 16 digits of the answer; missing ones are wrong.
+    """
+    scores = []
+    for completion, given, wanted in zip(completions, puzzle, solution, strict=True):
+        digits = extract_digits(completion)
+        empty = Puzzle(given, wanted).empty
+        scores.append(sum(digits[i : i + 1] == wanted[i] for i in empty) / len(empty))
+    return scores
+
+
+def solved(
+    prompts: Sequence[Any], completions: Sequence[str], solution: Sequence[str], **_: Any
+) -> list[float]:
+    """1.0 where the answer has exactly 16 digits and they are the solution."""
+    return [
+        float(extract_digits(completion) == wanted)
+        for completion, wanted in zip(completions, solution, strict=True)
+    ]
+
+
+@register_task("sudoku")
+def build_sudoku(
+    *,
+    train_examples: int = 10000,
+    test_examples: int = 256,
+    empty_cells: int | list[int] = 8,
+    test_grids: int = 48,
+    seed: int = 0,
+    path: str | None = None,
+    prompt_style: Literal["digits", "instruct"] = "instruct",
+) -> Task:
+    """4x4 Sudoku, training and test split by solution grid.
+
+    Args:
+        train_examples, test_examples: puzzles to make; with ``path``, at most so many are taken.
+        empty_cells: how many cells are empty, or [fewest, most].
+        test_grids: of the 288 solved grids, how many only the test puzzles use.
+        seed: of the split and the puzzles, independent of the training seed.
+        path: a CSV file with the columns ``Puzzle,Solution`` instead of made puzzles.
+        prompt_style: ``digits``: four rows of digits in, four rows out; ``instruct``: an
+            instruction in English, the answer in ``<answer>`` tags.
+    """
+    if prompt_style not in ("digits", "instruct"):
+        raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    for name, count in (("train_examples", train_examples), ("test_examples", test_examples)):
+        if count < 1:
+            raise ValueError(f"{name} must be >= 1, got {count}")
+    train_grids, held_out = split_grids(test_grids, seed)
+    if path is None:
+        bounds = _bounds(empty_cells)
+        train = make_puzzles(train_grids, train_examples, bounds, seed, "train")
+        test = make_puzzles(held_out, test_examples, bounds, seed, "test")
+    else:
+        puzzles = [p for p in read_csv(path) if p.empty]
+        train = [p for p in puzzles if p.solution not in set(held_out)][:train_examples]
+        test = [p for p in puzzles if p.solution in set(held_out)][:test_examples]
+    return Task(
+        name="sudoku",
+        train=[_example(p, prompt_style) for p in train],
+        test=[_example(p, prompt_style) for p in test],
+        rewards=[Reward("cell_accuracy", cell_accuracy)],
+        solved=solved,
+    )
+
+
+def _bounds(empty_cells: int | list[int]) -> tuple[int, int]:
+    low, high = (empty_cells, empty_cells) if isinstance(empty_cells, int) else empty_cells
+    if not 1 <= low <= high <= MAX_EMPTY:
+        raise ValueError(
+            f"empty_cells must be a number or [fewest, most] within [1, {MAX_EMPTY}], "
+            f"got {empty_cells}"
+        )
+    return low, high
+
+
+def _rows(digits: str) -> str:
+    return "\n".join(digits[i : i + 4] for i in range(0, 16, 4))
+
+
+def _example(puzzle: Puzzle, style: str) -> Example:
+    rows = _rows(puzzle.puzzle)
+    if style == "digits":
+        content, target = rows, _rows(puzzle.solution)
+    else:
+        content = _INSTRUCTION.format(rows=rows)
+        target = f"<answer>\n{puzzle.solution}\n</answer>"
+    return Example(
+        prompt=[{"role": "user", "content": content}],
+        columns={"puzzle": puzzle.puzzle, "solution": puzzle.solution},
+        target=target,
+    )

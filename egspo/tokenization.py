@@ -1,0 +1,81 @@
+"""Chat prompts to tokens and back, and a character tokenizer for models made from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+SUDOKU_CHARACTERS = "01234\n"
+
+_SPECIAL = {
+    "pad_token": "<|pad|>",
+    "eos_token": "<|endoftext|>",
+    "mask_token": "<|mask|>",
+    "unk_token": "<|unk|>",
+}
+_ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def character_tokenizer(characters: str = SUDOKU_CHARACTERS) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per character, with mask, EOS and padding tokens and a template.
+
+    Args:
+        characters: the alphabet, each once; others become the unknown token.
+    """
+    if not characters or len(set(characters)) != len(characters):
+        raise ValueError(f"characters must be distinct and not empty, got {characters!r}")
+    entries = [*_SPECIAL.values(), *_ROLES, *characters]
+    vocabulary = {token: index for index, token in enumerate(entries)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        additional_special_tokens=_ROLES,
+        chat_template=_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        **_SPECIAL,
+    )
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[dict[str, str]]]
+) -> list[list[int]]:
+    """Tokens of chat prompts, ready to be answered.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or a prompt is empty.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template to render prompts with"
+        )
+    for number, prompt in enumerate(prompts):
+        if not prompt or not any(message.get("content") for message in prompt):
+            raise ValueError(f"prompt {number} is empty")
+    texts = [
+        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        for prompt in prompts
+    ]
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return encoded
+
+
+def decode_completions(
+    tokenizer: PreTrainedTokenizerBase, completions: Sequence[Sequence[int]], eos_id: int
+) -> list[str]:
+    """Texts of completions up to their first EOS, special tokens left out."""
+    kept = [list(ids[: ids.index(eos_id)] if eos_id in ids else ids) for ids in completions]
+    texts: list[str] = tokenizer.batch_decode(
+        kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return texts
