@@ -144,7 +144,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH_OR_ID", help="a run, checkpoint or hub name")
+    add("--model", required=True, metavar="PATH_OR_ID", help="a run, folder of weights or hub name")
     add("--adapter", metavar="PATH_OR_ID", help="LoRA adapter (PEFT), or a run that trained one")
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     add("--prompts", metavar="FILE", help="one prompt per line; - reads standard input")
@@ -225,7 +225,7 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
 def _train(args: argparse.Namespace) -> None:
     config = _configured(args)
     resume = _prepare_output(args, config)
-    _configure_logging()
+    _configure_output()
     from egspo.trainer import train
 
     final = train(config, resume=resume)
@@ -236,7 +236,7 @@ def _train(args: argparse.Namespace) -> None:
 def _sft(args: argparse.Namespace) -> None:
     config = _configured(args)
     resume = _prepare_output(args, config)
-    _configure_logging()
+    _configure_output()
     from egspo.warm_start import run_sft
 
     final = run_sft(config, resume=resume)
@@ -355,8 +355,10 @@ def _plot(args: argparse.Namespace) -> None:
         print(plot_run(run_dir, run_dir / "curves.png"))
 
 
-def _configure_logging() -> None:
-    """Messages of egspo go above the progress bar, from the main process only."""
+def _configure_output() -> None:
+    """One progress bar, and the messages of egspo above it, from the main process only."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
     from rich.logging import RichHandler
 
     from egspo.progress import stderr_console
@@ -368,6 +370,9 @@ def _configure_logging() -> None:
             console=stderr_console(), show_time=False, show_level=False, show_path=False
         )
         logger.addHandler(handler)
+    # Loading and saving weights need no bars of their own; downloads take long and keep theirs.
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
+    huggingface_hub.utils.enable_progress_bars()  # type: ignore[attr-defined, unused-ignore]
 
 
 def _is_main_process() -> bool:

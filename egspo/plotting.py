@@ -231,12 +231,12 @@ def _curves(axes: Axes, title: str, records: Records, keys: Mapping[str, str]) -
     plotted: list[float] = []
     for colour, (key, label) in zip((_PURPLE, _ORANGE, _GREEN), keys.items(), strict=False):
         steps, values = _series(records, key)
-        if any(values):  # the KL is constantly zero where it is not asked for
+        if any(values) or (values and key != "kl"):  # the KL is zero where it is not asked for
             _smoothed(axes, steps, values, colour, label)
             plotted += values
     _finish(axes, title, plotted)
     if plotted and min(plotted) >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(plotted) or 1.0)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="best", handlelength=1.2)
 

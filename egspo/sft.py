@@ -8,7 +8,7 @@ negative log-likelihood (LLaDA, arXiv 2502.09992). Completions are filled up wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,11 +113,14 @@ def train_supervised(
     config: SFTConfig,
     folder: Path,
     *,
+    write_model: Callable[[Path], object],
     resume: Path | None = None,
     checkpoint_every: int = 0,
     keep_last: int = 1,
 ) -> None:
     """Train the model of ``denoiser`` in place; metrics and checkpoints go to ``folder``.
+
+    ``write_model`` saves the model, and what goes with it, into a folder.
 
     Raises:
         NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
@@ -125,7 +128,7 @@ def train_supervised(
     model = denoiser.model
     optimizer = build_optimizer(model, config.optimizer)
     scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-    state = TrainingState(model, optimizer, scheduler)
+    state = TrainingState(model, optimizer, scheduler, write_model)
     start = state.load(resume) if resume is not None else 0
     writer = MetricsWriter(folder / "sft_metrics.jsonl", resume_after=start if resume else None)
     model.train()
@@ -136,16 +139,17 @@ def train_supervised(
                 torch.manual_seed(config.seed * 1_000_003 + step)
                 batch = data.batch(config.seed, step - 1, config.batch_size)
                 loss = supervised_loss(denoiser, batch, config.seed, step)
-            if not math.isfinite(float(loss)):
-                raise NonFiniteError(f"the supervised loss is {float(loss)} at step {step}")
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the supervised loss is {value} at step {step}")
             loss.backward()  # type: ignore[no-untyped-call]
             norm = clip_gradients(model, config.optimizer.max_grad_norm)
             apply_gradients(optimizer)
             scheduler.step()
             if step % config.log_every == 0 or step == config.steps:
                 rate = optimizer.param_groups[0]["lr"]
-                writer.write({"step": step, "loss": float(loss), "grad_norm": norm, "lr": rate})
-            progress.update(step, {"loss": float(loss)})
+                writer.write({"step": step, "loss": value, "grad_norm": norm, "lr": rate})
+            progress.update(step, {"loss": value})
             if checkpoint_every and step % checkpoint_every == 0:
                 state.save(folder / "checkpoints", step, keep_last=keep_last)
     model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,14 @@ class TrainingState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
+    write_model: Callable[[Path], object]
+    """Puts what :func:`save_weights` does, and what goes with it, into a folder."""
 
     def save(self, folder: Path, step: int, *, keep_last: int) -> Path:
         """Checkpoint after ``step`` under ``folder``."""
 
         def write(path: Path) -> None:
-            save_weights(self.model, path)
+            self.write_model(path)
             torch.save(
                 {
                     "optimizer": self.optimizer.state_dict(),

@@ -52,7 +52,9 @@ class Trainer:
         self.config, self.output = config, Path(config.output_dir)
         # Precision is the denoiser's business, in rollout, scoring and update alike.
         self.accelerator = Accelerator(
-            mixed_precision="no", log_with=list(config.trackers), project_dir=config.output_dir
+            mixed_precision="no",
+            log_with=list(config.trackers) or None,
+            project_dir=config.output_dir,
         )
         self._check_processes()
         check_writable(self.output, 0)
@@ -69,7 +71,7 @@ class Trainer:
         self._check_disk()
         optimizer = build_optimizer(model, config.optimizer)
         scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-        self.state = TrainingState(model, optimizer, scheduler)
+        self.state = TrainingState(model, optimizer, scheduler, self._write_model)
         self.iteration = Iteration(
             config, self.data, self.denoiser, optimizer, self._reduce_gradients
         )
@@ -143,7 +145,13 @@ class Trainer:
         writer.write(record)
         scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         self.accelerator.log(scalars, step=record["step"])
-        shown = ("reward/mean", "eval/reward", "eval/solved", "entropy/mean")
+        shown = (
+            "reward/mean",
+            "eval/reward",
+            "eval/solved",
+            "entropy/mean",
+            "speed/tokens_per_second",
+        )
         progress.update(record["step"], {k: record[k] for k in shown if k in record})
 
     @property
@@ -161,11 +169,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             keep = self.config.checkpoint.keep_last
             self.state.save(self._checkpoints, self.completed, keep_last=keep)
-            model, tokenizer = self.denoiser.model, self.data.tokenizer
-            publish(final, lambda path: save_model(model, tokenizer, self.config.generation, path))
+            publish(final, self._write_model)
             plot_run(self.output, self.output / "curves.png")
         self.accelerator.end_training()
         return final
+
+    def _write_model(self, folder: Path) -> None:
+        save_model(self.denoiser.model, self.data.tokenizer, self.config.generation, folder)
 
     def _base(self) -> PreTrainedModel:
         """The model RL starts from, which is also the reference policy."""

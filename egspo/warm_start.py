@@ -121,6 +121,9 @@ def _train(
         supervised,
         config.sft,
         folder,
+        write_model=lambda path: save_model(
+            denoiser.model, data.tokenizer, config.generation, path
+        ),
         resume=None if resume is None else find_checkpoint(resume),
         checkpoint_every=every,
         keep_last=config.checkpoint.keep_last,

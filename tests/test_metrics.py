@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,8 +226,9 @@ def test_progress_on_a_terminal_is_a_bar_and_disabled_is_silent() -> None:
 
 
 def test_progress_speaks_up_when_steps_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10_000, 61))
-    monkeypatch.setattr("egspo.progress.time.monotonic", lambda: float(next(clock)))
+    clock = itertools.count(0.0, 61.0)
+    fake = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("egspo.progress.time", fake)
     assert len(shown(terminal=False).splitlines()) == 100
 
 
