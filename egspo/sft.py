@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from egspo.metrics import MetricsWriter
-from egspo.progress import RunProgress
-from egspo.tasks.base import Example
-from egspo.tokenization import encode_prompts
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from egspo.config import SFTConfig
 from egspo.data_order import data_order
 from egspo.denoiser import Denoiser
+from egspo.metrics import MetricsWriter
 from egspo.optimization import (
     NonFiniteError,
     apply_gradients,
@@ -30,7 +27,10 @@ from egspo.optimization import (
     build_scheduler,
     clip_gradients,
 )
+from egspo.progress import RunProgress
 from egspo.state import TrainingState
+from egspo.tasks.base import Example
+from egspo.tokenization import encode_prompts
 from egspo.trajectory import PromptBatch
 from egspo_kernels import counter_uniform, linear_token_stats
 
