@@ -47,8 +47,9 @@ def evaluate(
     """Decode the prompts at ``index`` once each and score them.
 
     Returns:
-        For every prompt: ``reward``, each reward function by name, and ``solved`` where the task
-        defines it. A reward that does not apply to a sample is left out of its record.
+        For every prompt: ``reward``, each reward function by name, ``solved`` where the task
+        defines it, and ``skipped``, 1.0 where no reward applies or one failed, else 0.0. A reward
+        that failed or does not apply is left out of the record.
     """
     if not index:
         return []
@@ -66,7 +67,8 @@ def evaluate(
     messages = [prompts.examples[i].prompt for i in index]
     columns = prompts.columns(index)
     scored = score_completions(task.rewards, messages, texts, columns, on_error="skip")
-    named = {"reward": scored.total, **scored.per_function}
+    skipped = scored.total.isnan().double()
+    named = {"reward": scored.total, **scored.per_function, "skipped": skipped}
     if task.solved is not None:
         solved = Reward("solved", task.solved)
         named["solved"] = score_completions([solved], messages, texts, columns).total

@@ -31,11 +31,16 @@ def generate(
     """Denoise one completion per prompt and decode it up to the first EOS.
 
     Args:
-        model: a masked diffusion model, with or without adapter.
+        model: a masked diffusion model, with or without adapter; left in evaluation mode.
         tokenizer: with a chat template.
         prompts: chat messages.
         config: how to denoise.
-        seed: key of the noise; prompt ``i`` has the same completion whatever else is asked.
+        seed: key of the noise. Each prompt has its own noise, by its place in ``prompts``: its
+            completion does not depend on the other prompts or on ``config.batch_size``.
+
+    Raises:
+        ValueError: if there are no prompts, one is empty or does not fit the model's context, or
+            model and tokenizer do not agree on the special tokens.
     """
     tokens = special_token_ids(tokenizer, model.config)
     denoiser = Denoiser(model, mask_id=tokens.mask, eos_id=tokens.eos, pad_id=tokens.pad)
@@ -55,7 +60,7 @@ def check_context(
     prompts: Sequence[Sequence[int]], config: GenerationConfig, context: int | None
 ) -> None:
     """Every prompt and its completion must fit the model's context; names the longest if not."""
-    if context is None:
+    if context is None or not prompts:
         return
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     total = len(prompts[longest]) + config.max_new_tokens

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,25 +48,30 @@ def score_completions(
 
     A value of None does not apply to its sample and adds nothing; a sample to which nothing
     applies is skipped. A function that raises, returns another number of values, or a value that
-    is not a finite number, is a failure.
+    is not a finite number, is a failure. No function is called for no completions.
 
     Args:
-        rewards: the functions.
+        rewards: the functions, of distinct names; those of ``async def`` share an event loop of
+            their own, so that they may keep a client between calls.
         prompts, completions: N each.
-        columns: lists of N values.
+        columns: lists of N values; each function gets copies.
         on_error: ``raise``, or ``skip`` the samples concerned (all N if the function raised).
 
     Raises:
-        RewardError: naming the function, the sample and the value.
+        RewardError: naming the function, the sample and the value; its cause is the exception of
+            the function, if that raised.
+        ValueError: if ``prompts`` or a column has not N values, a column cannot be passed on by
+            its name, or ``on_error`` is unknown.
     """
+    _check_arguments(prompts, completions, columns, on_error)
     scored = ScoredRewards(torch.zeros(len(completions), dtype=torch.float64), {})
     applies = torch.zeros(len(completions), dtype=torch.bool)
     failed = torch.zeros(len(completions), dtype=torch.bool)
     for reward in rewards:
         checked, bad, errors = _score(reward, prompts, completions, columns)
         if errors and on_error == "raise":
-            raise RewardError(errors[0])
-        scored.errors += errors
+            raise errors[0]
+        scored.errors += map(str, errors)
         scored.per_function[reward.name] = checked
         failed |= bad
         applies |= ~checked.isnan()
@@ -74,23 +82,48 @@ def score_completions(
     return scored
 
 
+def _check_arguments(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    on_error: str,
+) -> None:
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    for name in ("prompts", "completions"):
+        if name in columns:
+            raise ValueError(f"no column may be called {name!r}: reward functions have that name")
+    for name, values in {"prompts": prompts, **columns}.items():
+        if len(values) != len(completions):
+            raise ValueError(
+                f"{name!r} has {len(values)} values for {len(completions)} completions"
+            )
+
+
 def _score(
     reward: Reward,
     prompts: Sequence[Any],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
-) -> tuple[Tensor, Tensor, list[str]]:
+) -> tuple[Tensor, Tensor, list[RewardError]]:
     """Values float64 [N], NaN for None and for failures; which failed, bool [N]; and why."""
     checked = torch.full((len(completions),), math.nan, dtype=torch.float64)
     bad = torch.zeros(len(completions), dtype=torch.bool)
+    if not completions:
+        return checked, bad, []
     name = f"reward function {reward.name!r}"
     try:
         values = _call(reward, prompts, completions, columns)
     except Exception as error:
-        return checked, ~bad, [f"{name} raised {type(error).__name__}: {error}"]
+        failure = RewardError(f"{name} raised {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return checked, ~bad, [failure]
+    if not isinstance(values, list):
+        problem = f"{name} returned {type(values).__name__}, expected a list of numbers"
+        return checked, ~bad, [RewardError(problem)]
     if len(values) != len(completions):
         problem = f"{name} returned {len(values)} values for {len(completions)} completions"
-        return checked, ~bad, [problem]
+        return checked, ~bad, [RewardError(problem)]
     errors = []
     for index, value in enumerate(values):
         number = None if value is None else _number(value)
@@ -101,8 +134,10 @@ def _score(
         else:
             bad[index] = True
             errors.append(
-                f"{name} returned {value!r} for completion {index}, "
-                "expected a finite number or None"
+                RewardError(
+                    f"{name} returned {value!r} for completion {index}, "
+                    "expected a finite number or None"
+                )
             )
     return checked, bad, errors
 
@@ -112,7 +147,8 @@ def _call(
     prompts: Sequence[Any],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
-) -> list[Any]:
+) -> Any:
+    """What the function returns: a list, or else what cannot be made one."""
     # Copies, so that a function that changes its arguments changes nothing of ours.
     arguments = copy.deepcopy(
         {
@@ -123,7 +159,10 @@ def _call(
     )
     result = reward.function(**arguments)
     if inspect.isawaitable(result):
-        result = asyncio.run(_wait(result))
+        result = asyncio.run_coroutine_threadsafe(_wait(result), _event_loop(os.getpid())).result()
+    # The items of these are no list of values, although `list` takes them.
+    if isinstance(result, str | bytes | Mapping | Set) or not _is_iterable(result):
+        return result
     return list(result)
 
 
@@ -131,9 +170,31 @@ async def _wait(result: Any) -> Any:
     return await result
 
 
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """An event loop in a thread: the caller's thread may run one already, as notebooks do.
+
+    It is kept, because clients of network services are bound to the loop they were made in; but
+    ``process`` is part of the key, because threads do not survive a fork.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"rewards-{process}", daemon=True).start()
+    return loop
+
+
+def _is_iterable(value: Any) -> bool:
+    try:
+        iter(value)
+    except TypeError:  # also a tensor without dimensions
+        return False
+    return True
+
+
 def _number(value: Any) -> float:
     """``value`` as a float, NaN if it is not a number."""
+    if isinstance(value, str | bytes):  # which `float` would read
+        return math.nan
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except Exception:  # each library raises its own
         return math.nan

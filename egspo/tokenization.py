@@ -52,22 +52,57 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Tokens of chat prompts, ready to be answered.
 
+    Text in a message that spells a special token becomes that token, as always with chat templates
+    of transformers: strip it from prompts you do not trust. (A mask token in a prompt is not
+    filled in; only the completion is.)
+
     Raises:
-        ValueError: if the tokenizer has no chat template, or a prompt is empty.
+        TypeError: if a prompt is not a list of messages.
+        ValueError: if the tokenizer has no chat template, a prompt is empty, or it has characters
+            that the tokenizer does not know.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template to render prompts with"
         )
     for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not all(isinstance(message, dict) for message in prompt):
+            raise TypeError(f"prompt {number} must be a list of chat messages, got {prompt!r}")
         if not prompt or not any(message.get("content") for message in prompt):
             raise ValueError(f"prompt {number} is empty")
     texts = [
-        tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        str(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
         for prompt in prompts
     ]
+    if not texts:
+        return []
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    _check_known(tokenizer, prompts, encoded)
     return encoded
+
+
+def _check_known(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[dict[str, str]]],
+    encoded: Sequence[Sequence[int]],
+) -> None:
+    """A model cannot answer what it cannot read: no unknown tokens."""
+    unknown = tokenizer.unk_token_id
+    # GPT-2's kind of tokenizer knows every byte and calls its end of text unknown.
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return
+    for number, ids in enumerate(encoded):
+        if unknown in ids:
+            characters = sorted(set("".join(str(m.get("content")) for m in prompts[number])))
+            lost = [
+                c
+                for c in characters
+                if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]
+            ]
+            raise ValueError(
+                f"prompt {number} has characters that the tokenizer does not know: "
+                f"{''.join(lost) or tokenizer.unk_token!r}"
+            )
 
 
 def decode_completions(

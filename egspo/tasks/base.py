@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +39,17 @@ class Reward:
     intermediate: bool = True
     """Whether it also scores the one-step completions of EGSPO-SA."""
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of reward {self.name!r} must be finite: {self.weight}")
+
 
 @dataclass(frozen=True)
 class Task:
-    """Training and held-out prompts, which must share no answer, and how completions are scored."""
+    """Training and held-out prompts, which must share no answer, and how completions are scored.
+
+    Every example has the same columns: reward functions get them as lists over a batch.
+    """
 
     name: str
     train: Sequence[Example]
@@ -54,6 +62,14 @@ class Task:
         for split in ("train", "test"):
             if not getattr(self, split):
                 raise ValueError(f"task {self.name} has no {split} examples")
+        columns = self.train[0].columns.keys()
+        for split in ("train", "test"):
+            for number, example in enumerate(getattr(self, split)):
+                if example.columns.keys() != columns:
+                    raise ValueError(
+                        f"{split} example {number} of task {self.name} has the columns "
+                        f"{sorted(example.columns)}, the first training example {sorted(columns)}"
+                    )
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"task {self.name} has two rewards of one name: {names}")
@@ -75,7 +91,7 @@ def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
     return register
 
 
-def build_task(name: str, **options: Any) -> Task:
+def build_task(name: str, /, **options: Any) -> Task:
     """The task of that name.
 
     Raises:

@@ -9,7 +9,7 @@ import csv
 import functools
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def make_puzzle(grid: str, empty_cells: int, rng: random.Random) -> Puzzle:
 
     Raises:
         ValueError: if ``grid`` is not a solved grid, ``empty_cells`` is not in [1, 12], or no
-            such puzzle was found in 1000 orders (not every grid has puzzles of 12 empty cells).
+            such puzzle was found in 1000 orders (12 empty cells take up to five, for any grid).
     """
     if "0" in grid or not has_unique_solution(grid):
         raise ValueError(f"{grid!r} is not a solved grid")
@@ -149,27 +149,33 @@ def read_csv(path: str | os.PathLike[str]) -> list[Puzzle]:
         ValueError: naming file and line, for a missing column, a malformed grid, or a solution
             that is not the puzzle's only one.
     """
+    # utf-8-sig: spreadsheets begin a file with a byte order mark.
     with Path(path).open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
-        missing = {"Puzzle", "Solution"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(
-                f"{path} lacks the columns {sorted(missing)}; it has {reader.fieldnames or []}"
-            )
-        puzzles = []
-        for row in reader:
-            # Spreadsheets drop leading zeros of what looks like a number.
-            puzzle = (row["Puzzle"] or "").strip().zfill(CELLS)
-            solution = (row["Solution"] or "").strip()
-            try:
-                found = solutions(puzzle)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-            if found != [solution]:
-                problem = "has several solutions" if len(found) > 1 else f"is solved by {found}"
+        try:
+            missing = {"Puzzle", "Solution"} - set(reader.fieldnames or ())
+            if missing:
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: the puzzle {puzzle} {problem}, "
-                    f"Solution says {solution!r}"
+                    f"lacks the columns {sorted(missing)}; it has {reader.fieldnames or []}"
                 )
-            puzzles.append(Puzzle(puzzle, solution))
-    return puzzles
+            return [_checked(row) for row in reader]
+        except (ValueError, csv.Error) as error:  # not UTF-8 is a ValueError too
+            raise ValueError(f"{path}, line {max(reader.line_num, 1)}: {error}") from error
+
+
+def _checked(row: Mapping[str, str | None]) -> Puzzle:
+    """The puzzle of one line; a ValueError says what is wrong with it."""
+    puzzle = (row["Puzzle"] or "").strip()
+    solution = (row["Solution"] or "").strip()
+    if puzzle.isdigit():  # spreadsheets drop leading zeros of what looks like a number
+        puzzle = puzzle.zfill(CELLS)
+    found = solutions(puzzle)
+    if not found:
+        raise ValueError(f"the puzzle {puzzle} has no solution")
+    if len(found) > 1:
+        raise ValueError(f"the puzzle {puzzle} has several solutions, such as {found}")
+    if found != [solution]:
+        raise ValueError(
+            f"the puzzle {puzzle} is solved by {found[0]}, its Solution is {solution!r}"
+        )
+    return Puzzle(puzzle, solution)

@@ -60,7 +60,7 @@ def build_sudoku(
     *,
     train_examples: int = 10000,
     test_examples: int = 256,
-    empty_cells: int | list[int] = 8,
+    empty_cells: int | list[int] | None = None,
     test_grids: int = 48,
     seed: int = 0,
     path: str | None = None,
@@ -70,27 +70,37 @@ def build_sudoku(
 
     Args:
         train_examples, test_examples: puzzles to make; with ``path``, at most so many are taken.
-        empty_cells: how many cells are empty, or [fewest, most].
+        empty_cells: how many cells are empty, or [fewest, most]. None makes puzzles of 8; with
+            ``path``, it takes them all.
         test_grids: of the 288 solved grids, how many only the test puzzles use.
         seed: of the split and the puzzles, independent of the training seed.
         path: a CSV file with the columns ``Puzzle,Solution`` instead of made puzzles.
         prompt_style: ``digits``: four rows of digits in, four rows out; ``instruct``: an
             instruction in English, the answer in ``<answer>`` tags.
+
+    Raises:
+        FileNotFoundError: if there is no file ``path``.
+        ValueError: naming the option, or the line of the file, that is wrong.
     """
     if prompt_style not in ("digits", "instruct"):
         raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
-    for name, count in (("train_examples", train_examples), ("test_examples", test_examples)):
-        if count < 1:
-            raise ValueError(f"{name} must be >= 1, got {count}")
+    for name, count in (
+        ("train_examples", train_examples),
+        ("test_examples", test_examples),
+        ("test_grids", test_grids),
+    ):
+        if not _is_int(count) or count < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
     train_grids, held_out = split_grids(test_grids, seed)
     if path is None:
-        bounds = _bounds(empty_cells)
+        bounds = _bounds(8 if empty_cells is None else empty_cells)
         train = make_puzzles(train_grids, train_examples, bounds, seed, "train")
         test = make_puzzles(held_out, test_examples, bounds, seed, "test")
     else:
-        puzzles = [p for p in read_csv(path) if p.empty]
-        train = [p for p in puzzles if p.solution not in set(held_out)][:train_examples]
-        test = [p for p in puzzles if p.solution in set(held_out)][:test_examples]
+        bounds = _bounds([1, MAX_EMPTY] if empty_cells is None else empty_cells)
+        puzzles = [p for p in read_csv(path) if bounds[0] <= len(p.empty) <= bounds[1]]
+        train, test = _split(puzzles, set(held_out), path)
+        train, test = train[:train_examples], test[:test_examples]
     return Task(
         name="sudoku",
         train=[_example(p, prompt_style) for p in train],
@@ -100,14 +110,36 @@ def build_sudoku(
     )
 
 
+def _split(
+    puzzles: Sequence[Puzzle], held_out: set[str], path: str
+) -> tuple[list[Puzzle], list[Puzzle]]:
+    """Training and test puzzles of a file, by solution grid."""
+    train = [p for p in puzzles if p.solution not in held_out]
+    test = [p for p in puzzles if p.solution in held_out]
+    if not train or not test:
+        raise ValueError(
+            f"path: of the {len(puzzles)} puzzles in {path} (with as many empty cells as "
+            f"empty_cells asks for), {len(train)} are for training and {len(test)} for testing, "
+            f"because {len(held_out)} of the 288 solved grids (test_grids) are held out; both "
+            "need at least one: give a file with more solution grids, or change test_grids or seed"
+        )
+    return train, test
+
+
 def _bounds(empty_cells: int | list[int]) -> tuple[int, int]:
-    low, high = (empty_cells, empty_cells) if isinstance(empty_cells, int) else empty_cells
-    if not 1 <= low <= high <= MAX_EMPTY:
+    """(fewest, most) empty cells, checked."""
+    bounds = [empty_cells] * 2 if isinstance(empty_cells, int) else empty_cells
+    valid = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(_is_int, bounds))
+    if not valid or not 1 <= bounds[0] <= bounds[1] <= MAX_EMPTY:
         raise ValueError(
             f"empty_cells must be a number or [fewest, most] within [1, {MAX_EMPTY}], "
-            f"got {empty_cells}"
+            f"got {empty_cells!r}"
         )
-    return low, high
+    return bounds[0], bounds[1]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _rows(digits: str) -> str:

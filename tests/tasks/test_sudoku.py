@@ -1,0 +1,476 @@
+"""4x4 Sudoku: the solver against brute force, puzzles, splits, the CSV format and the task."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from egspo.tasks import Example, Reward, Task, build_task, register_task
+from egspo.tasks.sudoku import (
+    Puzzle,
+    all_grids,
+    has_unique_solution,
+    make_puzzle,
+    make_puzzles,
+    read_csv,
+    solutions,
+    split_grids,
+    write_csv,
+)
+from egspo.tasks.sudoku_task import cell_accuracy, extract_digits, solved
+
+GRID = "1234341221434321"
+PUZZLE = "1030040220404001"
+ONE_SOLUTION = Puzzle("1230341221434321", GRID)
+
+
+def brute_force() -> list[str]:
+    """All grids by their definition: rows are permutations, columns and boxes hold all digits."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    pairs = [
+        (a, b)
+        for a in rows
+        for b in rows
+        if len(set(a[:2] + b[:2])) == len(set(a[2:] + b[2:])) == 4
+    ]
+    found = [
+        a + b + c + d
+        for (a, b), (c, d) in itertools.product(pairs, pairs)
+        if all(len({a[i], b[i], c[i], d[i]}) == 4 for i in range(4))
+    ]
+    return sorted(found)
+
+
+GRIDS = brute_force()
+
+
+def test_all_grids_are_those_of_brute_force() -> None:
+    assert list(all_grids()) == GRIDS
+    assert len(GRIDS) == 288
+
+
+@st.composite
+def partial_grids(draw: st.DrawFn) -> str:
+    """A grid with cells emptied, and sometimes one cell changed, so that it may be unsolvable."""
+    cells = list(draw(st.sampled_from(GRIDS)))
+    for cell in draw(st.sets(st.integers(0, 15))):
+        cells[cell] = "0"
+    if draw(st.booleans()):
+        cells[draw(st.integers(0, 15))] = draw(st.sampled_from("01234"))
+    return "".join(cells)
+
+
+@given(partial_grids(), st.integers(1, 5))
+def test_solver_agrees_with_brute_force(puzzle: str, limit: int) -> None:
+    expected = [
+        grid for grid in GRIDS if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))
+    ]
+    assert solutions(puzzle, limit=1000) == expected
+    found = solutions(puzzle, limit=limit)
+    assert len(found) == min(limit, len(expected))
+    assert set(found) <= set(expected)
+    assert has_unique_solution(puzzle) == (len(expected) == 1)
+
+
+@given(st.text("01234", min_size=16, max_size=16))
+def test_solver_on_arbitrary_clues(puzzle: str) -> None:
+    expected = [
+        grid for grid in GRIDS if all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))
+    ]
+    assert solutions(puzzle, limit=1000) == expected
+
+
+@pytest.mark.parametrize("puzzle", ["", "1" * 15, "1" * 17, "5" + "0" * 15, "١" + "0" * 15])
+def test_solver_refuses_what_is_no_puzzle(puzzle: str) -> None:
+    with pytest.raises(ValueError, match="16 digits from 0 to 4"):
+        solutions(puzzle)
+
+
+@pytest.mark.parametrize("empty", range(1, 13))
+def test_puzzles_have_the_asked_empty_cells_and_one_solution(empty: int) -> None:
+    for index, grid in enumerate(GRIDS[::7]):
+        puzzle = make_puzzle(grid, empty, random.Random(index))
+        assert puzzle.puzzle.count("0") == len(puzzle.empty) == empty
+        assert all(puzzle.puzzle[i] == "0" for i in puzzle.empty)
+        assert solutions(puzzle.puzzle) == [grid] == [puzzle.solution]
+
+
+def test_every_grid_has_a_puzzle_of_twelve_empty_cells() -> None:
+    for grid in GRIDS:
+        assert make_puzzle(grid, 12, random.Random(0)).puzzle.count("0") == 12
+
+
+@pytest.mark.parametrize(
+    ("grid", "empty", "message"),
+    [
+        (GRID, 0, "empty_cells"),
+        (GRID, 13, "empty_cells"),
+        ("0" + GRID[1:], 3, "not a solved grid"),
+        ("1" * 16, 3, "not a solved grid"),
+    ],
+)
+def test_make_puzzle_refuses(grid: str, empty: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_puzzle(grid, empty, random.Random(0))
+
+
+def test_puzzles_are_a_function_of_seed_name_and_index() -> None:
+    def make(count: int = 20, seed: int = 0, name: str = "train") -> list[Puzzle]:
+        return make_puzzles(GRIDS, count, (4, 8), seed, name)
+
+    assert make() == make()
+    assert make(count=5) == make()[:5]
+    assert make() != make(seed=1)
+    assert make() != make(name="test")
+    assert len(set(make())) > 15
+    assert {len(p.empty) for p in make(count=60)} == {4, 5, 6, 7, 8}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_grids_is_a_partition(seed: int) -> None:
+    train, test = split_grids(48, seed)
+    assert len(test) == 48
+    assert sorted(train + test) == GRIDS
+    assert split_grids(48, seed) == (train, test)
+    assert set(split_grids(48, seed + 1)[1]) != set(test)
+
+
+@pytest.mark.parametrize("test_grids", [0, -1, 288])
+def test_split_grids_refuses(test_grids: int) -> None:
+    with pytest.raises(ValueError, match=r"test_grids must lie in \[1, 287\]"):
+        split_grids(test_grids, 0)
+
+
+# --- CSV
+
+
+def test_csv_round_trip(tmp_path: Path) -> None:
+    puzzles = make_puzzles(GRIDS, 30, (1, 12), 0, "csv")
+    write_csv(tmp_path / "p.csv", puzzles)
+    assert read_csv(tmp_path / "p.csv") == puzzles
+    assert read_csv(str(tmp_path / "p.csv")) == puzzles
+
+
+ROW = f"{ONE_SOLUTION.puzzle},{GRID}"
+ZEROS = Puzzle("0030040220404001", solutions("0030040220404001")[0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Puzzle,Solution\n{ROW}\n".encode(),
+        f"Puzzle,Solution\n{ROW}".encode(),
+        f"Puzzle,Solution\r\n{ROW}\r\n".encode(),
+        f"\ufeffPuzzle,Solution\n{ROW}\n".encode(),
+        f"Solution,id,Puzzle\n{GRID},7,{ONE_SOLUTION.puzzle}\n".encode(),
+        f'"Puzzle","Solution"\n"{ONE_SOLUTION.puzzle}"," {GRID}"\n\n'.encode(),
+    ],
+    ids=["plain", "no end of line", "CRLF", "BOM", "other columns", "quotes and blanks"],
+)
+def test_csv_variants(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "p.csv").write_bytes(text)
+    assert read_csv(tmp_path / "p.csv") == [ONE_SOLUTION]
+
+
+def test_csv_restores_leading_zeros(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(f"Puzzle,Solution\n{int(ZEROS.puzzle)},{ZEROS.solution}\n")
+    assert read_csv(tmp_path / "p.csv") == [ZEROS]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (f"5230341221434321,{GRID}", "16 digits from 0 to 4, got '5230341221434321'"),
+        (f"1.23E+15,{GRID}", "got '1.23E\\+15'"),
+        (f"12303412214343210,{GRID}", "16 digits"),
+        (f"{'0' * 16},{GRID}", "several solutions"),
+        (f"0,{GRID}", "several solutions"),
+        (f"1100000000000000,{GRID}", "has no solution"),
+        (f"{ONE_SOLUTION.puzzle},{GRIDS[-1]}", f"is solved by {GRID}"),
+        (f"{ONE_SOLUTION.puzzle},", "its Solution is ''"),
+        (ONE_SOLUTION.puzzle, "its Solution is ''"),
+        (f",{GRID}", "16 digits from 0 to 4, got ''"),
+    ],
+)
+def test_csv_errors_name_file_and_line(tmp_path: Path, row: str, message: str) -> None:
+    (tmp_path / "bad.csv").write_text(f"Puzzle,Solution\n{ROW}\n{row}\n{ROW}\n")
+    with pytest.raises(ValueError, match=rf"bad\.csv, line 3: .*{message}"):
+        read_csv(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", r"line 1: lacks the columns \['Puzzle', 'Solution'\]"),
+        (b"Puzzle,Answer\n", r"line 1: lacks the columns \['Solution'\]; .*'Answer'"),
+        (b"puzzle;solution\n", "line 1: lacks the columns"),
+        (b"Puzzle,Solution\n\xff\xfe\n", "line .*utf-8"),
+        (b'Puzzle,Solution\n"' + b"1" * 200_000, "line .*field larger"),
+    ],
+    ids=["empty", "column", "separator", "encoding", "unclosed quote"],
+)
+def test_csv_files_that_cannot_be_read(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "bad.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"bad\.csv, {message}"):
+        read_csv(tmp_path / "bad.csv")
+
+
+def test_csv_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none"):
+        read_csv(tmp_path / "none.csv")
+
+
+# --- Reward
+
+
+def answer(text: str) -> str:
+    return f"<answer>{text}</answer>"
+
+
+WRONG = "".join("2341"[int(digit) - 1] for digit in GRID)
+
+
+@pytest.mark.parametrize(
+    ("completion", "digits"),
+    [
+        ("", ""),
+        (GRID, GRID),
+        ("12 34\n3412", "12343412"),
+        (answer(GRID), GRID),
+        (f"4x4, so 1 and 2: {answer(GRID)} 99", GRID),
+        (answer("1111") + answer(GRID), GRID),
+        (answer(GRID) + answer(""), ""),
+        (f"<answer>12<answer>{GRID}</answer></answer>", GRID),
+        (f"12 <answer>{GRID}", GRID),
+        (f"{GRID}</answer>", GRID),
+        ("</answer>12<answer>34", "34"),
+        ("<answer>", ""),
+        ("١٢٣٤", ""),
+        ("１２３４", ""),
+        ("²①Ⅳ", ""),
+        ("решение: 12 — 四34", "1234"),
+    ],
+)
+def test_extract_digits(completion: str, digits: str) -> None:
+    assert extract_digits(completion) == digits
+
+
+def score(completion: str, puzzle: str = PUZZLE, solution: str = GRID) -> tuple[float, float]:
+    columns = {"puzzle": [puzzle], "solution": [solution]}
+    (accuracy,) = cell_accuracy([[]], [completion], **columns)
+    (whole,) = solved([[]], [completion], **columns)
+    return accuracy, whole
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (GRID, (1.0, 1.0)),
+        (answer("\n".join(GRID[i : i + 4] for i in range(0, 16, 4))), (1.0, 1.0)),
+        (WRONG, (0.0, 0.0)),
+        ("", (0.0, 0.0)),
+        ("no answer", (0.0, 0.0)),
+        (PUZZLE, (0.0, 0.0)),
+        (GRID + "1", (1.0, 0.0)),
+        (GRID * 2, (1.0, 0.0)),
+        ("0" + GRID, (0.0, 0.0)),
+        (GRID[:15], (1.0, 0.0)),
+        (GRID[:8], (4 / 8, 0.0)),
+        ("1" * 16, (2 / 8, 0.0)),
+        ("1234" * 4, (2 / 8, 0.0)),
+        (f"{GRID} {answer('')}", (0.0, 0.0)),
+        ("１２３４" * 4, (0.0, 0.0)),
+    ],
+)
+def test_scores(completion: str, expected: tuple[float, float]) -> None:
+    accuracy, whole = score(completion)
+    assert accuracy == pytest.approx(expected[0])
+    assert whole == expected[1]
+
+
+@given(st.text("0123456789", min_size=16, max_size=16))
+def test_given_cells_pay_nothing(completion: str) -> None:
+    given_right = "".join(c if p == "0" else p for c, p in zip(completion, PUZZLE, strict=True))
+    right = sum(completion[i] == GRID[i] for i in range(16) if PUZZLE[i] == "0")
+    assert score(completion)[0] == score(given_right)[0] == pytest.approx(right / 8)
+
+
+@given(st.text())
+def test_scores_of_any_text_are_in_range(completion: str) -> None:
+    accuracy, whole = score(completion)
+    assert 0.0 <= accuracy <= 1.0
+    assert whole in (0.0, 1.0)
+    assert whole <= accuracy
+
+
+@pytest.mark.parametrize("text", ["1", "<answer>", "</answer>", "<answer>1", "é", "<"])
+def test_a_megabyte_is_scored_in_linear_time(text: str) -> None:
+    completion = text * (10**6 // len(text))
+    start = time.process_time()
+    accuracy, whole = score(completion)
+    # About 0.1 s; anything quadratic takes minutes.
+    assert time.process_time() - start < 1.0
+    assert accuracy < 1.0
+    assert whole == 0.0
+
+
+def test_scores_follow_the_batch() -> None:
+    columns = {"puzzle": [PUZZLE] * 3, "solution": [GRID] * 3}
+    assert cell_accuracy([], [GRID, WRONG, GRID], **columns, other=[1, 2, 3]) == [1.0, 0.0, 1.0]
+    assert solved([], [GRID, WRONG, ""], **columns, other=[1, 2, 3]) == [1.0, 0.0, 0.0]
+    assert cell_accuracy([], [], [], []) == solved([], [], []) == []
+
+
+# --- Task
+
+
+def sudoku(**options: Any) -> Task:
+    return build_task("sudoku", **{"train_examples": 40, "test_examples": 20, **options})
+
+
+def answers(examples: Any) -> set[str]:
+    return {example.columns["solution"] for example in examples}
+
+
+@pytest.mark.parametrize("options", [{}, {"empty_cells": 12}, {"empty_cells": [3, 5]}])
+def test_made_task_has_what_was_asked(options: dict[str, Any]) -> None:
+    task = sudoku(**options)
+    assert (len(task.train), len(task.test)) == (40, 20)
+    asked = options.get("empty_cells", 8)
+    low, high = (asked, asked) if isinstance(asked, int) else asked
+    for example in [*task.train, *task.test]:
+        puzzle = example.columns["puzzle"]
+        assert low <= puzzle.count("0") <= high
+        assert solutions(puzzle) == [example.columns["solution"]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("test_grids", [1, 48, 287])
+def test_made_splits_share_no_solution(seed: int, test_grids: int) -> None:
+    task = sudoku(seed=seed, test_grids=test_grids, train_examples=100, test_examples=100)
+    assert not answers(task.train) & answers(task.test)
+
+
+def test_csv_splits_share_no_solution(tmp_path: Path) -> None:
+    write_csv(tmp_path / "p.csv", make_puzzles(GRIDS, 300, (1, 10), 3, "file"))
+    task = sudoku(path=str(tmp_path / "p.csv"), train_examples=1000, test_examples=1000)
+    assert len(task.train) + len(task.test) == 300
+    assert not answers(task.train) & answers(task.test)
+    # The same grids are held out from a file and from made puzzles: results compare.
+    assert answers(task.test) <= set(split_grids(48, 0)[1])
+
+
+def test_csv_options_are_used(tmp_path: Path) -> None:
+    write_csv(tmp_path / "p.csv", make_puzzles(GRIDS, 300, (1, 10), 3, "file"))
+    task = sudoku(path=str(tmp_path / "p.csv"), train_examples=7, test_examples=3)
+    assert (len(task.train), len(task.test)) == (7, 3)
+    task = sudoku(path=str(tmp_path / "p.csv"), empty_cells=[4, 5])
+    assert {e.columns["puzzle"].count("0") for e in [*task.train, *task.test]} == {4, 5}
+
+
+def test_solved_grids_of_a_file_are_no_puzzles(tmp_path: Path) -> None:
+    grids = [Puzzle(grid, grid) for grid in GRIDS]
+    write_csv(tmp_path / "p.csv", [*grids, *make_puzzles(GRIDS, 100, (4, 4), 0, "file")])
+    task = sudoku(path=str(tmp_path / "p.csv"), train_examples=1000, test_examples=1000)
+    assert len(task.train) + len(task.test) == 100
+
+
+def test_csv_in_one_split_is_a_clear_error(tmp_path: Path) -> None:
+    train, test = split_grids(48, 0)
+    for grids, counts in ((train, "9 are for training and 0"), (test, "0 are for training and 9")):
+        write_csv(tmp_path / "p.csv", make_puzzles(grids, 9, (4, 4), 0, "file"))
+        with pytest.raises(ValueError, match=rf"^path: .*p\.csv .*{counts} .*test_grids"):
+            sudoku(path=str(tmp_path / "p.csv"))
+    write_csv(tmp_path / "p.csv", [])
+    with pytest.raises(ValueError, match=r"^path: of the 0 puzzles in .*p\.csv"):
+        sudoku(path=str(tmp_path / "p.csv"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_examples": 0},
+        {"test_examples": -1},
+        {"train_examples": 1.5},
+        {"train_examples": "10"},
+        {"test_grids": 0},
+        {"test_grids": 288},
+        {"test_grids": 4.0},
+        {"empty_cells": 0},
+        {"empty_cells": 13},
+        {"empty_cells": [8]},
+        {"empty_cells": [4, 6, 8]},
+        {"empty_cells": [8, 6]},
+        {"empty_cells": [0, 6]},
+        {"empty_cells": "8"},
+        {"empty_cells": 8.0},
+        {"empty_cells": True},
+        {"prompt_style": "digit"},
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        sudoku(**options)
+
+
+def test_unknown_options_and_tasks_are_named() -> None:
+    with pytest.raises(ValueError, match=r"no option 'empty_cell', did you mean 'empty_cells'\?"):
+        sudoku(empty_cell=3)
+    with pytest.raises(ValueError, match="no option 'name'"):
+        sudoku(name="x")
+    with pytest.raises(ValueError, match=r"unknown task 'sudoko', did you mean 'sudoku'\?"):
+        build_task("sudoko")
+    with pytest.raises(ValueError, match="registered already"):
+        register_task("sudoku")(sudoku)
+
+
+@pytest.mark.parametrize("style", ["digits", "instruct"])
+def test_prompts_hold_the_puzzle_and_targets_solve_it(style: str) -> None:
+    task = sudoku(prompt_style=style)
+    assert task.solved is not None
+    for example in task.train:
+        (message,) = example.prompt
+        rows = [example.columns["puzzle"][i : i + 4] for i in range(0, 16, 4)]
+        assert "\n".join(rows) in message["content"]
+        assert message["role"] == "user"
+        assert example.columns["solution"] not in message["content"].replace("\n", "")
+        columns = {name: [value] for name, value in example.columns.items()}
+        assert example.target is not None
+        assert task.solved([example.prompt], [example.target], **columns) == [1.0]
+        assert task.rewards[0].function([example.prompt], [example.target], **columns) == [1.0]
+
+
+def example(**columns: Any) -> Example:
+    return Example(prompt=[{"role": "user", "content": "?"}], columns=columns)
+
+
+def reward(name: str = "zero", weight: float = 1.0) -> Reward:
+    return Reward(name, lambda completions, **_: [0.0] * len(completions), weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Task("t", [], [example()], [reward()]), "no train examples"),
+        (lambda: Task("t", [example()], [], [reward()]), "no test examples"),
+        (lambda: Task("t", [example()], [example()], [reward()] * 2), "two rewards of one name"),
+        (
+            lambda: Task("t", [example(a=1)], [example(a=1), example(b=1)], [reward()]),
+            r"test example 1 of task t has the columns \['b'\]",
+        ),
+        (lambda: reward(weight=float("nan")), "weight of reward 'zero'"),
+    ],
+)
+def test_malformed_tasks(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
