@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from egspo.recipe import config_to_dict, load_config
-
 from egspo.checkpoint import CheckpointError
 from egspo.config import TrainConfig
+from egspo.recipe import config_to_dict, load_config
 
 # What may differ without changing what the steps already made would have been.
 _MAY_CHANGE = ("output_dir", "steps", "eval", "checkpoint", "trackers")

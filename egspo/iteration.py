@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from egspo.rewards import ScoredRewards, score_completions
-from egspo.tokenization import decode_completions
 from torch import Tensor
 
 from egspo.advantages import (
@@ -23,10 +21,12 @@ from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
 from egspo.optimization import NonFiniteError, apply_gradients, clip_gradients
+from egspo.rewards import ScoredRewards, score_completions
 from egspo.rollout import rollout
 from egspo.scoring import Scorer, Scores, States
 from egspo.selection import candidate_limits, histogram, select
 from egspo.tasks import Reward
+from egspo.tokenization import decode_completions
 from egspo.trajectory import PromptBatch, Trajectory
 from egspo_kernels import Surrogate
 

@@ -151,7 +151,7 @@ def test_check_context() -> None:
         ([], ValueError, "prompts must not be empty"),
         (chats("1", ""), ValueError, "prompt 1 is empty"),
         (["1"], TypeError, "prompt 0 must be a list of chat messages"),
-        (chats("1", "x"), ValueError, "prompt 1 has characters .*: x"),
+        (chats("1", "x"), ValueError, "prompt 1 has characters .*: 'x'"),
     ],
 )
 def test_bad_prompts(prompts: Any, error: type[Exception], message: str) -> None:

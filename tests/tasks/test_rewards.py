@@ -109,7 +109,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize("value", BAD_VALUES, ids=repr)
 def test_bad_values(value: Any) -> None:
     reward = returns([1.0, value, 2.0])
-    with pytest.raises(RewardError, match="reward function 'f' returned .* for completion 1"):
+    with pytest.raises(RewardError, match=r"reward function 'f' returned .* for completion 1"):
         score(reward)
     scored = score(reward, on_error="skip")
     assert same(scored.total, [1.0, NAN, 2.0])

@@ -124,12 +124,12 @@ def test_empty_prompts_are_refused(prompt: list[dict[str, str]]) -> None:
 
 @pytest.mark.parametrize("prompt", ["1234", ["1234"]])
 def test_prompts_that_are_no_messages_are_refused(prompt: object) -> None:
-    with pytest.raises(TypeError, match="prompt 1 must be a list of chat messages, got .*1234"):
+    with pytest.raises(TypeError, match=r"prompt 1 must be a list of chat messages, got .*1234"):
         encode_prompts(TOKENIZER, [chat("1"), prompt])  # type: ignore[list-item]
 
 
 def test_prompts_the_tokenizer_cannot_read_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"prompt 1 has characters .* does not know: 59$"):
+    with pytest.raises(ValueError, match=r"prompt 1 has characters .* does not know: '59'$"):
         encode_prompts(TOKENIZER, [chat("1"), chat("1529")])
 
 
