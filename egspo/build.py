@@ -19,6 +19,9 @@ from egspo.models.loading import special_token_ids
 from egspo.tasks import Task, build_task
 from egspo.tokenization import character_tokenizer, encode_prompts
 
+# Taken in ``reward/NAME`` and ``eval/NAME``.
+_METRIC_NAMES = ("mean", "std", "reward", "solved", "skipped")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -39,7 +42,7 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def build_data(config: TrainConfig) -> Data:
     """Task and tokenised prompts; every prompt is tokenised now, so that a bad one fails now."""
     tokenizer = build_tokenizer(config.model)
-    task = weighted_task(build_task(config.task.name, **config.task.options), config.task)
+    task = configured_task(build_task(config.task.name, **config.task.options), config.task)
     train, test = (
         PromptSet(examples, encode_prompts(tokenizer, [example.prompt for example in examples]))
         for examples in (task.train, task.test[: config.eval.examples])
@@ -47,22 +50,46 @@ def build_data(config: TrainConfig) -> Data:
     return Data(task, tokenizer, train, test)
 
 
-def weighted_task(task: Task, config: TaskConfig) -> Task:
-    """``task`` with the reward weights of the recipe; an unknown reward name raises ValueError."""
+def configured_task(task: Task, config: TaskConfig) -> Task:
+    """``task`` with the rewards as the recipe wants them.
+
+    Raises:
+        ValueError: an option names a reward that the task does not have.
+    """
     names = [reward.name for reward in task.rewards]
-    for name in config.reward_weights:
-        if name not in names:
-            raise ValueError(f"task.reward_weights names {name!r}; {task.name} has {names}")
-    weights = config.reward_weights
-    rewards = [replace(r, weight=weights.get(r.name, r.weight)) for r in task.rewards]
+    weights, intermediate = config.reward_weights, config.intermediate_rewards
+    for option, given in (("reward_weights", weights), ("intermediate_rewards", intermediate)):
+        for name in given or ():
+            if name not in names:
+                raise ValueError(f"task.{option} names {name!r}; {task.name} has {names}")
+    rewards = [
+        replace(
+            reward,
+            weight=weights.get(reward.name, reward.weight),
+            intermediate=reward.intermediate
+            if intermediate is None
+            else reward.name in intermediate,
+        )
+        for reward in task.rewards
+    ]
     return replace(task, rewards=rewards)
 
 
 def fresh_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, device: torch.device
 ) -> PreTrainedModel:
-    """A new model on ``device`` with the tokenizer's vocabulary and special tokens."""
+    """A new model on ``device`` with the tokenizer's vocabulary and special tokens.
+
+    Raises:
+        ValueError: the tokenizer has no mask or end-of-text token, or ``model.config`` is wrong.
+    """
     assert config.config is not None
+    for name in ("mask", "eos"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} (model.tokenizer) has no {name} token: "
+                "a new model takes its special tokens from it"
+            )
     fields = {
         "vocab_size": len(tokenizer),
         "embedding_size": len(tokenizer),
@@ -71,25 +98,33 @@ def fresh_model(
         "pad_token_id": tokenizer.pad_token_id,
         **config.config,
     }
-    return on_device(new_model(fields, seed=seed), device)
+    model = new_model(fields, seed=seed)
+    model.set_attn_implementation(config.attn_implementation)
+    return on_device(model, device, weights_dtype(config, device))
 
 
 def base_model(config: ModelConfig, source: str, device: torch.device) -> PreTrainedModel:
     """The checkpoint at ``source`` in the precision of the recipe, on ``device``."""
-    frozen = config.lora is not None or config.adapter is not None
-    half = config.dtype == "bfloat16" or (
-        config.dtype == "auto" and frozen and device.type == "cuda"
-    )
     model = load_model(
         source,
-        dtype=torch.bfloat16 if half else torch.float32,
+        dtype=weights_dtype(config, device),
         attn_implementation=config.attn_implementation,
     )
     return on_device(model, device)
 
 
-def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    nn.Module.to(model, device)
+def weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """What ``model.dtype`` means on ``device``."""
+    if config.dtype != "auto":
+        return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    frozen = config.lora is not None or config.adapter is not None
+    return torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+
+
+def on_device(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    nn.Module.to(model, device, dtype)
     return model
 
 
@@ -150,8 +185,21 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
 
 
 def check_data(config: TrainConfig, data: Data, context: int | None) -> None:
-    """Prompts must fit the model's context, and rewards must exist."""
+    """Prompts must fit the model's context, and rewards serve the algorithm.
+
+    Raises:
+        ValueError: naming the prompt, the reward or the option that is in the way.
+    """
     if not data.task.rewards:
         raise ValueError(f"task {data.task.name} has no reward function")
+    for reward in data.task.rewards:
+        if reward.name in _METRIC_NAMES:
+            raise ValueError(f"a reward may not be called {reward.name!r}: a metric has that name")
+    if config.algorithm.stepwise and not any(r.intermediate for r in data.task.rewards):
+        raise ValueError(
+            "algorithm.stepwise (EGSPO-SA) needs a reward that scores one-step completions, and "
+            f"task {data.task.name} has none with task.intermediate_rewards="
+            f"{config.task.intermediate_rewards}"
+        )
     for prompts in (data.train, data.test):
         check_context(prompts.token_ids, config.generation, context)

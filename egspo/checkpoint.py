@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds them."""
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
@@ -30,12 +32,13 @@ def save_checkpoint(
         keep_last: checkpoints to keep, this one included.
 
     A kill at any moment leaves either the old checkpoints or the old and the new one: the files
-    are written elsewhere, synced, and renamed.
+    are written elsewhere, synced, and renamed. An intact checkpoint of the step is left as it is.
     """
     target = folder / f"{_PREFIX}{step:06d}"
-    publish(target, write)
+    if not _intact(target):
+        publish(target, write)
     for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        _delete(old)
     return target
 
 
@@ -55,7 +58,7 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
         for path in (*partial.rglob("*"), partial):
             _sync(path)
         if target.exists():
-            shutil.rmtree(target)
+            _delete(target)
         partial.rename(target)
         _sync(target.parent)
     except BaseException:
@@ -65,13 +68,43 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file())
+    found = (path for path in folder.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file())
+    return sorted(found, key=_step)
 
 
 def remove_partial(folder: Path) -> None:
     """Delete what killed runs left half-written."""
     for path in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def check_unclaimed(folder: Path, resumed: Path | None) -> None:
+    """Refuse to mix checkpoints of two runs.
+
+    Args:
+        folder: where a run is to put its checkpoints.
+        resumed: the checkpoint it goes on from, if any.
+
+    Raises:
+        CheckpointError: ``folder`` has checkpoints that do not belong to the run of ``resumed``.
+    """
+    if resumed is not None and resumed.resolve().parent == folder.resolve():
+        return
+    if list_checkpoints(folder):
+        raise CheckpointError(
+            f"{folder} has the checkpoints of another run: resume that run, or choose another "
+            "output_dir"
+        )
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Delete checkpoints of steps after ``step``: a run that goes on from there makes them anew."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        if _step(path) > step:
+            _delete(path)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -79,7 +112,11 @@ def verify_checkpoint(path: Path) -> None:
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
-    for name, expected in json.loads(manifest_file.read_text()).items():
+    try:
+        manifest = json.loads(manifest_file.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} cannot be read: {error}") from error
+    for name, expected in manifest.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} is damaged: {name} is missing")
@@ -96,9 +133,9 @@ def find_checkpoint(where: Path) -> Path:
     if (where / MANIFEST).is_file():
         verify_checkpoint(where)
         return where
-    found = list_checkpoints(where / "checkpoints")
+    found = list_checkpoints(where / CHECKPOINTS)
     if not found:
-        raise CheckpointError(f"no checkpoint in {where / 'checkpoints'}: nothing to resume from")
+        raise CheckpointError(f"no checkpoint in {where / CHECKPOINTS}: nothing to resume from")
     try:
         verify_checkpoint(found[-1])
     except CheckpointError as error:
@@ -108,21 +145,37 @@ def find_checkpoint(where: Path) -> Path:
     return found[-1]
 
 
-def check_writable(folder: Path, needed_bytes: int) -> None:
-    """Create ``folder``; raises OSError where it cannot be written or the disk is too full."""
+def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir") -> None:
+    """Create ``folder``, which the user knows as ``name``.
+
+    Raises:
+        OSError: it cannot be written, or its disk has less than ``needed_bytes`` free.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"{_PARTIAL}probe-{os.getpid()}"
         probe.write_bytes(b"egspo")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(f"output_dir {folder} cannot be written: {error}") from error
+        raise OSError(f"{name} {folder} cannot be written: {error}") from error
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(
-            f"output_dir {folder} has {free / 1e9:.2f} GB free, the checkpoints of this run need "
+            f"{name} {folder} has {free / 1e9:.2f} GB free, what this run saves there needs "
             f"{needed_bytes / 1e9:.2f} GB: free some space or lower checkpoint.keep_last"
         )
+
+
+def _delete(path: Path) -> None:
+    """At once: a kill halfway leaves a partial folder, not a damaged checkpoint."""
+    partial = path.with_name(f"{_PARTIAL}old-{path.name}-{os.getpid()}")
+    path.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _step(path: Path) -> int:
+    digits = path.name.removeprefix(_PREFIX)
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _intact(path: Path) -> bool:

@@ -33,6 +33,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank > 0, f"model.lora.rank must be > 0, got {self.rank}")
+        _require(self.alpha > 0, f"model.lora.alpha must be > 0, got {self.alpha}")
         _require(0 <= self.dropout < 1, f"model.lora.dropout must be in [0, 1), got {self.dropout}")
 
 
@@ -73,6 +74,9 @@ class TaskConfig:
     options: dict[str, Any] = field(default_factory=dict)
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Weights by reward name; rewards not named keep the task's."""
+    intermediate_rewards: list[str] | None = None
+    """Names of the rewards that score the one-step completions of EGSPO-SA; None for those that
+    the task itself says."""
     on_reward_error: Literal["raise", "skip"] = "raise"
     """``skip`` leaves the sample out of the update, counts it and reports it."""
 
@@ -158,7 +162,12 @@ class AlgorithmConfig:
         for name in ("selected_steps", "num_iterations", "lam_halving_updates"):
             value = getattr(self, name)
             _require(value > 0, f"algorithm.{name} must be > 0, got {value}")
-        _require(self.lam >= 0, f"algorithm.lam must be >= 0, got {self.lam}")
+        for name in ("lam", "clip_high", "beta"):
+            value = getattr(self, name)
+            _require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
+        _require(
+            0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
+        )
 
 
 @dataclass
@@ -174,9 +183,15 @@ class OptimizerConfig:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate}")
-        _require(self.max_grad_norm > 0, f"max_grad_norm must be > 0, got {self.max_grad_norm}")
-        _require(self.warmup_steps >= 0, f"warmup_steps must be >= 0, got {self.warmup_steps}")
+        for name in ("learning_rate", "max_grad_norm", "eps"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} must be > 0, got {value}")
+        for name in ("weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must be >= 0, got {value}")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), got {self.betas}"
+        )
 
 
 @dataclass
@@ -211,6 +226,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"eval.every must be >= 0, got {self.every}")
+        _require(
+            self.examples is None or self.examples > 0,
+            f"eval.examples must be > 0, or null for all, got {self.examples}",
+        )
+        _require(self.temperature >= 0, f"eval.temperature must be >= 0, got {self.temperature}")
 
 
 @dataclass

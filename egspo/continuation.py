@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 from egspo.checkpoint import CheckpointError
 from egspo.config import TrainConfig
 from egspo.recipe import config_to_dict, load_config
 
 # What may differ without changing what the steps already made would have been.
-_MAY_CHANGE = ("output_dir", "steps", "eval", "checkpoint", "trackers")
+_FREE = ("output_dir", "steps", "eval", "checkpoint", "trackers")
+_FREE_SFT = (
+    *_FREE,
+    "seed",
+    "algorithm",
+    "optimizer",
+    "prompts_per_step",
+    "micro_batch_size",
+    "generation.steps",
+    "generation.block_length",
+    "generation.temperature",
+    "generation.policy",
+    "generation.batch_size",
+    "task.reward_weights",
+    "task.on_reward_error",
+    "task.intermediate_rewards",
+    "sft.steps",
+    "sft.log_every",
+)
 
 
-def check_continuation(config: TrainConfig, run: Path) -> None:
-    """Compare ``config`` with the one saved by ``run``.
+def check_continuation(config: TrainConfig, run: Path, command: Literal["train", "sft"]) -> None:
+    """Compare ``config`` with the one saved by ``run``, which ``command`` started.
 
     Raises:
         CheckpointError: naming every option that differs and may not.
@@ -21,13 +40,38 @@ def check_continuation(config: TrainConfig, run: Path) -> None:
     saved_file = run / "config.yaml"
     if not saved_file.is_file():
         raise CheckpointError(f"{run} has no config.yaml: it is not a run of egspo")
-    saved, new = config_to_dict(load_config(saved_file)), config_to_dict(config)
+    saved, new = (flat(config_to_dict(c)) for c in (load_config(saved_file), config))
+    free = {"train": _FREE, "sft": _FREE_SFT}[command]
     changed = [
         f"{name} was {saved.get(name)!r}, now {new.get(name)!r}"
         for name in sorted({*saved, *new})
-        if name not in _MAY_CHANGE and saved.get(name) != new.get(name)
+        if saved.get(name) != new.get(name) and not _is_under(name, free)
     ]
+    steps, schedule = {
+        "train": ("steps", "optimizer.schedule"),
+        "sft": ("sft.steps", "sft.optimizer.schedule"),
+    }[command]
+    if new[steps] != saved[steps] and new[schedule] != "constant":
+        changed.append(
+            f"{steps} was {saved[steps]}, now {new[steps]}, which {schedule}={new[schedule]} "
+            "depends on"
+        )
     if changed:
         raise CheckpointError(
             f"the configuration differs from the one {run} was started with: " + "; ".join(changed)
         )
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one, by dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            result.update(flat(value, f"{prefix}{name}."))
+        else:
+            result[f"{prefix}{name}"] = value
+    return result
+
+
+def _is_under(name: str, sections: tuple[str, ...]) -> bool:
+    return any(name == section or name.startswith(f"{section}.") for section in sections)

@@ -22,6 +22,9 @@ class Denoiser:
         mask_id, eos_id, pad_id: token ids. ``[MASK]`` is banned from every softmax.
         reference: a frozen copy of the model, or None where adapters are switched off instead.
         autocast: dtype of autocast, None for none.
+
+    Raises:
+        ValueError: an adapter is on the LM head.
     """
 
     def __init__(
@@ -34,6 +37,11 @@ class Denoiser:
         reference: nn.Module | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
+        if hasattr(model.get_output_embeddings(), "base_layer"):  # type: ignore[operator]
+            raise ValueError(
+                "the adapter also adapts the LM head, whose weight is used directly here: train "
+                "the adapter without it"
+            )
         self.model = model.eval()
         self.mask_id, self.eos_id, self.pad_id = mask_id, eos_id, pad_id
         self._reference = None if reference is None else reference.eval().requires_grad_(False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -43,13 +45,23 @@ def evaluate(
     temperature: float,
     seed: int,
     index: Sequence[int],
+    on_error: Literal["raise", "skip"] = "skip",
 ) -> list[dict[str, float]]:
     """Decode the prompts at ``index`` once each and score them.
+
+    Args:
+        temperature: of the sampling; 0 is greedy.
+        seed: key of the noise; a prompt's own is by its place in ``prompts``.
+        index: places in ``prompts``.
+        on_error: what a reward function that fails does; ``solved`` always raises.
 
     Returns:
         For every prompt: ``reward``, each reward function by name, ``solved`` where the task
         defines it, and ``skipped``, 1.0 where no reward applies or one failed, else 0.0. A reward
         that failed or does not apply is left out of the record.
+
+    Raises:
+        RewardError: naming the function that failed.
     """
     if not index:
         return []
@@ -66,7 +78,7 @@ def evaluate(
     texts = decode_completions(tokenizer, trajectory.tokens.tolist(), denoiser.eos_id)
     messages = [prompts.examples[i].prompt for i in index]
     columns = prompts.columns(index)
-    scored = score_completions(task.rewards, messages, texts, columns, on_error="skip")
+    scored = score_completions(task.rewards, messages, texts, columns, on_error=on_error)
     skipped = scored.total.isnan().double()
     named = {"reward": scored.total, **scored.per_function, "skipped": skipped}
     if task.solved is not None:
@@ -79,10 +91,10 @@ def evaluate(
 
 
 def average(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of every metric over the samples that have it."""
+    """Mean of every metric over the samples that have it, whatever their order."""
     names = {name for record in records for name in record}
     result = {}
     for name in sorted(names):
         values = [record[name] for record in records if name in record]
-        result[name] = sum(values) / len(values)
+        result[name] = math.fsum(values) / len(values)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
 from egspo.optimization import NonFiniteError, apply_gradients, clip_gradients
+from egspo.reduction import Count, part
 from egspo.rewards import ScoredRewards, score_completions
 from egspo.rollout import rollout
 from egspo.scoring import Scorer, Scores, States
@@ -31,6 +33,8 @@ from egspo.trajectory import PromptBatch, Trajectory
 from egspo_kernels import Surrogate
 
 Metrics = dict[str, Any]
+
+logger = logging.getLogger("egspo")
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,12 @@ class Iteration:
         self.optimizer, self.reduce_gradients = optimizer, reduce_gradients
         self.scorer = Scorer(denoiser, config.algorithm, config.generation.temperature)
         self.updated = False
-        """Whether the weights changed since the iteration began."""
+        """Whether the weights may have changed since the iteration began."""
 
     def run(self, step: int, prompt_index: list[int], first_sequence: int) -> Metrics:
-        """Rollout, select, score and update on the prompts given; returns what to log.
+        """Rollout, select, score and update on the prompts given.
+
+        Returns what to log, as parts for :func:`egspo.reduction.merge`.
 
         Args:
             step: training step, from 1.
@@ -81,7 +87,7 @@ class Iteration:
             ids = ids.to(self.denoiser.device)
             trajectory = self._rollout(prompt_index, ids)
         with _timed(metrics, "reward"):
-            samples = self._reward(prompt_index, trajectory, metrics)
+            samples = self._reward(step, prompt_index, trajectory, metrics)
         with _timed(metrics, "select"):
             states, kept = self._select(samples, ids, metrics)
         with _timed(metrics, "score"):
@@ -89,9 +95,7 @@ class Iteration:
             groups = states.micro_batches(
                 self.config.micro_batch_size, ranks=self._ranks if by_rank else None
             )
-            scores = self.scorer.replay(
-                states, groups, complete=self.config.algorithm.stepwise and len(states) > 0
-            )
+            scores = self.scorer.replay(states, groups, complete=self.config.algorithm.stepwise)
             advantage = self._advantages(step, samples, kept, states, scores, metrics)
         with _timed(metrics, "update"):
             sequences = len(trajectory)
@@ -125,43 +129,44 @@ class Iteration:
             entropy_temperature=1.0 if algorithm.entropy_at == "one" else generation.temperature,
         )
 
-    def _score(self, tokens: Tensor, prompts: Sequence[int]) -> ScoredRewards:
+    def _score(
+        self, step: int, rewards: Sequence[Reward], tokens: Tensor, prompts: Sequence[int]
+    ) -> ScoredRewards:
         """Rewards of completions [N, L], each an answer to the training prompt ``prompts[n]``."""
-        texts = decode_completions(self.data.tokenizer, tokens.tolist(), self.denoiser.eos_id)
-        return score_completions(
-            self.data.task.rewards,
+        scored = score_completions(
+            rewards,
             [self.data.train.examples[i].prompt for i in prompts],
-            texts,
+            decode_completions(self.data.tokenizer, tokens.tolist(), self.denoiser.eos_id),
             self.data.train.columns(prompts),
             on_error=self.config.task.on_reward_error,
         )
+        if scored.errors:
+            logger.warning(
+                "step %d: %d of %d samples skipped: %s%s",
+                *(step, scored.skipped, len(prompts), scored.errors[0]),
+                f" (and {len(scored.errors) - 1} more)" if len(scored.errors) > 1 else "",
+            )
+        return scored
 
-    def _reward(self, prompt_index: list[int], trajectory: Trajectory, metrics: Metrics) -> Samples:
+    def _reward(
+        self, step: int, prompt_index: list[int], trajectory: Trajectory, metrics: Metrics
+    ) -> Samples:
+        task, shape = self.data.task, (len(prompt_index), self._group_size)
         prompts = [i for i in prompt_index for _ in range(self._group_size)]
-        scored = self._score(trajectory.tokens, prompts)
-        shape = (len(prompt_index), self._group_size)
+        scored = self._score(step, task.rewards, trajectory.tokens, prompts)
         rewards = scored.total.view(shape)
-        metrics["reward/mean"] = _mean(rewards)
-        spread = _mean((rewards - rewards.nanmean(1, keepdim=True)).square())
-        metrics["reward/std"] = None if spread is None else spread**0.5
+        metrics["reward/mean"] = part(rewards)
+        metrics["reward/std"] = part(rewards - rewards.nanmean(1, keepdim=True), "rms")
         for name, values in scored.per_function.items():
-            metrics[f"reward/{name}"] = _mean(values)
-        if self.data.task.solved is not None:
-            metrics["solved"] = self._solved(trajectory, prompts)
-        metrics["skipped/rewards"] = scored.skipped
-        metrics["entropy/mean"] = float(trajectory.entropy.mean())
-        metrics["length/mean"] = float(trajectory.lengths.double().mean())
-        step_rewards = intermediate_total(scored, self.data.task.rewards).view(shape)
+            metrics[f"reward/{name}"] = part(values)
+        if task.solved is not None:
+            solved = [Reward("solved", task.solved)]
+            metrics["solved"] = part(self._score(step, solved, trajectory.tokens, prompts).total)
+        metrics["skipped/rewards"] = Count(scored.skipped)
+        metrics["entropy/mean"] = part(trajectory.entropy)
+        metrics["length/mean"] = part(trajectory.lengths)
+        step_rewards = intermediate_total(scored, task.rewards).view(shape)
         return Samples(prompt_index, trajectory, rewards, step_rewards)
-
-    def _solved(self, trajectory: Trajectory, prompts: Sequence[int]) -> float:
-        assert self.data.task.solved is not None
-        texts = decode_completions(
-            self.data.tokenizer, trajectory.tokens.tolist(), self.denoiser.eos_id
-        )
-        messages = [self.data.train.examples[i].prompt for i in prompts]
-        values = self.data.task.solved(messages, texts, **self.data.train.columns(prompts))
-        return sum(float(v or 0.0) for v in values) / max(len(texts), 1)
 
     def _select(
         self, samples: Samples, sequence_ids: Tensor, metrics: Metrics
@@ -169,13 +174,16 @@ class Iteration:
         """Selected states of the groups that have something to teach; and those groups [P']."""
         algorithm = self.config.algorithm
         kept = groups_with_spread(samples.rewards).nonzero()[:, 0]
-        metrics["skipped/groups"] = len(samples.prompt_index) - len(kept)
+        metrics["skipped/groups"] = Count(len(samples.prompt_index) - len(kept))
         rows = (kept[:, None] * self._group_size + torch.arange(self._group_size)).flatten()
         rows = rows.to(self.denoiser.device)
         trajectory = samples.trajectory.take(rows)
         limits = candidate_limits(
             trajectory, self.denoiser.eos_id, stop_at_eos=algorithm.stop_at_eos
         )
+        # A sample without a reward has no candidates: it stays out of the update, KL included.
+        scored = ~samples.rewards[kept].isnan().flatten().to(limits.device)
+        limits = limits.where(scored, 0)
         selected = select(
             trajectory,
             algorithm.strategy,
@@ -186,10 +194,8 @@ class Iteration:
         )
         states = States.from_selection(trajectory, selected)
         metrics["selected/histogram"] = histogram(selected, trajectory.num_steps).tolist()
-        metrics["selected/states"] = len(states)
-        if len(states):
-            entropy = trajectory.entropy[states.row, states.step]
-            metrics["selected/entropy"] = float(entropy.mean())
+        metrics["selected/states"] = Count(len(states))
+        metrics["selected/entropy"] = part(trajectory.entropy[states.row, states.step])
         return states, kept
 
     def _advantages(
@@ -214,12 +220,12 @@ class Iteration:
             )
         else:
             prompts = [samples.prompt_index[int(kept[i])] for i in row // self._group_size]
-            scored = self._score(scores.completions, prompts)
-            metrics["skipped/step_rewards"] = scored.skipped
-            step_values = intermediate_total(scored, self.data.task.rewards)
-            metrics["step_reward/mean"] = _mean(step_values)
+            intermediate = [reward for reward in self.data.task.rewards if reward.intermediate]
+            scored = self._score(step, intermediate, scores.completions, prompts)
+            metrics["skipped/step_rewards"] = Count(scored.skipped)
+            metrics["step_reward/mean"] = part(scored.total)
             values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
-            values[row, rank] = step_values
+            values[row, rank] = scored.total
             selected = torch.zeros(valid.shape, dtype=torch.int64)
             selected[row, rank] = states.step.cpu()
             lam = lambda_at(algorithm, step - 1, selected, states.trajectory.num_steps)
@@ -235,10 +241,9 @@ class Iteration:
                 scale_by_std=algorithm.scale_by_std,
             )
         result = advantage.view(valid.shape)[row, rank]
-        if len(states):
-            metrics["advantage/mean"] = float(result.mean())
-            metrics["advantage/std"] = float(result.std(correction=0))
-            metrics["advantage/max"] = float(result.abs().max())
+        metrics["advantage/mean"] = part(result)
+        metrics["advantage/std"] = part(result, "std")
+        metrics["advantage/max"] = part(result.abs(), "max")
         return result.to(self.denoiser.device)
 
     def _update(
@@ -273,7 +278,7 @@ class Iteration:
                 self.updated = True
                 apply_gradients(self.optimizer)
                 outcomes.append(outcome)
-        return surrogate_metrics(outcomes, norms)
+        return surrogate_metrics(outcomes, norms, with_kl=algorithm.beta > 0)
 
     def _backward(
         self,
@@ -306,32 +311,36 @@ def intermediate_total(scored: ScoredRewards, rewards: Sequence[Reward]) -> Tens
     return total.where(~scored.total.isnan(), float("nan"))
 
 
-def surrogate_metrics(outcomes: list[list[Surrogate]], norms: list[float]) -> Metrics:
-    """What the updates of one iteration did; ``outcomes`` by optimizer step and micro-batch."""
+def surrogate_metrics(
+    outcomes: list[list[Surrogate]], norms: list[float], *, with_kl: bool
+) -> Metrics:
+    """What the updates of one iteration did.
+
+    Args:
+        outcomes: by optimizer step and micro-batch; a step to which only other processes had
+            something to give is an empty list.
+        norms: of the gradient, by optimizer step.
+        with_kl: whether there is a reference policy.
+    """
     every = [outcome for group in outcomes for outcome in group]
-    if not every:
-        return {"updates": len(norms)}
-    ratio = torch.cat([outcome.ratio for outcome in every])
-    first = torch.cat([outcome.ratio for outcome in outcomes[0]]) if outcomes[0] else ratio[:0]
+
+    def of(name: str, source: list[Surrogate] = every) -> Tensor:
+        return torch.cat([getattr(outcome, name) for outcome in source] or [torch.empty(0)])
+
+    loss = [sum(float(outcome.loss) for outcome in every) / len(outcomes)] if outcomes else []
     return {
         "updates": len(norms),
-        "loss": float(torch.stack([outcome.loss for outcome in every]).sum()) / len(outcomes),
-        "ratio/mean": float(ratio.mean()),
-        "ratio/max": float(ratio.max()),
+        "loss": part(torch.tensor(loss)),
+        "ratio/mean": part(of("ratio")),
+        "ratio/max": part(of("ratio"), "max"),
         # Of the first update, where the policy has not moved: anything but rounding is a defect.
-        "ratio/drift": float((first - 1).abs().max()) if first.numel() else None,
-        "ratio/clamped": int(torch.stack([outcome.clamped for outcome in every]).sum()),
-        "clip/low": float(torch.cat([outcome.clipped_low for outcome in every]).double().mean()),
-        "clip/high": float(torch.cat([outcome.clipped_high for outcome in every]).double().mean()),
-        "kl": float(torch.cat([outcome.kl for outcome in every]).mean()),
-        "grad_norm": sum(norms) / len(norms),
+        "ratio/drift": part((of("ratio", outcomes[0] if outcomes else []) - 1).abs(), "max"),
+        "ratio/clamped": Count(sum(int(outcome.clamped) for outcome in every)),
+        "clip/low": part(of("clipped_low")),
+        "clip/high": part(of("clipped_high")),
+        "kl": part(of("kl")) if with_kl else None,
+        "grad_norm": sum(norms) / len(norms) if norms else None,
     }
-
-
-def _mean(values: Tensor) -> float | None:
-    """Mean over what is not NaN; None if nothing is left."""
-    kept = values[~values.isnan()]
-    return float(kept.mean()) if kept.numel() else None
 
 
 @contextmanager

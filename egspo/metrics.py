@@ -24,18 +24,32 @@ class MetricsWriter:
         path: JSONL file; None writes nothing (processes other than the main one).
         resume_after: keep the lines of an earlier run up to this step; None keeps none. Lines not
             kept, and a last line torn by a kill, are moved to ``<name>.dropped.jsonl`` beside it.
+        history: the file of the run that is resumed, where that is another one: its lines up to
+            ``resume_after`` come first, if there is no file at ``path`` yet.
 
     Raises:
         ValueError: an earlier file has an invalid line other than its last.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, *, resume_after: int | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        resume_after: int | None = None,
+        history: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.path = None if path is None else Path(path)
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        last_step = -1 if resume_after is None else resume_after
         if self.path.exists():
-            self._keep(self.path, -1 if resume_after is None else resume_after)
+            kept, dropped = _split(self.path, last_step)
+            if dropped:
+                _append(self.path.with_suffix(".dropped.jsonl"), dropped)
+            _replace(self.path, kept)
+        elif history is not None and Path(history).exists():
+            _replace(self.path, _split(Path(history), last_step)[0])
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append ``record``; raises ValueError without an integer ``step`` of at least 0."""
@@ -44,19 +58,6 @@ class MetricsWriter:
             raise ValueError(f"a record needs an integer step >= 0, got {step!r}")
         if self.path is not None:
             _append(self.path, [json.dumps(_finite(record), allow_nan=False)])
-
-    @staticmethod
-    def _keep(path: Path, last_step: int) -> None:
-        kept: list[str] = []
-        dropped: list[str] = []
-        for line, record in _lines(path):
-            (kept if record is not None and record["step"] <= last_step else dropped).append(line)
-        if dropped:
-            _append(path.with_suffix(".dropped.jsonl"), dropped)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        _append(temporary, kept)
-        temporary.replace(path)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -76,6 +77,22 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def deterministic(record: Mapping[str, Any]) -> dict[str, Any]:
     """``record`` without what depends on the clock."""
     return {name: value for name, value in record.items() if not name.startswith(_CLOCK)}
+
+
+def _split(path: Path, last_step: int) -> tuple[list[str], list[str]]:
+    """The lines of steps up to ``last_step``, and the others."""
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line, record in _lines(path):
+        (kept if record is not None and record["step"] <= last_step else dropped).append(line)
+    return kept, dropped
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    _append(temporary, lines)
+    temporary.replace(path)
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:

@@ -7,6 +7,7 @@ negative log-likelihood (LLaDA, arXiv 2502.09992). Completions are filled up wit
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from egspo.config import SFTConfig
+from egspo.checkpoint import CHECKPOINTS, remove_later
+from egspo.config import CheckpointConfig, SFTConfig
 from egspo.data_order import data_order
 from egspo.denoiser import Denoiser
 from egspo.metrics import MetricsWriter
+from egspo.models.loading import seeded
 from egspo.optimization import (
     NonFiniteError,
     apply_gradients,
@@ -28,12 +31,15 @@ from egspo.optimization import (
     clip_gradients,
 )
 from egspo.progress import RunProgress
-from egspo.state import TrainingState
+from egspo.state import TrainingState, termination_raises
 from egspo.tasks.base import Example
 from egspo.tokenization import encode_prompts
 from egspo.trajectory import PromptBatch
 from egspo_kernels import counter_uniform, linear_token_stats
 
+logger = logging.getLogger("egspo")
+
+_METRICS = "sft_metrics.jsonl"
 _MIN_RATE = 1e-3
 _RATE_STREAM, _MASK_STREAM = 0x72617465, 0x6D61736B
 
@@ -115,41 +121,80 @@ def train_supervised(
     *,
     write_model: Callable[[Path], object],
     resume: Path | None = None,
-    checkpoint_every: int = 0,
-    keep_last: int = 1,
+    checkpoint: CheckpointConfig | None = None,
 ) -> None:
     """Train the model of ``denoiser`` in place; metrics and checkpoints go to ``folder``.
 
-    ``write_model`` saves the model, and what goes with it, into a folder.
+    Args:
+        write_model: saves the model, and what goes with it, into a folder.
+        resume: a checkpoint to go on from.
+        checkpoint: when to save, besides at the end and before an error or interrupt ends the run;
+            None never saves.
 
     Raises:
+        CheckpointError: ``resume`` is not of this kind, or of a later step than ``config.steps``.
         NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
     """
     model = denoiser.model
     optimizer = build_optimizer(model, config.optimizer)
     scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-    state = TrainingState(model, optimizer, scheduler, write_model)
-    start = state.load(resume) if resume is not None else 0
-    writer = MetricsWriter(folder / "sft_metrics.jsonl", resume_after=start if resume else None)
+    state = TrainingState("sft", model, optimizer, scheduler, write_model)
+    start = 0
+    if resume is not None:
+        start = state.load(resume, "sft.steps", config.steps)
+        remove_later(folder / CHECKPOINTS, start)
+    writer = MetricsWriter(
+        folder / _METRICS,
+        resume_after=start if resume else None,
+        history=resume and resume.parent.parent / _METRICS,
+    )
+
+    def save(step: int) -> None:
+        if checkpoint is not None and step:
+            state.save(folder / CHECKPOINTS, step, keep_last=checkpoint.keep_last)
+
+    completed, intact = start, True
     model.train()
-    with RunProgress(config.steps, "supervised warm start", start=start) as progress:
-        for step in range(start + 1, config.steps + 1):
-            # Dropout, where there is any, draws from torch's generator: make it the step's own.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed * 1_000_003 + step)
-                batch = data.batch(config.seed, step - 1, config.batch_size)
-                loss = supervised_loss(denoiser, batch, config.seed, step)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise NonFiniteError(f"the supervised loss is {value} at step {step}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = clip_gradients(model, config.optimizer.max_grad_norm)
-            apply_gradients(optimizer)
-            scheduler.step()
-            if step % config.log_every == 0 or step == config.steps:
-                rate = optimizer.param_groups[0]["lr"]
-                writer.write({"step": step, "loss": value, "grad_norm": norm, "lr": rate})
-            progress.update(step, {"loss": value})
-            if checkpoint_every and step % checkpoint_every == 0:
-                state.save(folder / "checkpoints", step, keep_last=keep_last)
+    try:
+        with (
+            RunProgress(config.steps, "supervised training", start=start) as progress,
+            termination_raises(),
+        ):
+            for step in range(start + 1, config.steps + 1):
+                value, norm = _gradients(denoiser, data, config, step)
+                rate = scheduler.get_last_lr()[0]
+                intact = False  # until all of the step is done, the state belongs to none
+                apply_gradients(optimizer)
+                scheduler.step()
+                if step % config.log_every == 0 or step == config.steps:
+                    writer.write({"step": step, "loss": value, "grad_norm": norm, "lr": rate})
+                completed, intact = step, True
+                progress.update(step, {"loss": value})
+                if checkpoint is not None and checkpoint.every and step % checkpoint.every == 0:
+                    save(step)
+    except BaseException:
+        if intact:
+            try:
+                save(completed)
+            except OSError as error:  # must not hide what ended the run
+                logger.error("step %d could not be saved: %s", completed, error)
+        raise
+    save(completed)
     model.eval()
+
+
+def _gradients(
+    denoiser: Denoiser, data: SupervisedData, config: SFTConfig, step: int
+) -> tuple[float, float]:
+    """Loss of the step, and the norm of its gradient, which is left in the model, clipped."""
+    # Dropout, where there is any, draws from torch's generator: make it the step's own.
+    with seeded(config.seed * 1_000_003 + step, denoiser.device):
+        batch = data.batch(config.seed, step - 1, config.batch_size)
+        loss = supervised_loss(denoiser, batch, config.seed, step)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the supervised loss is {value} at step {step}; the weights did not take it"
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+    return value, clip_gradients(denoiser.model, config.optimizer.max_grad_norm)

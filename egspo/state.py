@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -49,6 +52,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 class TrainingState:
     """The parts of a training run that change. All randomness is counter-based: none to save."""
 
+    command: Literal["train", "sft"]
+    """Which of egspo's the run is of; one does not continue the other."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
@@ -67,15 +72,59 @@ class TrainingState:
                 },
                 path / OPTIMIZER,
             )
-            (path / STATE).write_text(json.dumps({"step": step}))
+            (path / STATE).write_text(json.dumps({"command": self.command, "step": step}))
 
         return save_checkpoint(folder, step, write, keep_last=keep_last)
 
-    def load(self, path: Path) -> int:
-        """Restore in place; returns the step."""
+    def load(self, path: Path, option: str, total_steps: int) -> int:
+        """Restore in place; returns the step.
+
+        Args:
+            path: the checkpoint.
+            option, total_steps: name and value of the option that says how long the run is.
+
+        Raises:
+            CheckpointError: it is of another command, model or longer run.
+        """
+        state = json.loads((path / STATE).read_text())
+        if state["command"] != self.command:
+            raise CheckpointError(
+                f"{path} is a checkpoint of egspo {state['command']}: egspo {self.command} cannot "
+                "resume from it"
+            )
+        if state["step"] > total_steps:
+            raise CheckpointError(
+                f"{path} is of step {state['step']}, later than the last of this run "
+                f"({option}={total_steps})"
+            )
         load_weights(self.model, path)
         saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        step: int = json.loads((path / STATE).read_text())["step"]
+        step: int = state["step"]
         return step
+
+
+def trained_bytes(model: nn.Module, copies: int) -> int:
+    """Disk that ``copies`` checkpoints take: what is trained and its two moments, in float32."""
+    return 12 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@contextmanager
+def termination_raises() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit, so that a preempted run can save first.
+
+    Only in the main thread, which alone gets signals; elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,13 +8,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from egspo.build import base_model, build_data, build_denoiser, check_data, fresh_model
-from egspo.checkpoint import check_writable, find_checkpoint, publish, remove_partial
+from egspo.checkpoint import (
+    CHECKPOINTS,
+    check_unclaimed,
+    check_writable,
+    find_checkpoint,
+    publish,
+    remove_later,
+    remove_partial,
+)
 from egspo.config import TrainConfig
-from egspo.continuation import check_continuation
+from egspo.continuation import check_continuation, flat
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.iteration import Iteration, Metrics
@@ -23,7 +32,8 @@ from egspo.optimization import build_optimizer, build_scheduler
 from egspo.plotting import plot_run
 from egspo.progress import RunProgress
 from egspo.recipe import config_to_dict, save_config
-from egspo.state import TrainingState
+from egspo.reduction import merge
+from egspo.state import TrainingState, termination_raises, trained_bytes
 from egspo.warm_start import save_model, warm_start
 
 logger = logging.getLogger("egspo")
@@ -36,11 +46,20 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
     """Train by ``config``; returns the folder of the trained model.
 
     ``config.output_dir`` gets ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``final/`` and
-    ``curves.png``.
+    ``curves.png``. An error, interrupt or SIGTERM ends the run with a checkpoint of the last whole
+    step, unless it comes in the middle of an update; what kills at once leaves the last one made.
 
     Args:
         config: the run.
         resume: a checkpoint, or a run whose newest checkpoint to continue from.
+
+    Raises:
+        CheckpointError: ``resume`` is damaged, or not of a run with this configuration; or
+            ``output_dir`` has another run's checkpoints.
+        NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
+        OSError: ``output_dir`` or the warm-start cache cannot be written, or a disk is too full.
+        RewardError: a reward function failed, and ``task.on_reward_error`` is ``raise``.
+        ValueError: data, model and configuration do not fit together.
     """
     return Trainer(config, resume=resume).run()
 
@@ -57,10 +76,12 @@ class Trainer:
             project_dir=config.output_dir,
         )
         self._check_processes()
+        self._check_trackers()
         check_writable(self.output, 0)
         checkpoint = None if resume is None else find_checkpoint(resume)
+        check_unclaimed(self._checkpoints, checkpoint)
         if checkpoint is not None:
-            check_continuation(config, checkpoint.parent.parent)
+            check_continuation(config, checkpoint.parent.parent, "train")
 
         self.data = build_data(config)
         with self.accelerator.main_process_first():
@@ -68,15 +89,19 @@ class Trainer:
         check_data(config, self.data, getattr(base.config, "max_sequence_length", None))
         self.denoiser = build_denoiser(config, base, self.data.tokenizer)
         model = self.denoiser.model
-        self._check_disk()
+        # Enough for the checkpoints, one being written, and the final model.
+        check_writable(self.output, trained_bytes(model, config.checkpoint.keep_last + 2))
         optimizer = build_optimizer(model, config.optimizer)
         scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-        self.state = TrainingState(model, optimizer, scheduler, self._write_model)
+        self.state = TrainingState("train", model, optimizer, scheduler, self._write_model)
         self.iteration = Iteration(
             config, self.data, self.denoiser, optimizer, self._reduce_gradients
         )
-        self.resumed = checkpoint is not None
-        self.completed = 0 if checkpoint is None else self.state.load(checkpoint)
+        self.resumed = None if checkpoint is None else checkpoint.parent.parent
+        self.completed = 0
+        if checkpoint is not None:
+            self.completed = self.state.load(checkpoint, "steps", config.steps)
+        self._between_steps = True
 
     def run(self) -> Path:
         """Train to ``config.steps``; on an error or interrupt the intact state is saved first."""
@@ -84,26 +109,38 @@ class Trainer:
         if main:
             remove_partial(self.output)
             remove_partial(self._checkpoints)
+            remove_later(self._checkpoints, self.completed)
             save_config(config, self.output / "config.yaml")
-        self.accelerator.init_trackers("egspo", config=_flat(config_to_dict(config)))
+        options = flat(config_to_dict(config))
+        self.accelerator.init_trackers(
+            "egspo",
+            config={k: v if isinstance(v, int | float) else str(v) for k, v in options.items()},
+        )
         writer = MetricsWriter(
             self.output / "metrics.jsonl" if main else None,
             resume_after=self.completed if self.resumed else None,
+            history=self.resumed and self.resumed / "metrics.jsonl",
         )
         try:
-            with RunProgress(config.steps, "EGSPO", start=self.completed, enabled=main) as progress:
+            with (
+                RunProgress(config.steps, "EGSPO", start=self.completed, enabled=main) as progress,
+                termination_raises(),
+            ):
                 if not self.resumed:
                     self._log({"step": 0, **self._evaluate()}, writer, progress)
                 for step in range(self.completed + 1, config.steps + 1):
                     self._log(self._step(step), writer, progress)
-                    self.completed = step
+                    self.completed, self._between_steps = step, True
                     self.iteration.updated = False
                     if config.checkpoint.every and step % config.checkpoint.every == 0:
                         self._save()
         except BaseException:
             # Halfway through an update the weights belong to no step; otherwise they are intact.
-            if self.completed and not self.iteration.updated:
-                self._save()
+            if self.completed and self._between_steps and not self.iteration.updated:
+                try:
+                    self._save()
+                except OSError as error:  # must not hide what ended the run
+                    logger.error("step %d could not be saved: %s", self.completed, error)
             raise
         return self._finish()
 
@@ -116,8 +153,9 @@ class Trainer:
         start = time.perf_counter()
         metrics = self.iteration.run(step, prompts, first * config.algorithm.group_size)
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
+        self._between_steps = False
         self.state.scheduler.step()
-        metrics = _merge(gather_object([metrics]))
+        metrics = merge(gather_object([metrics]))
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
             metrics.update(self._evaluate())
         metrics["time/step"] = time.perf_counter() - start
@@ -136,6 +174,7 @@ class Trainer:
             temperature=self.config.eval.temperature,
             seed=self.config.seed ^ _EVAL_STREAM,
             index=range(rank, len(self.data.test), processes),
+            on_error=self.config.task.on_reward_error,
         )
         means = average(gather_object(records))
         metrics = {f"eval/{name}": value for name, value in means.items()}
@@ -156,21 +195,21 @@ class Trainer:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.output / "checkpoints"
+        return self.output / CHECKPOINTS
 
     def _save(self) -> None:
+        """From the main process, without waiting: where one process fails, others may not come."""
         if self.accelerator.is_main_process:
             keep = self.config.checkpoint.keep_last
             self.state.save(self._checkpoints, self.completed, keep_last=keep)
-        self.accelerator.wait_for_everyone()
 
     def _finish(self) -> Path:
         final = self.output / "final"
+        self._save()
         if self.accelerator.is_main_process:
-            keep = self.config.checkpoint.keep_last
-            self.state.save(self._checkpoints, self.completed, keep_last=keep)
             publish(final, self._write_model)
             plot_run(self.output, self.output / "curves.png")
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return final
 
@@ -218,38 +257,12 @@ class Trainer:
                 f"{processes} processes"
             )
 
-    def _check_disk(self) -> None:
-        """Room for the checkpoints: weights and two moments of what is trained, in float32."""
-        trained = sum(p.numel() for p in self.denoiser.model.parameters() if p.requires_grad)
-        check_writable(self.output, 12 * trained * (self.config.checkpoint.keep_last + 2))
-
-
-def _merge(records: list[Metrics]) -> Metrics:
-    """Metrics of all processes: histograms and counts add up, the rest is averaged."""
-    merged: Metrics = {}
-    for name in {name: None for record in records for name in record}:
-        values = [record[name] for record in records if record.get(name) is not None]
-        if not values:
-            merged[name] = None
-        elif isinstance(values[0], list):
-            merged[name] = [sum(column) for column in zip(*values, strict=True)]
-        elif len(values) == 1:
-            merged[name] = values[0]
-        elif isinstance(values[0], int) or name.startswith("speed/"):
-            merged[name] = sum(values)
-        elif name.endswith(("/max", "/drift")) or name.startswith("time/"):
-            merged[name] = max(values)
-        else:
-            merged[name] = sum(values) / len(values)
-    return merged
-
-
-def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested configuration as dotted names, as trackers want it."""
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, int | float | str) else str(value)
-    return flat
+    def _check_trackers(self) -> None:
+        """Accelerate leaves out trackers that are not installed without a word."""
+        available = [str(tracker) for tracker in get_available_trackers()]
+        for tracker in self.config.trackers:
+            if tracker not in available:
+                raise ValueError(
+                    f"trackers has {tracker!r}, which is not installed: pip install "
+                    f"'egspo[{tracker}]'"
+                )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from egspo.build import (
     Data,
+    autocast_dtype,
     base_model,
     build_data,
     check_data,
@@ -23,23 +24,27 @@ from egspo.build import (
     trainable_model,
 )
 from egspo.checkpoint import (
+    CHECKPOINTS,
     CheckpointError,
+    check_unclaimed,
     check_writable,
     find_checkpoint,
     publish,
+    remove_partial,
     verify_checkpoint,
 )
-from egspo.config import GenerationConfig, TrainConfig
+from egspo.config import CheckpointConfig, GenerationConfig, TrainConfig
+from egspo.continuation import check_continuation
 from egspo.denoiser import Denoiser
 from egspo.generation import save_generation_config
 from egspo.recipe import save_config
 from egspo.sft import SupervisedData, train_supervised
-from egspo.state import save_weights
+from egspo.state import save_weights, trained_bytes
 
 logger = logging.getLogger("egspo")
 
 # Changes when the procedure does, so that cached warm starts of an older one are not used.
-_PROCEDURE = 1
+_PROCEDURE = 2
 
 
 def cache_folder() -> Path:
@@ -50,34 +55,68 @@ def cache_folder() -> Path:
 
 
 def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
-    """Folder of the warm-started model: from the cache, or trained now and put there."""
+    """Folder of the warm-started model: from the cache, or trained now and put there.
+
+    It is trained in float32, whatever ``model.dtype`` says of its use.
+
+    Raises:
+        OSError: the cache cannot be written, or has no room.
+    """
     assert config.sft is not None
-    cached = cache_folder() / "warm_start" / _content_key(config, data)
-    try:
-        verify_checkpoint(cached)
-        logger.info("warm start found in %s", cached)
-    except CheckpointError:
-        check_writable(cached.parent, 0)
-        model = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
+    cached = cache_folder() / "warm_start" / _content_key(config, data, device)
+    if not _is_complete(cached):
+        model_config = replace(config.model, dtype="float32")
+        model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)
+        check_data(config, data, getattr(model.config, "max_sequence_length", None))
+        needed = sum(p.numel() * p.element_size() for p in model.parameters())
+        check_writable(cached.parent, needed, name="the warm-start cache (EGSPO_CACHE)")
         denoiser = plain_denoiser(config, model, data.tokenizer)
         _train(config, data, denoiser, Path(config.output_dir) / "warm_start")
-        publish(cached, lambda folder: save_model(model, data.tokenizer, config.generation, folder))
+        # Another run may have been faster, and be reading its own.
+        if not _is_complete(cached):
+            publish(
+                cached, lambda folder: save_model(model, data.tokenizer, config.generation, folder)
+            )
     return cached / "model"
+
+
+def _is_complete(cached: Path) -> bool:
+    try:
+        verify_checkpoint(cached)
+    except CheckpointError as error:
+        if cached.exists():
+            logger.warning("the cached warm start is made anew: %s", error)
+        return False
+    logger.info("warm start found in %s", cached)
+    return True
 
 
 def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
     """Supervised training by ``config.sft``; returns the folder of the trained model.
 
-    Checkpoints go to ``output_dir/checkpoints`` every ``checkpoint.every`` steps.
+    ``config.output_dir`` gets ``config.yaml``, ``sft_metrics.jsonl``, ``checkpoints/`` (every
+    ``checkpoint.every`` steps) and ``final/``. On an error or interrupt the state is saved first.
 
     Args:
         config: with an ``sft`` section.
         resume: a checkpoint, or a run whose newest one to continue from.
+
+    Raises:
+        CheckpointError: ``resume`` is damaged, or not of a run with this configuration.
+        NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
+        OSError: ``output_dir`` cannot be written, or its disk is too full.
+        ValueError: there is no ``sft`` section, more than one process, or a bad input.
     """
     if config.sft is None:
         raise ValueError("the recipe has no sft section")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("egspo sft trains on one process: start it without accelerate or torchrun")
     output = Path(config.output_dir)
     check_writable(output, 0)
+    checkpoint = None if resume is None else find_checkpoint(resume)
+    check_unclaimed(output / CHECKPOINTS, checkpoint)
+    if checkpoint is not None:
+        check_continuation(config, checkpoint.parent.parent, "sft")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_data(config)
     if config.model.path is None:
@@ -85,10 +124,13 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
     else:
         base = base_model(config.model, config.model.path, device)
     check_data(config, data, getattr(base.config, "max_sequence_length", None))
-    save_config(config, output / "config.yaml")
     model = trainable_model(config.model, base, config.sft.seed)
     denoiser = plain_denoiser(config, model, data.tokenizer)
-    _train(config, data, denoiser, output, resume=resume, every=config.checkpoint.every)
+    check_writable(output, trained_bytes(model, config.checkpoint.keep_last + 2))
+    remove_partial(output)
+    remove_partial(output / CHECKPOINTS)
+    save_config(config, output / "config.yaml")
+    _train(config, data, denoiser, output, resume=checkpoint, checkpoint=config.checkpoint)
     final = output / "final"
     publish(final, lambda folder: save_model(model, data.tokenizer, config.generation, folder))
     return final
@@ -110,7 +152,7 @@ def _train(
     folder: Path,
     *,
     resume: Path | None = None,
-    every: int = 0,
+    checkpoint: CheckpointConfig | None = None,
 ) -> None:
     assert config.sft is not None
     supervised = SupervisedData.encode(
@@ -124,22 +166,23 @@ def _train(
         write_model=lambda path: save_model(
             denoiser.model, data.tokenizer, config.generation, path
         ),
-        resume=None if resume is None else find_checkpoint(resume),
-        checkpoint_every=every,
-        keep_last=config.checkpoint.keep_last,
+        resume=resume,
+        checkpoint=checkpoint,
     )
 
 
-def _content_key(config: TrainConfig, data: Data) -> str:
-    """Digest of all that decides the weights."""
+def _content_key(config: TrainConfig, data: Data, device: torch.device) -> str:
+    """Digest of all that decides the weights, but for versions and hardware."""
     assert config.sft is not None
     content = {
         "procedure": _PROCEDURE,
         "model": config.model.config,
-        "dtype": config.model.dtype,
-        "sft": asdict(config.sft),
+        "attn_implementation": config.model.attn_implementation,
+        "autocast": autocast_dtype(config, device),
+        "sft": {**asdict(config.sft), "log_every": None},
         "length": config.generation.max_new_tokens,
         "vocabulary": data.tokenizer.get_vocab(),
+        "special_tokens": data.tokenizer.special_tokens_map,
         "prompts": data.train.token_ids,
         "targets": [example.target for example in data.task.train],
     }

@@ -54,9 +54,9 @@ def test_every_recipe_saves_and_loads_back_as_equal(recipe: Path, tmp_path: Path
 
 
 def test_defaults_and_types(write: Write) -> None:
-    config = load_config(write(MODEL + "optimizer: {betas: [0.8, 1], eps: 1e-9}\nsft: {}\n"))
+    config = load_config(write(MODEL + "optimizer: {betas: [0, 0.8], eps: 1e-9}\nsft: {}\n"))
     assert replace(config, optimizer=OptimizerConfig(), sft=None) == default()
-    assert config.optimizer.betas == (0.8, 1.0)
+    assert config.optimizer.betas == (0.0, 0.8)
     assert [type(beta) for beta in config.optimizer.betas] == [float, float]
     assert config.optimizer.eps == 1e-9
     assert config.sft is not None

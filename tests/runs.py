@@ -1,0 +1,133 @@
+"""Tiny training runs: a recipe, a task whose rewards tests can break, and what a run left."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from egspo.config import TrainConfig
+from egspo.metrics import deterministic, read_metrics
+from egspo.recipe import from_mapping
+from egspo.tasks import Example, Reward, Task
+from egspo.tasks.base import register_task
+
+MODEL = {
+    "d_model": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "mlp_hidden_size": 24,
+    "max_sequence_length": 64,
+    "init_std": 0.2,
+}
+RECIPE: dict[str, Any] = {
+    "steps": 4,
+    "prompts_per_step": 2,
+    "micro_batch_size": 8,
+    "model": {"config": MODEL},
+    "task": {
+        "name": "sudoku",
+        "options": {
+            "prompt_style": "digits",
+            "train_examples": 7,
+            "test_examples": 5,
+            "empty_cells": [6, 10],
+        },
+    },
+    "generation": {"max_new_tokens": 20, "steps": 5, "block_length": 20, "batch_size": 16},
+    "algorithm": {"group_size": 4, "selected_steps": 3, "beta": 0.0},
+    "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
+    "eval": {"every": 2},
+    "checkpoint": {"every": 2},
+}
+LETTERS: dict[str, Any] = {
+    "task": {"name": "letters", "options": None},
+    "generation": {"max_new_tokens": 8, "steps": 4, "block_length": 4},
+}
+"""Changes to the recipe for the task that :data:`rewards` scores."""
+
+rewards: list[Reward] = []
+"""Of the task ``letters``: what a test puts here."""
+
+
+@register_task("letters")
+def letters(train: int = 6, test: int = 4, target: str | None = "111111") -> Task:
+    examples = [
+        Example([{"role": "user", "content": "1234"[: 1 + i % 4]}], {"place": i}, target)
+        for i in range(max(train, test))
+    ]
+    return Task("letters", examples[:train], examples[:test], list(rewards), solved=has_one)
+
+
+def has_one(completions: Sequence[str], **_: Any) -> list[float]:
+    return [float("1" in text) for text in completions]
+
+
+def ones(completions: Sequence[str], **_: Any) -> list[float]:
+    """Share of the 8 tokens that are a one."""
+    return [text.count("1") / 8 for text in completions]
+
+
+def twos(completions: Sequence[str], **_: Any) -> list[float]:
+    return [text.count("2") / 8 for text in completions]
+
+
+def config(output: Path, *changes: Mapping[str, Any]) -> TrainConfig:
+    """The tiny recipe with nested ``changes`` (None takes a key out), written to ``output``."""
+    tree = copy.deepcopy(RECIPE)
+    for change in ({"output_dir": str(output)}, *changes):
+        _update(tree, change)
+    return from_mapping(TrainConfig, tree, "tiny recipe")
+
+
+def _update(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
+    for name, value in change.items():
+        if value is None:
+            tree.pop(name, None)
+        elif isinstance(value, Mapping) and isinstance(tree.get(name), dict):
+            _update(tree[name], value)
+        else:
+            tree[name] = copy.deepcopy(value)
+
+
+def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """The metrics that do not depend on the clock, and the final weights' files."""
+    weights = {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in sorted((run / "final").rglob("*.safetensors"))
+    }
+    assert weights
+    return [deterministic(record) for record in read_metrics(run)], weights
+
+
+def strike(target: str, call: int, action: Callable[[], Any]) -> Callable[[], None]:
+    """Run ``action`` just before the ``call``-th call of ``module.function``; returns the undo."""
+    module_name, _, name = target.rpartition(".")
+    module = import_module(module_name)
+    original, count = getattr(module, name), 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(module, name, counting)
+    return lambda: setattr(module, name, original)
+
+
+def train_and_signal(config: TrainConfig, target: str, call: int, number: int, sft: bool) -> None:
+    """In a process of its own: train, and send itself signal ``number`` at a chosen moment."""
+    from egspo.trainer import train
+    from egspo.warm_start import run_sft
+
+    strike(target, call, lambda: os.kill(os.getpid(), number))
+    (run_sft if sft else train)(config)
+
+
+SIGKILL, SIGTERM = int(signal.SIGKILL), int(signal.SIGTERM)
