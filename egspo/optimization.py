@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -42,6 +43,13 @@ def build_scheduler(
         name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total_steps
     )
     return scheduler
+
+
+def advance(scheduler: LRScheduler) -> None:
+    """On to the next training step; that a step made no update is no reason to warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        scheduler.step()
 
 
 def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:

@@ -25,6 +25,7 @@ from egspo.metrics import MetricsWriter
 from egspo.models.loading import seeded
 from egspo.optimization import (
     NonFiniteError,
+    advance,
     apply_gradients,
     build_optimizer,
     build_scheduler,
@@ -165,7 +166,7 @@ def train_supervised(
                 rate = scheduler.get_last_lr()[0]
                 intact = False  # until all of the step is done, the state belongs to none
                 apply_gradients(optimizer)
-                scheduler.step()
+                advance(scheduler)
                 if step % config.log_every == 0 or step == config.steps:
                     writer.write({"step": step, "loss": value, "grad_norm": norm, "lr": rate})
                 completed, intact = step, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.iteration import Iteration, Metrics
 from egspo.metrics import MetricsWriter
-from egspo.optimization import build_optimizer, build_scheduler
+from egspo.optimization import advance, build_optimizer, build_scheduler
 from egspo.plotting import plot_run
 from egspo.progress import RunProgress
 from egspo.recipe import config_to_dict, save_config
@@ -72,6 +73,8 @@ class Trainer:
         # Precision is the denoiser's business, in rollout, scoring and update alike.
         self.accelerator = Accelerator(
             mixed_precision="no",
+            # Started by torchrun on CPUs, it would otherwise see one process.
+            cpu=_world_size() > 1 and not torch.cuda.is_available(),
             log_with=list(config.trackers) or None,
             project_dir=config.output_dir,
         )
@@ -154,7 +157,7 @@ class Trainer:
         metrics = self.iteration.run(step, prompts, first * config.algorithm.group_size)
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
-        self.state.scheduler.step()
+        advance(self.state.scheduler)
         metrics = merge(gather_object([metrics]))
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
             metrics.update(self._evaluate())
@@ -251,6 +254,11 @@ class Trainer:
                 "data-parallel on several, each with a whole model"
             )
         processes = self.accelerator.num_processes
+        if processes != _world_size():
+            raise ValueError(
+                f"the launcher started {_world_size()} processes (WORLD_SIZE), accelerate sees "
+                f"{processes}: they would all train the same, into one output_dir"
+            )
         if self.config.prompts_per_step % processes:
             raise ValueError(
                 f"prompts_per_step ({self.config.prompts_per_step}) must be a multiple of the "
@@ -266,3 +274,8 @@ class Trainer:
                     f"trackers has {tracker!r}, which is not installed: pip install "
                     f"'egspo[{tracker}]'"
                 )
+
+
+def _world_size() -> int:
+    """Processes that the launcher says it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +82,16 @@ def config(output: Path, *changes: Mapping[str, Any]) -> TrainConfig:
     """The tiny recipe with nested ``changes`` (None takes a key out), written to ``output``."""
     tree = copy.deepcopy(RECIPE)
     for change in ({"output_dir": str(output)}, *changes):
-        _update(tree, change)
+        update(tree, change)
     return from_mapping(TrainConfig, tree, "tiny recipe")
 
 
-def _update(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
+def update(tree: dict[str, Any], change: Mapping[str, Any]) -> None:
     for name, value in change.items():
         if value is None:
             tree.pop(name, None)
         elif isinstance(value, Mapping) and isinstance(tree.get(name), dict):
-            _update(tree[name], value)
+            update(tree[name], value)
         else:
             tree[name] = copy.deepcopy(value)
 
@@ -131,3 +133,54 @@ def train_and_signal(config: TrainConfig, target: str, call: int, number: int, s
 
 
 SIGKILL, SIGTERM = int(signal.SIGKILL), int(signal.SIGTERM)
+
+
+def uneven(completions: Sequence[str], place: Sequence[int], **_: Any) -> list[float]:
+    """Teaches something at every other prompt only."""
+    return [len(text) / 8 if i % 2 else 0.5 for text, i in zip(completions, place, strict=True)]
+
+
+PARALLEL: dict[str, Any] = {
+    **LETTERS,
+    "steps": 4,
+    "algorithm": {"schedule": "per_step", "scale_by_std": True},
+    # With a tiny eps, AdamW's first update is the sign of the gradient: of its rounding, if it is 0.
+    "optimizer": {"learning_rate": 1e-2, "eps": 1e-2},
+    "eval": {"temperature": 1.0},
+}
+"""A run of which, on two processes, one often has nothing to teach."""
+
+
+def train_parallel(output: Path) -> None:
+    from egspo.trainer import train
+
+    rewards[:] = [Reward("uneven", uneven), Reward("ones", partial_ones)]
+    try:
+        train(config(output, PARALLEL))
+    finally:
+        rewards.clear()
+
+
+def train_as_rank(output: Path, rank: int, world_size: int, port: int) -> None:
+    """In a process of its own, with the environment that torchrun gives it."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    train_parallel(output)
+
+
+def forkserver() -> ForkServerContext:
+    """Processes forked from one that has the imports done: a start takes no seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["egspo.trainer", "egspo.warm_start"])
+    return context
+
+
+def partial_ones(completions: Sequence[str], place: Sequence[int], **_: Any) -> list[float | None]:
+    """Applies to every third prompt only, and there pays the same for everything."""
+    return [0.25 if i % 3 == 0 else None for i in place]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
@@ -54,10 +53,7 @@ def no_plots() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    """Processes forked from one that has the imports done: a start takes no seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["egspo.trainer", "egspo.warm_start"])
-    return context
+    return runs.forkserver()
 
 
 @pytest.fixture(scope="module")
