@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from egspo.evaluation import PromptSet
 from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
-from egspo.tasks import Task, build_task
+from egspo.tasks import Example, Task, build_task
 from egspo.tokenization import character_tokenizer, encode_prompts
 
 # Taken in ``reward/NAME`` and ``eval/NAME``.
@@ -48,6 +49,27 @@ def build_data(config: TrainConfig) -> Data:
         for examples in (task.train, task.test[: config.eval.examples])
     )
     return Data(task, tokenizer, train, test)
+
+
+def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:
+    """The training examples of the task as ``sft.task_options`` changes it.
+
+    Raises:
+        ValueError: one of their prompts is held out.
+    """
+    assert config.sft is not None
+    if not config.sft.task_options:
+        return data.task.train
+    options = {**config.task.options, **config.sft.task_options}
+    examples = build_task(config.task.name, **options).train
+    held_out = {repr(example.prompt) for example in data.task.test}
+    for number, example in enumerate(examples):
+        if repr(example.prompt) in held_out:
+            raise ValueError(
+                f"sft.task_options makes a held-out prompt supervised example {number}: keep the "
+                "options that decide the split"
+            )
+    return examples
 
 
 def configured_task(task: Task, config: TaskConfig) -> Task:

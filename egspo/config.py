@@ -201,6 +201,9 @@ class SFTConfig:
     steps: int = 1000
     batch_size: int = 64
     seed: int = 0
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Over ``task.options``, for the supervised examples alone: easier ones, for example. Options
+    that decide which examples are held out must stay as they are."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.01, max_grad_norm=1.0

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from egspo.build import (
     check_data,
     fresh_model,
     plain_denoiser,
+    supervised_examples,
     trainable_model,
 )
 from egspo.checkpoint import (
@@ -40,6 +42,7 @@ from egspo.generation import save_generation_config
 from egspo.recipe import save_config
 from egspo.sft import SupervisedData, train_supervised
 from egspo.state import save_weights, trained_bytes
+from egspo.tasks import Example
 
 logger = logging.getLogger("egspo")
 
@@ -63,7 +66,8 @@ def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
         OSError: the cache cannot be written, or has no room.
     """
     assert config.sft is not None
-    cached = cache_folder() / "warm_start" / _content_key(config, data, device)
+    examples = supervised_examples(config, data)
+    cached = cache_folder() / "warm_start" / _content_key(config, data, examples, device)
     if not _is_complete(cached):
         model_config = replace(config.model, dtype="float32")
         model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)
@@ -71,7 +75,7 @@ def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         check_writable(cached.parent, needed, name="the warm-start cache (EGSPO_CACHE)")
         denoiser = plain_denoiser(config, model, data.tokenizer)
-        _train(config, data, denoiser, Path(config.output_dir) / "warm_start")
+        _train(config, data, examples, denoiser, Path(config.output_dir) / "warm_start")
         # Another run may have been faster, and be reading its own.
         if not _is_complete(cached):
             publish(
@@ -119,6 +123,7 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
         check_continuation(config, checkpoint.parent.parent, "sft")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_data(config)
+    examples = supervised_examples(config, data)
     if config.model.path is None:
         base = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
     else:
@@ -130,7 +135,9 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
     remove_partial(output)
     remove_partial(output / CHECKPOINTS)
     save_config(config, output / "config.yaml")
-    _train(config, data, denoiser, output, resume=checkpoint, checkpoint=config.checkpoint)
+    _train(
+        config, data, examples, denoiser, output, resume=checkpoint, checkpoint=config.checkpoint
+    )
     final = output / "final"
     publish(final, lambda folder: save_model(model, data.tokenizer, config.generation, folder))
     return final
@@ -148,6 +155,7 @@ def save_model(
 def _train(
     config: TrainConfig,
     data: Data,
+    examples: Sequence[Example],
     denoiser: Denoiser,
     folder: Path,
     *,
@@ -156,7 +164,7 @@ def _train(
 ) -> None:
     assert config.sft is not None
     supervised = SupervisedData.encode(
-        data.tokenizer, data.task.train, config.generation.max_new_tokens, denoiser
+        data.tokenizer, examples, config.generation.max_new_tokens, denoiser
     )
     train_supervised(
         denoiser,
@@ -171,7 +179,9 @@ def _train(
     )
 
 
-def _content_key(config: TrainConfig, data: Data, device: torch.device) -> str:
+def _content_key(
+    config: TrainConfig, data: Data, examples: Sequence[Example], device: torch.device
+) -> str:
     """Digest of all that decides the weights, but for versions and hardware."""
     assert config.sft is not None
     content = {
@@ -179,12 +189,12 @@ def _content_key(config: TrainConfig, data: Data, device: torch.device) -> str:
         "model": config.model.config,
         "attn_implementation": config.model.attn_implementation,
         "autocast": autocast_dtype(config, device),
-        "sft": {**asdict(config.sft), "log_every": None},
+        "sft": {**asdict(config.sft), "log_every": None, "task_options": None},
         "length": config.generation.max_new_tokens,
         "vocabulary": data.tokenizer.get_vocab(),
         "special_tokens": data.tokenizer.special_tokens_map,
-        "prompts": data.train.token_ids,
-        "targets": [example.target for example in data.task.train],
+        "chat_template": data.tokenizer.chat_template,
+        "examples": [(example.prompt, example.target) for example in examples],
     }
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -75,8 +75,8 @@ def build_sudoku(
         test_grids: of the 288 solved grids, how many only the test puzzles use.
         seed: of the split and the puzzles, independent of the training seed.
         path: a CSV file with the columns ``Puzzle,Solution`` instead of made puzzles.
-        prompt_style: ``digits``: four rows of digits in, four rows out; ``instruct``: an
-            instruction in English, the answer in ``<answer>`` tags.
+        prompt_style: ``digits``: the 16 digits of the puzzle in, the 16 of the solution out;
+            ``instruct``: an instruction in English, the answer in ``<answer>`` tags.
 
     Raises:
         FileNotFoundError: if there is no file ``path``.
@@ -142,15 +142,11 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _rows(digits: str) -> str:
-    return "\n".join(digits[i : i + 4] for i in range(0, 16, 4))
-
-
 def _example(puzzle: Puzzle, style: str) -> Example:
-    rows = _rows(puzzle.puzzle)
     if style == "digits":
-        content, target = rows, _rows(puzzle.solution)
+        content, target = puzzle.puzzle, puzzle.solution
     else:
+        rows = "\n".join(puzzle.puzzle[i : i + 4] for i in range(0, 16, 4))
         content = _INSTRUCTION.format(rows=rows)
         target = f"<answer>\n{puzzle.solution}\n</answer>"
     return Example(

@@ -440,8 +440,9 @@ def test_prompts_hold_the_puzzle_and_targets_solve_it(style: str) -> None:
     assert task.solved is not None
     for example in task.train:
         (message,) = example.prompt
-        rows = [example.columns["puzzle"][i : i + 4] for i in range(0, 16, 4)]
-        assert "\n".join(rows) in message["content"]
+        shown = [line for line in message["content"].split("\n") if line.isdigit()]
+        assert "".join(shown) == example.columns["puzzle"]
+        assert len(shown) == (1 if style == "digits" else 4)
         assert message["role"] == "user"
         assert example.columns["solution"] not in message["content"].replace("\n", "")
         columns = {name: [value] for name, value in example.columns.items()}
