@@ -17,7 +17,7 @@ CELLS = 16
 MAX_EMPTY = 12
 """A 4x4 puzzle needs at least four clues to have one solution."""
 
-# Unions of which cells conflict: same row, column or 2x2 box.
+# Of each cell, those it conflicts with: same row, column or 2x2 box.
 _PEERS = [
     [
         j
@@ -43,43 +43,50 @@ class Puzzle:
 
 
 def solutions(puzzle: str, limit: int = 2) -> list[str]:
-    """Up to ``limit`` solutions, in ascending order, by backtracking on the tightest cell.
+    """The first ``limit`` of all solutions in ascending order.
 
     Raises:
         ValueError: if ``puzzle`` is not 16 digits from 0 to 4.
     """
     if len(puzzle) != CELLS or set(puzzle) - set("01234"):
         raise ValueError(f"a puzzle is 16 digits from 0 to 4, got {puzzle!r}")
-    cells = [int(digit) for digit in puzzle]
-    if any(cells[i] and any(cells[i] == cells[j] for j in _PEERS[i]) for i in range(CELLS)):
-        return []
+    grids = all_grids()
+    matching = (1 << len(grids)) - 1  # bit g: grid g has all the clues so far
+    for cell, digit in enumerate(puzzle):
+        if digit != "0":
+            matching &= _grids_with()[cell, digit]
     found: list[str] = []
-    for solution in _complete(cells):
-        found.append(solution)
-        if len(found) == limit:
-            break
-    return sorted(found)
-
-
-def _complete(cells: list[int]) -> Iterator[str]:
-    """Every way to fill the zeros of a grid without conflicts; ``cells`` is restored."""
-    options = {
-        i: {1, 2, 3, 4} - {cells[j] for j in _PEERS[i]} for i in range(CELLS) if not cells[i]
-    }
-    if not options:
-        yield "".join(map(str, cells))
-        return
-    cell = min(options, key=lambda i: len(options[i]))
-    for digit in sorted(options[cell]):
-        cells[cell] = digit
-        yield from _complete(cells)
-        cells[cell] = 0
+    while matching and len(found) < limit:
+        lowest = matching & -matching
+        found.append(grids[lowest.bit_length() - 1])
+        matching ^= lowest
+    return found
 
 
 @functools.cache
 def all_grids() -> tuple[str, ...]:
     """The 288 solved grids, ascending."""
-    return tuple(solutions("0" * CELLS, limit=10**6))
+    return tuple(_complete([]))
+
+
+def _complete(cells: list[int]) -> Iterator[str]:
+    """Every solved grid that begins with ``cells``, ascending."""
+    if len(cells) == CELLS:
+        yield "".join(map(str, cells))
+        return
+    taken = {cells[j] for j in _PEERS[len(cells)] if j < len(cells)}
+    for digit in sorted({1, 2, 3, 4} - taken):
+        yield from _complete([*cells, digit])
+
+
+@functools.cache
+def _grids_with() -> dict[tuple[int, str], int]:
+    """For each cell and digit, the set of grids that have it there, as bits."""
+    places = [(cell, digit) for cell in range(CELLS) for digit in "1234"]
+    return {
+        (cell, digit): sum(1 << g for g, grid in enumerate(all_grids()) if grid[cell] == digit)
+        for cell, digit in places
+    }
 
 
 def has_unique_solution(puzzle: str) -> bool:
