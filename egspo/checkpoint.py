@@ -161,8 +161,8 @@ def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir")
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(
-            f"{name} {folder} has {free / 1e9:.2f} GB free, what this run saves there needs "
-            f"{needed_bytes / 1e9:.2f} GB: free some space or lower checkpoint.keep_last"
+            f"{name} {folder} has {free / 1e9:.3g} GB free, what this run saves there needs "
+            f"{needed_bytes / 1e9:.3g} GB: free some space or lower checkpoint.keep_last"
         )
 
 

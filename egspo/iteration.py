@@ -291,11 +291,10 @@ class Iteration:
     ) -> Surrogate:
         outcome = self.scorer.surrogate(states, index, scores, advantage, weight)
         if not bool(outcome.loss.isfinite()):
-            ratio = float(outcome.ratio.max())
+            loss, ratio = float(outcome.loss.detach()), float(outcome.ratio.max())
             raise NonFiniteError(
-                f"the loss is {float(outcome.loss)} at step {step} (largest ratio {ratio:.3g}, "
-                f"largest advantage {float(advantage[index].abs().max()):.3g}); the weights did "
-                "not take it"
+                f"the loss is {loss} at step {step} (largest ratio {ratio:.3g}, largest advantage "
+                f"{float(advantage[index].abs().max()):.3g}); the weights did not take it"
             )
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         return outcome._replace(loss=outcome.loss.detach())

@@ -177,7 +177,7 @@ def train_supervised(
         if intact:
             try:
                 save(completed)
-            except OSError as error:  # must not hide what ended the run
+            except (OSError, NonFiniteError) as error:  # must not hide what ended the run
                 logger.error("step %d could not be saved: %s", completed, error)
         raise
     save(completed)

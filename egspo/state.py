@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from egspo.checkpoint import CheckpointError, save_checkpoint
+from egspo.optimization import NonFiniteError
 
 WEIGHTS, ADAPTER, OPTIMIZER, STATE = "model", "adapter", "optimizer.pt", "state.json"
 
@@ -61,7 +62,14 @@ class TrainingState:
     """Puts what :func:`save_weights` does, and what goes with it, into a folder."""
 
     def save(self, folder: Path, step: int, *, keep_last: int) -> Path:
-        """Checkpoint after ``step`` under ``folder``."""
+        """Checkpoint after ``step`` under ``folder``.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; the earlier checkpoints are kept.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise NonFiniteError(f"after step {step} the weight {name} has NaN or infinity")
 
         def write(path: Path) -> None:
             self.write_model(path)

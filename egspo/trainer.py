@@ -29,7 +29,7 @@ from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.iteration import Iteration, Metrics
 from egspo.metrics import MetricsWriter
-from egspo.optimization import advance, build_optimizer, build_scheduler
+from egspo.optimization import NonFiniteError, advance, build_optimizer, build_scheduler
 from egspo.plotting import plot_run
 from egspo.progress import RunProgress
 from egspo.recipe import config_to_dict, save_config
@@ -70,6 +70,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: Path | None = None) -> None:
         self.config, self.output = config, Path(config.output_dir)
+        self._check_trackers()
         # Precision is the denoiser's business, in rollout, scoring and update alike.
         self.accelerator = Accelerator(
             mixed_precision="no",
@@ -79,7 +80,6 @@ class Trainer:
             project_dir=config.output_dir,
         )
         self._check_processes()
-        self._check_trackers()
         check_writable(self.output, 0)
         checkpoint = None if resume is None else find_checkpoint(resume)
         check_unclaimed(self._checkpoints, checkpoint)
@@ -142,7 +142,7 @@ class Trainer:
             if self.completed and self._between_steps and not self.iteration.updated:
                 try:
                     self._save()
-                except OSError as error:  # must not hide what ended the run
+                except (OSError, NonFiniteError) as error:  # must not hide what ended the run
                     logger.error("step %d could not be saved: %s", self.completed, error)
             raise
         return self._finish()

@@ -78,6 +78,11 @@ def twos(completions: Sequence[str], **_: Any) -> list[float]:
     return [text.count("2") / 8 for text in completions]
 
 
+def varied(completions: Sequence[str], **_: Any) -> list[float]:
+    """Hardly ever the same for two completions."""
+    return [sum(ord(c) * (i + 3) for i, c in enumerate(text)) % 23 / 23 for text in completions]
+
+
 def config(output: Path, *changes: Mapping[str, Any]) -> TrainConfig:
     """The tiny recipe with nested ``changes`` (None takes a key out), written to ``output``."""
     tree = copy.deepcopy(RECIPE)
@@ -144,7 +149,7 @@ PARALLEL: dict[str, Any] = {
     **LETTERS,
     "steps": 4,
     "algorithm": {"schedule": "per_step", "scale_by_std": True},
-    # With a tiny eps, AdamW's first update is the sign of the gradient: of its rounding, if it is 0.
+    # With a tiny eps AdamW's first update is the gradient's sign: where it is 0, its rounding's.
     "optimizer": {"learning_rate": 1e-2, "eps": 1e-2},
     "eval": {"temperature": 1.0},
 }

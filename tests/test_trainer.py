@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from egspo.advantages import egspo_sa_advantages
 from egspo.cli import main
 from egspo.config import PRESETS
+from egspo.iteration import Iteration
 from egspo.metrics import deterministic, read_metrics
 from egspo.recipe import load_config
 from egspo.tasks import Reward
@@ -26,7 +27,6 @@ from tests import runs
 from tests.runs import LETTERS
 
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
-BLOCKS = {"generation": {"block_length": 10, "steps": 10}}
 # Metrics of every step of every run.
 EVERY_STEP = {
     *("step", "reward/mean", "reward/std", "reward/cell_accuracy", "solved", "length/mean"),
@@ -120,8 +120,8 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"algorithm": {"aggregation": "exact", "kl": "exact", "beta": 0.1}, **LORA},
     {"algorithm": {"kl": "exact", "beta": 0.1, "schedule": "per_step"}, "micro_batch_size": 3},
     {"algorithm": {"beta": 0.1, "schedule": "per_step", "stepwise": False}, **LORA},
-    {"algorithm": {"strategy": "all", "entropy_over": "block", "beta": 0.1}, **BLOCKS},
-    {"algorithm": {"entropy_over": "masked", "entropy_reduce": "sum"}, **BLOCKS},
+    {"algorithm": {"strategy": "all", "entropy_over": "block", "beta": 0.1}},
+    {"algorithm": {"entropy_over": "masked", "entropy_reduce": "sum"}},
     {"algorithm": {"entropy_at": "sampling", "ratio_temperature": "one"}},
     {"generation": {"policy": "random", "temperature": 1.3}, "mixed_precision": "bf16"},
     {"model": {"gradient_checkpointing": True, "attn_implementation": "eager"}},
@@ -129,9 +129,15 @@ COMBINATIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", COMBINATIONS, ids=range(len(COMBINATIONS)))
-def test_combinations(changes: dict[str, Any], tmp_path: Path, no_plots: None) -> None:
-    """The first ratio is 1, bit for bit, and the KL to the reference starts at 0."""
-    config = runs.config(tmp_path, changes)
+def test_combinations(
+    changes: dict[str, Any], tmp_path: Path, no_plots: None, letters: list[Reward]
+) -> None:
+    """The first ratio is 1, bit for bit, and the KL to the reference starts at 0.
+
+    Prompts of different lengths, two blocks.
+    """
+    letters.append(Reward("varied", runs.varied))
+    config = runs.config(tmp_path, LETTERS, changes)
     trainer = Trainer(config)
     before = {n: p.detach().clone() for n, p in trainer.denoiser.model.named_parameters()}
     trainer.run()
@@ -331,3 +337,24 @@ def test_two_processes_do_what_one_does(tmp_path: Path, no_plots: None) -> None:
     ]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)
+
+
+def test_every_prompt_once_an_epoch_and_no_sequence_twice(
+    tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch, letters: list[Reward]
+) -> None:
+    letters.append(Reward("varied", runs.varied))
+    places: list[int] = []
+    sequences: list[int] = []
+    original = Iteration.run
+
+    def spy(self: Iteration, step: int, prompt_index: list[int], first_sequence: int) -> Any:
+        places.extend(prompt_index)
+        sequences.extend(range(first_sequence, first_sequence + 4 * len(prompt_index)))
+        return original(self, step, prompt_index, first_sequence)
+
+    monkeypatch.setattr(Iteration, "run", spy)
+    changes = {**LETTERS, "steps": 3, "prompts_per_step": 4}
+    train(runs.config(tmp_path, changes))
+    train(runs.config(tmp_path, changes, {"steps": 6}), resume=tmp_path)
+    assert [sorted(places[i : i + 6]) for i in range(0, 24, 6)] == [list(range(6))] * 4
+    assert sorted(set(sequences)) == list(range(6 * 4 * 4))
