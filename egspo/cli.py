@@ -44,9 +44,10 @@ overrides:
 an interrupted run:
     egspo {command} RECIPE --resume              from the newest checkpoint in output_dir
     egspo {command} RECIPE --resume FOLDER       from that checkpoint, or that run's newest
-
+"""
+_PROCESSES_EPILOG = """
 several GPUs:
-    accelerate launch -m egspo.cli {command} RECIPE
+    accelerate launch -m egspo.cli train RECIPE
 """
 _GENERATE_EPILOG = """\
 examples:
@@ -112,7 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
             _sft,
         ),
     ):
-        _add_training_arguments(add(name, text, run, _TRAIN_EPILOG.format(command=name)))
+        epilog = _TRAIN_EPILOG.format(command=name)
+        epilog += _PROCESSES_EPILOG if name == "train" else ""
+        _add_training_arguments(add(name, text, run, epilog))
     _add_generate_arguments(
         add("generate", "answer prompts with a model", _generate, _GENERATE_EPILOG)
     )

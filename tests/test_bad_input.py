@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import egspo.iteration
 import egspo.sft
 from egspo.checkpoint import find_checkpoint
 from egspo.cli import main
+from egspo.denoiser import Denoiser
 from egspo.metrics import read_metrics
+from egspo.models import new_model
 from egspo.optimization import NonFiniteError
 from egspo.recipe import ConfigError
 from egspo.rewards import RewardError
@@ -123,6 +126,14 @@ def test_a_task_without_a_reward(tmp_path: Path) -> None:
     runs.rewards.clear()
     with pytest.raises(ValueError, match="task letters has no reward function"):
         train(runs.config(tmp_path, LETTERS))
+
+
+def test_an_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
+    """The head's weight is used directly: what an adapter adds to it would be lost silently."""
+    model = new_model({**runs.MODEL, "vocab_size": 13, "embedding_size": 13}, seed=0)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["model.transformer.ff_out"]))
+    with pytest.raises(ValueError, match="also adapts the LM head"):
+        Denoiser(adapted, mask_id=2, eos_id=1, pad_id=0)
 
 
 @pytest.mark.parametrize("token", ["mask", "eos"])
