@@ -119,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate_arguments(
         add("generate", "answer prompts with a model", _generate, _GENERATE_EPILOG)
     )
+    sweep = add("sweep", "run variants of a recipe with several seeds and compare them", _sweep)
+    sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="YAML file, see docs/sweeps.md")
+    sweep.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)"
+    )
+    sweep.add_argument("--output-dir", metavar="DIR", help="instead of the sweep's output_dir")
     doctor = add("doctor", "show what this installation can use, and why not the rest", _doctor)
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     plot = add("plot", "redraw curves.png of runs from their metrics", _plot)
@@ -257,6 +263,18 @@ def _print_outcome(output: Path, final: Path) -> None:
         if values:
             print(f"{label}: {values[0]:.3f} -> {values[-1]:.3f}")
     print(f"model: {final}\ncurves: {output / 'curves.png'}")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    _configure_output()
+    from egspo.sweep import PLOT, TABLE, load_sweep, run_sweep
+
+    sweep = load_sweep(args.sweep)
+    if args.output_dir is not None:
+        sweep.output_dir = args.output_dir
+    folder = run_sweep(sweep, jobs=args.jobs)
+    print((folder / TABLE).read_text("utf-8"))
+    print(f"table: {folder / TABLE}\nplot: {folder / PLOT}")
 
 
 def _generate(args: argparse.Namespace) -> None:

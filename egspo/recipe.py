@@ -57,7 +57,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             values, or a preset chosen by an override that the recipe's own keys contradict.
     """
     path = Path(path)
-    tree = _read(path)
+    tree = read_yaml(path)
     recipe_preset = _preset(tree)
     problems: list[str] = []
     overridden = {_override(tree, text, problems) for text in overrides}
@@ -142,7 +142,9 @@ for _name, (_pattern, _first) in _SCALARS.items():
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file; errors as :func:`load_config`."""
+    path = Path(path)
     if path.is_dir():
         raise ConfigError(str(path), ["a recipe is a YAML file, this is a folder"])
     if not path.is_file():
@@ -154,7 +156,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"not valid YAML: {_yaml_problem(error)}"]) from error
     if tree is None:
-        raise ConfigError(str(path), ["the recipe is empty; it needs at least a model section"])
+        raise ConfigError(str(path), ["the file is empty"])
     if not isinstance(tree, dict):
         raise ConfigError(str(path), [f"expected sections (key: value), got {_shown(tree)}"])
     return tree

@@ -225,8 +225,8 @@ nonsense: 1
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the recipe is empty"),
-        ("# nothing but a comment\n", "the recipe is empty"),
+        ("", "the file is empty"),
+        ("# nothing but a comment\n", "the file is empty"),
         ("- a\n- b\n", "expected sections (key: value), got the list ['a', 'b']"),
         ("seed: 1\nmodel:\n  path: a\n  path: b\n", "key 'path' is given twice (line 4, column 3)"),
         ("seed: 1\nseed: 1\n", "key 'seed' is given twice (line 2, column 1)"),
