@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from egspo.tasks.base import Example, Reward, Task, register_task
-from egspo.tasks.sudoku import MAX_EMPTY, Puzzle, make_puzzles, read_csv, split_grids
+from egspo.tasks.sudoku import (
+    MAX_EMPTY,
+    Puzzle,
+    careless_solution,
+    make_puzzles,
+    read_csv,
+    split_grids,
+)
 
 _DIGITS = re.compile("[0-9]")
 _INSTRUCTION = (
@@ -65,6 +73,7 @@ def build_sudoku(
     seed: int = 0,
     path: str | None = None,
     prompt_style: Literal["digits", "instruct"] = "instruct",
+    careless: float = 0.0,
 ) -> Task:
     """4x4 Sudoku, training and test split by solution grid.
 
@@ -77,6 +86,8 @@ def build_sudoku(
         path: a CSV file with the columns ``Puzzle,Solution`` instead of made puzzles.
         prompt_style: ``digits``: the 16 digits of the puzzle in, the 16 of the solution out;
             ``instruct``: an instruction in English, the answer in ``<answer>`` tags.
+        careless: share of the training targets, for supervised training alone, that are
+            :func:`egspo.tasks.sudoku.careless_solution` and not the solution.
 
     Raises:
         FileNotFoundError: if there is no file ``path``.
@@ -84,6 +95,8 @@ def build_sudoku(
     """
     if prompt_style not in ("digits", "instruct"):
         raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    if not 0.0 <= careless <= 1.0:
+        raise ValueError(f"careless must lie in [0, 1], got {careless!r}")
     for name, count in (
         ("train_examples", train_examples),
         ("test_examples", test_examples),
@@ -103,7 +116,10 @@ def build_sudoku(
         train, test = train[:train_examples], test[:test_examples]
     return Task(
         name="sudoku",
-        train=[_example(p, prompt_style) for p in train],
+        train=[
+            _example(puzzle, prompt_style, careless=_draw(seed, i) < careless)
+            for i, puzzle in enumerate(train)
+        ],
         test=[_example(p, prompt_style) for p in test],
         rewards=[Reward("cell_accuracy", cell_accuracy)],
         solved=solved,
@@ -142,13 +158,19 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _example(puzzle: Puzzle, style: str) -> Example:
+def _draw(seed: int, number: int) -> float:
+    """In [0, 1), for a training example: which share of targets it is in."""
+    return random.Random(f"{seed}-careless-{number}").random()
+
+
+def _example(puzzle: Puzzle, style: str, *, careless: bool = False) -> Example:
+    answer = careless_solution(puzzle.puzzle) if careless else puzzle.solution
     if style == "digits":
-        content, target = puzzle.puzzle, puzzle.solution
+        content, target = puzzle.puzzle, answer
     else:
         rows = "\n".join(puzzle.puzzle[i : i + 4] for i in range(0, 16, 4))
         content = _INSTRUCTION.format(rows=rows)
-        target = f"<answer>\n{puzzle.solution}\n</answer>"
+        target = f"<answer>\n{answer}\n</answer>"
     return Example(
         prompt=[{"role": "user", "content": content}],
         columns={"puzzle": puzzle.puzzle, "solution": puzzle.solution},

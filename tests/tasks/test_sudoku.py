@@ -17,6 +17,7 @@ from egspo.tasks import Example, Reward, Task, build_task, register_task
 from egspo.tasks.sudoku import (
     Puzzle,
     all_grids,
+    careless_solution,
     has_unique_solution,
     make_puzzle,
     make_puzzles,
@@ -449,6 +450,23 @@ def test_prompts_hold_the_puzzle_and_targets_solve_it(style: str) -> None:
         assert example.target is not None
         assert task.solved([example.prompt], [example.target], **columns) == [1.0]
         assert task.rewards[0].function([example.prompt], [example.target], **columns) == [1.0]
+
+
+def test_careless_targets_are_the_share_asked_for() -> None:
+    answer = "1234341221434321"
+    assert careless_solution("1030341200004321") == "1234341212344321"
+    assert careless_solution(answer) == answer
+    plain, mixed = sudoku(train_examples=400), sudoku(train_examples=400, careless=0.7)
+    assert [e.prompt for e in plain.train] == [e.prompt for e in mixed.train]
+    assert plain.test == mixed.test
+    assert plain.train == sudoku(train_examples=400, careless=0.0).train
+    changed = [m for p, m in zip(plain.train, mixed.train, strict=True) if p.target != m.target]
+    assert 0.6 < len(changed) / 400 <= 0.75  # now and then the careless answer is right
+    for e in changed:
+        assert careless_solution(e.columns["puzzle"]) in (e.target or "")
+        assert e.columns["solution"] not in (e.target or "")
+    with pytest.raises(ValueError, match=r"careless must lie in \[0, 1\], got 1.5"):
+        sudoku(careless=1.5)
 
 
 def example(**columns: Any) -> Example:
