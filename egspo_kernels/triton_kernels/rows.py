@@ -19,8 +19,9 @@ from torch import Tensor
 
 from egspo_kernels.types import TokenStats
 
-MAX_BLOCK = 8192
-"""Columns of a block, unless the vocabulary is smaller; a program holds them in registers."""
+MAX_BLOCK = 4096
+"""Columns of a block, unless the vocabulary is smaller: 16 in the registers of each of 256 threads,
+and few enough that several programs share a processor and hide each other's loads."""
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
 """Launch options of kernels that read blocks of logits."""
 
@@ -152,7 +153,7 @@ def row_statistics_kernel(
         row, width = locate_row(rows, n, row_count, VOCAB)
         valid = (target >= 0) & (target < width)
         x = tl.load(logits + row * row_stride + target, mask=valid, other=float("nan"))
-        x = tl.where(target == banned, float("-inf"), x.to(tl.float32))
+        x = tl.where(valid & (target == banned), float("-inf"), x.to(tl.float32))
         tl.store(log_prob_out + n, (x - maximum) * inverse_temperature - log_total)
 
 
