@@ -1,0 +1,210 @@
+"""Gradient of the statistics of a row with respect to its logits, in one pass.
+
+With z the tempered logits, p their softmax, H its entropy and d the difference of shifted policy
+and reference logits, the gradient of
+
+    c log p(target) + l logsumexp + h entropy + b KL(p, p_ref)
+
+with respect to z is
+
+    c onehot + p (l - c - h (log p + H) + b (d - E_p[d])).
+
+A row whose coefficients are all zero gets zeros, and its logits are not read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from egspo_kernels.triton_kernels.kl import Divergence
+from egspo_kernels.triton_kernels.normaliser import Normaliser
+from egspo_kernels.triton_kernels.rows import (
+    OPTIONS,
+    alignment,
+    block_count,
+    block_size,
+    finite_or_zero,
+    load_logits,
+    on_device_of,
+    prepare_logits,
+    row_pointer,
+)
+
+
+class Coefficients(NamedTuple):
+    """Gradient of the loss with respect to each statistic; None where it has no part in it.
+
+    All float32, [N], or [S] where rows are given their steps.
+    """
+
+    log_prob: Tensor | None = None
+    logsumexp: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+
+@triton.jit
+def load_coefficient(coefficients, index, valid, factor):
+    """A coefficient times the incoming gradient; 0 if there is none, NaN for a step out of range"""
+    if coefficients is None:
+        value = 0.0
+    else:
+        value = tl.load(coefficients + index, mask=valid, other=float("nan")) * factor
+    return value
+
+
+@triton.jit(
+    do_not_specialize=["row_stride", "ref_row_stride", "grad_row_stride", "banned", "num_steps"],
+    do_not_specialize_on_alignment=[
+        "targets",
+        "maximum",
+        "log_total",
+        "entropy",
+        "ref_maximum",
+        "mean_difference",
+        "step_ids",
+        "log_prob_coefficient",
+        "logsumexp_coefficient",
+        "entropy_coefficient",
+        "kl_coefficient",
+        "scale",
+    ],
+)
+def row_gradient_kernel(
+    gradient,
+    logits,
+    ref_logits,
+    targets,
+    maximum,
+    log_total,
+    entropy,
+    ref_maximum,
+    mean_difference,
+    step_ids,
+    log_prob_coefficient,
+    logsumexp_coefficient,
+    entropy_coefficient,
+    kl_coefficient,
+    scale,
+    grad_row_stride: tl.int64,
+    row_stride: tl.int64,
+    ref_row_stride: tl.int64,
+    num_steps: tl.int64,
+    inverse_temperature,
+    banned: tl.int32,
+    VOCAB: tl.constexpr,
+    ALIGN: tl.constexpr,
+    REF_ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one row; ``gradient`` may be ``logits``."""
+    program = tl.program_id(0)
+    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
+    row = program // blocks
+    columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    if step_ids is None:
+        index, valid = row.to(tl.int64), True
+    else:
+        index = tl.load(step_ids + row).to(tl.int64)
+        valid = (index >= 0) & (index < num_steps)
+    factor = 1.0 if scale is None else tl.load(scale).to(tl.float32)
+    c = load_coefficient(log_prob_coefficient, index, valid, factor)
+    l = load_coefficient(logsumexp_coefficient, index, valid, factor)  # noqa: E741
+    h = load_coefficient(entropy_coefficient, index, valid, factor)
+    b = load_coefficient(kl_coefficient, index, valid, factor)
+    place = row_pointer(gradient, row, grad_row_stride, GRAD_ALIGN) + columns
+    if (c != 0) | (l != 0) | (h != 0) | (b != 0):
+        x = load_logits(row_pointer(logits, row, row_stride, ALIGN), columns, VOCAB, banned)
+        x = (x - finite_or_zero(tl.load(maximum + row))) * inverse_temperature
+        log_p = x - tl.load(log_total + row)
+        p = tl.exp(log_p)
+        grad = (l - c) * p
+        if entropy_coefficient is not None:
+            surprise = log_p + tl.load(entropy + row)
+            grad -= tl.where(log_p > float("-inf"), h * p * surprise, 0.0)
+        if kl_coefficient is not None:
+            # Where the KL has no part in the loss, the reference row is not read.
+            ref_start = row_pointer(ref_logits, row, ref_row_stride, REF_ALIGN)
+            width = tl.where(b != 0, VOCAB, 0)
+            y = load_logits(ref_start, columns, width, banned)
+            y = (y - finite_or_zero(tl.load(ref_maximum + row))) * inverse_temperature
+            excess = (x - y) - tl.load(mean_difference + row)
+            grad += tl.where((x > float("-inf")) & (columns < width), b * p * excess, 0.0)
+        if log_prob_coefficient is not None:
+            grad += tl.where(columns == tl.load(targets + row), c, 0.0)
+        grad = tl.where(columns == banned, 0.0, grad * inverse_temperature)
+        tl.store(place, grad.to(gradient.dtype.element_ty), mask=columns < VOCAB)
+    else:
+        zeros = tl.zeros((BLOCK,), gradient.dtype.element_ty)
+        tl.store(place, zeros, mask=columns < VOCAB)
+
+
+def row_gradient(
+    logits: Tensor,
+    normaliser: Normaliser,
+    coefficients: Coefficients,
+    temperature: float,
+    banned_token: int | None,
+    *,
+    targets: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    divergence: Divergence | None = None,
+    step_ids: Tensor | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Launcher: the gradient [N, V] of the loss, in the dtype of the logits unless ``out`` says.
+
+    Args:
+        logits: float32, float16 or bfloat16 [N, V].
+        normaliser, entropy, ref_logits, divergence, targets: of the rows, as in the forward pass;
+            those whose coefficient is None are not needed.
+        step_ids: [N], the index into the coefficients of each row; None: its own.
+        scale: one value that multiplies all coefficients: the incoming gradient, left on the
+            device.
+        out: where to write, consecutive columns; may be ``logits``.
+    """
+    if out is None:
+        out = logits.new_empty(logits.shape)
+    rows, vocab_size = logits.shape
+    if rows == 0:
+        return out
+    logits = prepare_logits(logits, None)[0]
+    if ref_logits is not None:
+        ref_logits = prepare_logits(ref_logits, None)[0]
+    with on_device_of(logits):
+        row_gradient_kernel[(rows * block_count(vocab_size),)](
+            out,
+            logits,
+            ref_logits,
+            _contiguous(targets),
+            *normaliser,
+            _contiguous(entropy),
+            *(divergence or (None, None)),
+            _contiguous(step_ids),
+            *(_contiguous(values) for values in coefficients),
+            scale,
+            grad_row_stride=out.stride(0),
+            row_stride=logits.stride(0),
+            ref_row_stride=0 if ref_logits is None else ref_logits.stride(0),
+            num_steps=0 if coefficients.log_prob is None else coefficients.log_prob.shape[0],
+            inverse_temperature=1.0 / temperature,
+            banned=-1 if banned_token is None else banned_token,
+            VOCAB=vocab_size,
+            ALIGN=alignment(logits),
+            REF_ALIGN=1 if ref_logits is None else alignment(ref_logits),
+            GRAD_ALIGN=alignment(out),
+            BLOCK=block_size(vocab_size),
+            **OPTIONS,
+        )
+    return out
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
