@@ -226,6 +226,11 @@ class TestReasons:
         ):
             select_steps(torch.rand(2, 3), 1, backend="cuda")
 
+    def test_more_steps_than_it_can_count(self) -> None:
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        with pytest.raises(UnavailableBackendError, match="more than 2147483647 rows or steps"):
+            select_steps_segmented(torch.rand(1, 1), ids, 2**31, 1, backend="cuda")
+
 
 def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's view of a machine with a GPU."""
