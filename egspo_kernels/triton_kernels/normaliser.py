@@ -14,6 +14,7 @@ from torch import Tensor
 
 from egspo_kernels.triton_kernels.rows import (
     OPTIONS,
+    STATISTICS_BLOCK,
     alignment,
     block_count,
     block_size,
@@ -44,7 +45,7 @@ def target_log_prob(
     valid = (target >= 0) & (target < VOCAB)
     offset = n.to(tl.int64) * row_stride + target
     x = tl.load(logits + offset, mask=valid, other=float("nan")).to(tl.float32)
-    x = tl.where(target == banned, float("-inf"), x)
+    x = tl.where(valid & (target == banned), float("-inf"), x)
     return (x - maximum) * inverse_temperature - log_total
 
 
@@ -96,7 +97,7 @@ def log_probs(
     """
     logits, _ = prepare_logits(logits, None)
     rows, vocab_size = logits.shape
-    programs = rows * block_count(vocab_size)
+    programs = rows * block_count(vocab_size, STATISTICS_BLOCK)
     partials = logits.new_empty((4, programs), dtype=torch.float32)
     log_prob, maximum, log_total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     if rows:
@@ -106,7 +107,7 @@ def log_probs(
             "inverse_temperature": 1.0 / temperature,
             "banned": -1 if banned_token is None else banned_token,
             "VOCAB": vocab_size,
-            "BLOCK": block_size(vocab_size),
+            "BLOCK": block_size(vocab_size, STATISTICS_BLOCK),
         }
         with on_device_of(logits):
             block_statistics_kernel[(programs,)](

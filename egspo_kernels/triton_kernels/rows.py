@@ -22,8 +22,15 @@ from egspo_kernels.types import TokenStats
 MAX_BLOCK = 4096
 """Columns of a block, unless the vocabulary is smaller: 16 in the registers of each of 256 threads,
 and few enough that several programs share a processor and hide each other's loads."""
+STATISTICS_BLOCK = 8192
+"""For the statistics, which need few registers more than the logits, and whose reductions across
+threads would cost as much as the rest in smaller blocks."""
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
 """Launch options of kernels that read blocks of logits."""
+
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -50,6 +57,16 @@ def load_logits(start, columns, width, banned):
 
 
 @triton.jit
+def load_block(start, first, width, banned, BLOCK: tl.constexpr):
+    """float32 logits of the block whose first column is ``first``; only its block drops a token."""
+    columns = first + tl.arange(0, BLOCK)
+    logits = tl.load(start + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+    if (banned >= first) & (banned < first + BLOCK):
+        logits = tl.where(columns == banned, float("-inf"), logits)
+    return logits
+
+
+@triton.jit
 def finite_or_zero(maximum):
     """A shift that leaves rows of -inf at -inf, where ``-inf - -inf`` would be NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
@@ -62,10 +79,27 @@ def first_column(selected, columns):
 
 
 @triton.jit
+def power_terms(exponent):
+    """``2^d`` and ``2^d d``; both 0 for -inf, and NaN stays NaN.
+
+    Powers of two are what the hardware has. At -200 they are 0 already, without ``-inf * 0``.
+    """
+    exponent = tl.maximum(exponent, -200.0, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.exp2(exponent)
+    return weight, weight * exponent
+
+
+@triton.constexpr_function
+def group_size(logits):
+    """Columns of a wide load: a thread holds them, so a maximum over them costs no exchange."""
+    return 128 // logits.dtype.element_ty.primitive_bitwidth
+
+
+@triton.jit
 def normaliser_terms(shifted):
     """``e^d`` and ``e^d d`` for ``d = (x - max) / temperature``; 0 for -inf, NaN stays NaN."""
-    weight = tl.exp(shifted)
-    return weight, tl.where(shifted > float("-inf"), weight * shifted, 0.0)
+    weight, moment = power_terms(shifted * LOG2_E)
+    return weight, moment * LN_2
 
 
 @triton.jit
@@ -96,19 +130,26 @@ def block_statistics_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(m, s, t, argmax) of one block of one row into float32 ``partials`` [4, N * blocks]."""
+    """(m, s, t, place) of one block of one row into float32 ``partials`` [4, N * blocks].
+
+    ``place`` is the first group of columns with a logit of ``m``, counted from the start of the
+    block: finding the column itself would take a sixth of this kernel's instructions.
+    """
     program = tl.program_id(0)
     blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
     row, width = locate_row(rows, program // blocks, row_count, VOCAB)
-    columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    x = load_logits(row_pointer(logits, row, row_stride, ALIGN), columns, width, banned)
-    maximum = tl.max(x, 0)
-    weight, moment = normaliser_terms((x - finite_or_zero(maximum)) * inverse_temperature)
-    argmax = first_column(x == maximum, columns)
+    start = row_pointer(logits, row, row_stride, ALIGN)
+    x = load_block(start, program % blocks * BLOCK, width, banned, BLOCK)
+    groups: tl.constexpr = BLOCK // group_size(logits)
+    group_maxima = tl.max(tl.reshape(x, (groups, BLOCK // groups)), 1)
+    maximum = tl.max(group_maxima, 0)
+    scale = inverse_temperature * LOG2_E
+    weight, moment = power_terms((x - finite_or_zero(maximum)) * scale)
+    place = first_column(group_maxima == maximum, tl.arange(0, groups))
     tl.store(partials + program, maximum)
     tl.store(partials + programs + program, tl.sum(weight, 0))
-    tl.store(partials + 2 * programs + program, tl.sum(moment, 0))
-    tl.store(partials + 3 * programs + program, argmax.to(tl.float32, bitcast=True))
+    tl.store(partials + 2 * programs + program, tl.sum(moment, 0) * LN_2)
+    tl.store(partials + 3 * programs + program, place.to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "banned", "programs"])
@@ -145,27 +186,33 @@ def row_statistics_kernel(
     tl.store(logsumexp_out + n, maximum * inverse_temperature + log_total)
     tl.store(entropy_out + n, log_total - moment / total)
     tl.store(confidence_out + n, tl.where(total == 0, float("nan"), 1.0 / total))
-    # A row of NaN has no largest logit: its argmax must still be a token.
-    argmax = tl.minimum(first_column(inside & (maxima == maximum), places), VOCAB - 1)
+    row, width = locate_row(rows, n, row_count, VOCAB)
+    start = logits + row * row_stride
+    # A row of NaN has no largest logit: what is found must still be a column.
+    size: tl.constexpr = group_size(logits)
+    places += block * (BLOCK // size)
+    group = tl.minimum(first_column(inside & (maxima == maximum), places), (VOCAB - 1) // size)
+    columns = group * size + tl.arange(0, size)
+    x = load_logits(start, columns, width, banned)
+    argmax = tl.minimum(first_column(x == maximum, columns), VOCAB - 1)
     tl.store(argmax_out + n, argmax.to(tl.int64))
     if targets is not None:
         target = tl.load(targets + n).to(tl.int64)
-        row, width = locate_row(rows, n, row_count, VOCAB)
         valid = (target >= 0) & (target < width)
-        x = tl.load(logits + row * row_stride + target, mask=valid, other=float("nan"))
+        x = tl.load(start + target, mask=valid, other=float("nan"))
         x = tl.where(valid & (target == banned), float("-inf"), x.to(tl.float32))
         tl.store(log_prob_out + n, (x - maximum) * inverse_temperature - log_total)
 
 
-def block_size(vocab_size: int) -> int:
+def block_size(vocab_size: int, limit: int = MAX_BLOCK) -> int:
     """Columns of a block: a power of two that depends on the vocabulary alone."""
     power: int = triton.next_power_of_2(vocab_size)
-    return min(MAX_BLOCK, max(256, power))
+    return min(limit, max(256, power))
 
 
-def block_count(vocab_size: int) -> int:
+def block_count(vocab_size: int, limit: int = MAX_BLOCK) -> int:
     """Blocks of a row."""
-    return -(-vocab_size // block_size(vocab_size))
+    return -(-vocab_size // block_size(vocab_size, limit))
 
 
 def prepare_logits(logits: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -205,7 +252,7 @@ def token_stats(
     logits, rows = prepare_logits(logits, rows)
     count = logits.shape[0] if rows is None else rows.numel()
     vocab_size = logits.shape[1]
-    programs = count * block_count(vocab_size)
+    programs = count * block_count(vocab_size, STATISTICS_BLOCK)
     partials = logits.new_empty((4, programs), dtype=torch.float32)
     logsumexp, entropy, confidence = (
         logits.new_empty(count, dtype=torch.float32) for _ in range(3)
@@ -222,7 +269,7 @@ def token_stats(
         "inverse_temperature": 1.0 / temperature,
         "banned": -1 if banned_token is None else banned_token,
         "VOCAB": vocab_size,
-        "BLOCK": block_size(vocab_size),
+        "BLOCK": block_size(vocab_size, STATISTICS_BLOCK),
     }
     with on_device_of(logits):
         block_statistics_kernel[(programs,)](

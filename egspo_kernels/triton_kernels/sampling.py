@@ -14,17 +14,19 @@ from torch import Tensor
 
 from egspo_kernels.triton_kernels.noise import exponential_block
 from egspo_kernels.triton_kernels.rows import (
+    LN_2,
+    LOG2_E,
     OPTIONS,
     alignment,
     block_count,
     block_size,
     finite_or_zero,
     first_column,
-    load_logits,
+    load_block,
     locate_row,
     merge_blocks,
-    normaliser_terms,
     on_device_of,
+    power_terms,
     prepare_logits,
     row_pointer,
 )
@@ -64,18 +66,19 @@ def block_sample_kernel(
     n, block = program // blocks, program % blocks
     row, width = locate_row(None, n, row_count, VOCAB)
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    x = load_logits(row_pointer(logits, row, row_stride, ALIGN), columns, width, banned)
+    start = row_pointer(logits, row, row_stride, ALIGN)
+    x = load_block(start, block * BLOCK, width, banned, BLOCK)
     maximum = tl.max(x, 0)
-    shifted = x - finite_or_zero(maximum)
-    weight, moment = normaliser_terms(shifted)
+    shifted = (x - finite_or_zero(maximum)) * LOG2_E
+    weight, moment = power_terms(shifted)
     sampling_weight, sampling_moment = weight, moment
     if SAMPLING == "own":
-        sampling_weight, sampling_moment = normaliser_terms(shifted * inverse_temperature)
+        sampling_weight, sampling_moment = power_terms(shifted * inverse_temperature)
     entropy_weight, entropy_moment = weight, moment
     if ENTROPY == "sampling":
         entropy_weight, entropy_moment = sampling_weight, sampling_moment
     elif ENTROPY == "own":
-        entropy_weight, entropy_moment = normaliser_terms(shifted * inverse_entropy_temperature)
+        entropy_weight, entropy_moment = power_terms(shifted * inverse_entropy_temperature)
     score = x
     if SAMPLING != "greedy":
         score = sampling_weight / exponential_block(seed, step, tl.load(row_ids + n), block, BLOCK)
@@ -86,7 +89,7 @@ def block_sample_kernel(
     tl.store(place + programs, tl.sum(weight, 0))
     tl.store(place + 2 * programs, tl.sum(sampling_weight, 0))
     tl.store(place + 3 * programs, tl.sum(entropy_weight, 0))
-    tl.store(place + 4 * programs, tl.sum(entropy_moment, 0))
+    tl.store(place + 4 * programs, tl.sum(entropy_moment, 0) * LN_2)
     tl.store(place + 5 * programs, best)
     tl.store(place + 6 * programs, token.to(tl.float32, bitcast=True))
 

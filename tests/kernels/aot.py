@@ -38,6 +38,8 @@ class Compiled:
     """How many global loads, by width: ``"32"``, ``"v4.32"``, ..."""
     conversions: int
     """Changes of layout through shared memory."""
+    instructions: int
+    """Of the machine code, whether executed or not; loops are counted once."""
     arguments: str
     """Types and specialisations of the arguments."""
 
@@ -90,9 +92,13 @@ def inspect_kernel(name: str, kernel: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [str(tool), "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        usage, code = (
+            subprocess.run([tool, what, cubin.name], capture_output=True, text=True, check=True)
+            for what in ("-res-usage", "-sass")
+        )
+    numbers = {
+        key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)
+    }
     loads: dict[str, int] = {}
     for vector, bits in re.findall(
         r"ld\.global[.\w:]*?(?:\.(v\d))?\.[bfus](\d+)", kernel.asm["ptx"]
@@ -105,6 +111,7 @@ def inspect_kernel(name: str, kernel: Any) -> Compiled:
         spills=numbers["STACK"] + numbers["LOCAL"],
         shared=kernel.metadata.shared,
         loads=loads,
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ (?!\s*NOP)", code.stdout, re.M)),
         conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
         arguments=str(kernel.src.signature) + str(kernel.src.attrs),
     )
