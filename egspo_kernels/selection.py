@@ -38,7 +38,6 @@ _SELECT_STEPS = Dispatcher("select_steps", _CANDIDATES)
 _SELECT_STEPS_SEGMENTED = Dispatcher("select_steps_segmented", _CANDIDATES)
 
 
-@torch.no_grad()
 def select_steps(
     entropy: Tensor, k: int, *, limits: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -66,10 +65,9 @@ def select_steps(
     if limits is not None:
         check_index("limits", limits, len(entropy), entropy.device, entropy.shape[1] + 1)
     run = _select_steps_operator if torch.compiler.is_compiling() else _select_steps
-    return run(entropy, k, limits, backend)
+    return run(entropy.detach(), k, limits, backend)
 
 
-@torch.no_grad()
 def select_steps_segmented(
     token_entropy: Tensor,
     step_ids: Tensor,
@@ -112,7 +110,7 @@ def select_steps_segmented(
     if limits is not None:
         check_index("limits", limits, len(token_entropy), token_entropy.device, num_steps + 1)
     run = _select_segmented_operator if torch.compiler.is_compiling() else _select_segmented
-    return run(token_entropy, step_ids, num_steps, k, reduce, limits, backend)
+    return run(token_entropy.detach(), step_ids, num_steps, k, reduce, limits, backend)
 
 
 # The two functions below are what runs, in eager mode directly and under torch.compile as the

@@ -18,7 +18,6 @@ import torch
 from egspo_kernels import (
     UnavailableBackendError,
     _extension,
-    available_backends,
     last_backend,
     select_steps,
     select_steps_segmented,
@@ -186,9 +185,10 @@ def fresh_probes() -> Iterator[None]:
 
 
 def reason() -> str | None:
-    (first, second) = (
-        available_backends("cuda:0")[function]["cuda"]
-        for function in ("select_steps", "select_steps_segmented")
+    """Why the selector cannot run on a GPU; what other functions lack there is not asked."""
+    first, second = (
+        dispatcher.availability(torch.device("cuda:0"))["cuda"]
+        for dispatcher in (selection._SELECT_STEPS, selection._SELECT_STEPS_SEGMENTED)
     )
     assert first == second
     return first
