@@ -36,7 +36,8 @@ EGSPO_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
 EGSPO_DEVICE uint32_t ordered_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
-  const uint32_t sign = uint32_t{1} << 31, infinity = 0x7f800000u, magnitude = bits & ~sign;
+  const uint32_t sign = uint32_t{1} << 31, infinity = 0x7f800000u;
+  const uint32_t magnitude = bits & ~sign;
   if (magnitude > infinity) return 0;
   if (magnitude == 0) return sign;
   return (bits & sign) ? ~bits : bits | sign;
@@ -45,13 +46,14 @@ EGSPO_DEVICE uint32_t ordered_bits(float value) {
 EGSPO_DEVICE uint64_t ordered_bits(double value) {
   uint64_t bits;
   memcpy(&bits, &value, sizeof bits);
-  const uint64_t sign = uint64_t{1} << 63, infinity = 0x7ff0000000000000u, magnitude = bits & ~sign;
+  const uint64_t sign = uint64_t{1} << 63, infinity = 0x7ff0000000000000u;
+  const uint64_t magnitude = bits & ~sign;
   if (magnitude > infinity) return 0;
   if (magnitude == 0) return sign;
   return (bits & sign) ? ~bits : bits | sign;
 }
 
-// Value and step in one comparison. Steps are below 2^31, so no step has the key of none() or top().
+// Value and step in one comparison. Steps are below 2^31: none has the key none() or top().
 struct NarrowKey {
   uint64_t bits;  // ordered value, then the step inverted
 
@@ -308,8 +310,8 @@ EGSPO_DEVICE void add_tokens(const TokenTile& tile, int size, int first, StepSum
   sums[step] = total;
 }
 
-// Sums, or averages, the tokens of the steps in [0, limit) in the order of the tokens, in double: bit
-// for bit what a loop over the tokens gives. Comparisons: tokens * kTokenTile.
+// Sums, or averages, the tokens of the steps in [0, limit), in their order and in double: bit for bit
+// what a loop over the tokens gives. Comparisons: tokens * kTokenTile.
 template <typename Block, typename Value>
 EGSPO_DEVICE void sum_steps(Block& block, const Value* values, const int64_t* step_ids,
                             int64_t tokens, int limit, bool mean, StepSum* sums, TokenTile& tile) {

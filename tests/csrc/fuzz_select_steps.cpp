@@ -103,8 +103,9 @@ void good_segmented_call(Random& random) {
         "status of a good segmented call");
   for (int64_t row = 0; row < shape.batch; ++row) {
     const int64_t limit = limit_of(limits.get(), row, shape.steps);
-    const auto entropies = oracle::reduced(values.get() + row * shape.stride,
-                                           step_ids.get() + row * tokens, tokens, shape.steps, mean);
+    const Value* const row_values = values.get() + row * shape.stride;
+    const int64_t* const row_ids = step_ids.get() + row * tokens;
+    const auto entropies = oracle::reduced(row_values, row_ids, tokens, shape.steps, mean);
     const int64_t* const found = indices.get() + row * shape.k;
     check(Indices(found, found + shape.k) == oracle::select(entropies, limit, shape.k),
           "selection from tokens");
