@@ -310,8 +310,8 @@ EGSPO_DEVICE void add_tokens(const TokenTile& tile, int size, int first, StepSum
   sums[step] = total;
 }
 
-// Sums, or averages, the tokens of the steps in [0, limit), in their order and in double: bit for bit
-// what a loop over the tokens gives. Comparisons: tokens * kTokenTile.
+// Sums, or averages, the tokens of the steps in [0, limit), in their order and in double: bit for
+// bit what a loop over the tokens gives. Comparisons: tokens * kTokenTile.
 template <typename Block, typename Value>
 EGSPO_DEVICE void sum_steps(Block& block, const Value* values, const int64_t* step_ids,
                             int64_t tokens, int limit, bool mean, StepSum* sums, TokenTile& tile) {
