@@ -69,7 +69,7 @@ def row_normaliser_kernel(
 ):
     """Combines the blocks of one row, as ``row_statistics_kernel`` does."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
     block = tl.arange(0, triton.next_power_of_2(blocks))
     inside = block < blocks
     source = partials + n.to(tl.int64) * blocks + block

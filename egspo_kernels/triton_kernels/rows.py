@@ -136,7 +136,7 @@ def block_statistics_kernel(
     block: finding the column itself would take a sixth of this kernel's instructions.
     """
     program = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
     row, width = locate_row(rows, program // blocks, row_count, VOCAB)
     start = row_pointer(logits, row, row_stride, ALIGN)
     x = load_block(start, program % blocks * BLOCK, width, banned, BLOCK)
@@ -173,7 +173,7 @@ def row_statistics_kernel(
 ):
     """Combines the blocks of one row and writes its statistics."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
     block = tl.arange(0, triton.next_power_of_2(blocks))
     inside = block < blocks
     source = partials + n.to(tl.int64) * blocks + block

@@ -62,7 +62,7 @@ def block_sample_kernel(
     same temperature) or "own".
     """
     program = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
     n, block = program // blocks, program % blocks
     row, width = locate_row(None, n, row_count, VOCAB)
     columns = block * BLOCK + tl.arange(0, BLOCK)
@@ -112,7 +112,7 @@ def row_sample_kernel(
 ):
     """Combines the blocks of one row: the sample, and its statistics."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
     block = tl.arange(0, triton.next_power_of_2(blocks))
     inside = block < blocks
     place = partials + n.to(tl.int64) * blocks + block
