@@ -16,15 +16,17 @@ from torch import Tensor
 
 from egspo_kernels.triton_kernels.normaliser import Normaliser, target_log_prob
 from egspo_kernels.triton_kernels.rows import (
+    LOG2_E,
     OPTIONS,
+    STATISTICS_BLOCK,
     alignment,
     block_count,
     block_size,
     finite_or_zero,
-    load_logits,
+    load_block,
     merge_blocks,
-    normaliser_terms,
     on_device_of,
+    power_terms,
     prepare_logits,
     row_pointer,
 )
@@ -63,21 +65,22 @@ def block_kl_kernel(
     logit and normaliser of the reference.
     """
     program = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
-    row = program // blocks
-    columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    x = load_logits(row_pointer(logits, row, row_stride, ALIGN), columns, VOCAB, banned)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
+    row, first = program // blocks, program % blocks * BLOCK
+    x = load_block(row_pointer(logits, row, row_stride, ALIGN), first, VOCAB, banned, BLOCK)
     ref_start = row_pointer(ref_logits, row, ref_row_stride, REF_ALIGN)
-    y = load_logits(ref_start, columns, VOCAB, banned)
+    y = load_block(ref_start, first, VOCAB, banned, BLOCK)
     maximum, ref_maximum = tl.max(x, 0), tl.max(y, 0)
-    x = (x - finite_or_zero(maximum)) * inverse_temperature
-    y = (y - finite_or_zero(ref_maximum)) * inverse_temperature
-    weight, _ = normaliser_terms(x)
-    ref_weight, _ = normaliser_terms(y)
-    difference = tl.where(x > float("-inf"), weight * (x - y), 0.0)
+    x -= finite_or_zero(maximum)
+    y -= finite_or_zero(ref_maximum)
+    scale = inverse_temperature * LOG2_E
+    weight, _ = power_terms(x * scale)
+    ref_weight, _ = power_terms(y * scale)
+    # Not where the policy has no weight: there the difference may be infinite, or a NaN.
+    difference = tl.where(weight == 0, 0.0, weight * (x - y))
     tl.store(partials + program, maximum)
     tl.store(partials + programs + program, tl.sum(weight, 0))
-    tl.store(partials + 2 * programs + program, tl.sum(difference, 0))
+    tl.store(partials + 2 * programs + program, tl.sum(difference, 0) * inverse_temperature)
     tl.store(partials + 3 * programs + program, ref_maximum)
     tl.store(partials + 4 * programs + program, tl.sum(ref_weight, 0))
 
@@ -124,7 +127,7 @@ def row_kl_kernel(
 ):
     """Combines the blocks of one pair of rows."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
     block = tl.arange(0, triton.next_power_of_2(blocks))
     inside = block < blocks
     source = partials + n.to(tl.int64) * blocks + block
@@ -166,7 +169,7 @@ def exact_kl(
     """
     logits, ref_logits = prepare_logits(logits, None)[0], prepare_logits(ref_logits, None)[0]
     rows, vocab_size = logits.shape
-    programs = rows * block_count(vocab_size)
+    programs = rows * block_count(vocab_size, STATISTICS_BLOCK)
     partials = logits.new_empty((PARTIALS, programs), dtype=torch.float32)
     outputs = [logits.new_empty(rows, dtype=torch.float32) for _ in range(6)]
     if rows:
@@ -176,7 +179,7 @@ def exact_kl(
             "inverse_temperature": 1.0 / temperature,
             "banned": -1 if banned_token is None else banned_token,
             "VOCAB": vocab_size,
-            "BLOCK": block_size(vocab_size),
+            "BLOCK": block_size(vocab_size, STATISTICS_BLOCK),
         }
         with on_device_of(logits):
             block_kl_kernel[(programs,)](

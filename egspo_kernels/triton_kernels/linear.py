@@ -46,7 +46,9 @@ def row_bytes(
     columns = logits_dtype.itemsize * (2 if with_reference else 1)
     if with_gradient and logits_dtype != dtype:
         columns += dtype.itemsize
-    return columns * vocab_size + 4 * PARTIALS * row_kernels.block_count(vocab_size)
+    return columns * vocab_size + 4 * PARTIALS * row_kernels.block_count(
+        vocab_size, row_kernels.STATISTICS_BLOCK
+    )
 
 
 def logits_buffer(head: Head, settings: Settings) -> Tensor:

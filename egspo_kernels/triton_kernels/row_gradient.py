@@ -23,16 +23,21 @@ from torch import Tensor
 from egspo_kernels.triton_kernels.kl import Divergence
 from egspo_kernels.triton_kernels.normaliser import Normaliser
 from egspo_kernels.triton_kernels.rows import (
+    LN_2,
+    LOG2_E,
     OPTIONS,
     alignment,
     block_count,
     block_size,
     finite_or_zero,
-    load_logits,
+    load_block,
     on_device_of,
     prepare_logits,
     row_pointer,
 )
+
+FAR = tl.constexpr(1e20)
+"""Nothing this far below the largest logit has a probability, at any sensible temperature."""
 
 
 class Coefficients(NamedTuple):
@@ -104,40 +109,46 @@ def row_gradient_kernel(
 ):
     """One block of one row; ``gradient`` may be ``logits``."""
     program = tl.program_id(0)
-    blocks: tl.constexpr = tl.cdiv(VOCAB, BLOCK)
-    row = program // blocks
-    columns = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
+    row, first = program // blocks, program % blocks * BLOCK
+    columns = first + tl.arange(0, BLOCK)
     if step_ids is None:
         index, valid = row.to(tl.int64), True
     else:
         index = tl.load(step_ids + row).to(tl.int64)
         valid = (index >= 0) & (index < num_steps)
-    factor = 1.0 if scale is None else tl.load(scale).to(tl.float32)
+    factor = inverse_temperature if scale is None else inverse_temperature * tl.load(scale)
     c = load_coefficient(log_prob_coefficient, index, valid, factor)
     l = load_coefficient(logsumexp_coefficient, index, valid, factor)  # noqa: E741
     h = load_coefficient(entropy_coefficient, index, valid, factor)
     b = load_coefficient(kl_coefficient, index, valid, factor)
     place = row_pointer(gradient, row, grad_row_stride, GRAD_ALIGN) + columns
     if (c != 0) | (l != 0) | (h != 0) | (b != 0):
-        x = load_logits(row_pointer(logits, row, row_stride, ALIGN), columns, VOCAB, banned)
-        x = (x - finite_or_zero(tl.load(maximum + row))) * inverse_temperature
-        log_p = x - tl.load(log_total + row)
-        p = tl.exp(log_p)
-        grad = (l - c) * p
+        # Clamps keep what has no probability finite, so that 0 times it is 0. They would drop a
+        # NaN, but then the normaliser is NaN too.
+        x = load_block(row_pointer(logits, row, row_stride, ALIGN), first, VOCAB, banned, BLOCK)
+        x = tl.maximum(x - finite_or_zero(tl.load(maximum + row)), -FAR)
+        log2_p = x * (inverse_temperature * LOG2_E) - tl.load(log_total + row) * LOG2_E
+        p = tl.exp2(log2_p)
+        factor_of_p = l - c
         if entropy_coefficient is not None:
-            surprise = log_p + tl.load(entropy + row)
-            grad -= tl.where(log_p > float("-inf"), h * p * surprise, 0.0)
+            factor_of_p -= h * (tl.load(entropy + row) + log2_p * LN_2)
         if kl_coefficient is not None:
             # Where the KL has no part in the loss, the reference row is not read.
+            reads = b != 0
+            width = tl.where(reads, VOCAB, 0)
             ref_start = row_pointer(ref_logits, row, ref_row_stride, REF_ALIGN)
-            width = tl.where(b != 0, VOCAB, 0)
-            y = load_logits(ref_start, columns, width, banned)
-            y = (y - finite_or_zero(tl.load(ref_maximum + row))) * inverse_temperature
-            excess = (x - y) - tl.load(mean_difference + row)
-            grad += tl.where((x > float("-inf")) & (columns < width), b * p * excess, 0.0)
+            y = load_block(ref_start, first, width, banned, BLOCK)
+            y -= tl.where(reads, finite_or_zero(tl.load(ref_maximum + row)), 0.0)
+            mean = tl.where(reads, tl.load(mean_difference + row), 0.0)
+            factor_of_p += b * (tl.minimum(x - y, FAR) * inverse_temperature - mean)
+        grad = p * factor_of_p
         if log_prob_coefficient is not None:
-            grad += tl.where(columns == tl.load(targets + row), c, 0.0)
-        grad = tl.where(columns == banned, 0.0, grad * inverse_temperature)
+            target = tl.load(targets + row)
+            if (target >= first) & (target < first + BLOCK):
+                grad += tl.where(columns == target, c, 0.0)
+        if (banned >= first) & (banned < first + BLOCK):
+            grad = tl.where(columns == banned, 0.0, grad)
         tl.store(place, grad.to(gradient.dtype.element_ty), mask=columns < VOCAB)
     else:
         zeros = tl.zeros((BLOCK,), gradient.dtype.element_ty)

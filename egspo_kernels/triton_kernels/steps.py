@@ -36,7 +36,15 @@ def add_token_values(totals, values, tokens, present, member):
 
 @triton.jit(
     do_not_specialize=["num_tokens", "num_steps"],
-    do_not_specialize_on_alignment=["token_log_prob", "token_reference", "step_ids"],
+    do_not_specialize_on_alignment=[
+        "token_log_prob",
+        "token_reference",
+        "step_ids",
+        "old_log_prob",
+        "advantage",
+        "weights",
+        "ref_log_prob",
+    ],
 )
 def step_kernel(
     token_log_prob,

@@ -36,6 +36,8 @@ class Compiled:
     """Bytes of shared memory for each program."""
     loads: dict[str, int]
     """How many global loads, by width: ``"32"``, ``"v4.32"``, ..."""
+    stores: dict[str, int]
+    """How many global stores, likewise."""
     conversions: int
     """Changes of layout through shared memory."""
     instructions: int
@@ -99,22 +101,28 @@ def inspect_kernel(name: str, kernel: Any) -> Compiled:
     numbers = {
         key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)
     }
-    loads: dict[str, int] = {}
-    for vector, bits in re.findall(
-        r"ld\.global[.\w:]*?(?:\.(v\d))?\.[bfus](\d+)", kernel.asm["ptx"]
-    ):
-        width = f"{vector}.{bits}" if vector else bits
-        loads[width] = loads.get(width, 0) + 1
+    ptx = kernel.asm["ptx"]
     return Compiled(
         kernel=name,
         registers=numbers["REG"],
         spills=numbers["STACK"] + numbers["LOCAL"],
         shared=kernel.metadata.shared,
-        loads=loads,
+        loads=access_widths("ld", ptx),
+        stores=access_widths("st", ptx),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ (?!\s*NOP)", code.stdout, re.M)),
         conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
         arguments=str(kernel.src.signature) + str(kernel.src.attrs),
     )
+
+
+def access_widths(instruction: str, ptx: str) -> dict[str, int]:
+    """How many global accesses of each width."""
+    widths: dict[str, int] = {}
+    pattern = rf"{instruction}\.global[.\w:]*?(?:\.(v\d))?\.[bfus](\d+)"
+    for vector, bits in re.findall(pattern, ptx):
+        width = f"{vector}.{bits}" if vector else bits
+        widths[width] = widths.get(width, 0) + 1
+    return widths
 
 
 def compiled(script: str, capability: int, timeout: float = 300) -> dict[str, Compiled]:
