@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 # What an editable installation is built from; Python sources need no reinstallation.
-BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 
 .PHONY: test lint sudoku
 .DEFAULT_GOAL := test

@@ -1,12 +1,22 @@
-"""Builds the CPU library of ``csrc/`` into the package; everything else is in pyproject.toml.
+"""Builds the libraries of ``csrc/`` into the package; everything else is in pyproject.toml.
 
-The library is plain C to the outside: it needs a C++17 compiler and ninja, neither torch nor the
-Python headers, and the wheel is tagged ``py3-none-<platform>``. Without a compiler the
-installation goes on with a warning, unless ``EGSPO_REQUIRE_EXTENSION=1``. ``CXX``, ``CXXFLAGS``
-and ``LDFLAGS`` are respected.
+They are plain C to the outside and need neither torch nor the Python headers: the wheel is tagged
+``py3-none-<platform>``. The CPU library needs a C++17 compiler and ninja; the CUDA library needs
+nvcc too, and is built wherever there is one, also beside a CPU build of torch. What cannot be built
+is left out with a warning.
+
+Environment variables:
+    CXX, CXXFLAGS, LDFLAGS: compiler and flags of the CPU library; nvcc takes CXX as host compiler,
+        and flags from NVCC_APPEND_FLAGS.
+    CUDA_HOME: where nvcc is, in ``bin``; otherwise PATH and /usr/local/cuda are searched.
+    EGSPO_CUDA=0: no CUDA library, whether or not there is an nvcc.
+    EGSPO_CUDA_ARCHITECTURES: compute capabilities to compile for, as in "90" or "80;90;100", the
+        default; the last one also as PTX, for GPUs that are newer.
+    EGSPO_REQUIRE_EXTENSION=1, EGSPO_REQUIRE_CUDA=1: fail if the library cannot be built.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,10 +29,27 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-REQUIRED = os.environ.get("EGSPO_REQUIRE_EXTENSION", "0") == "1"
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 COMPILERS = [["c++"], ["g++"], ["clang++"]]
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+# The CUDA runtime is linked in: the one torch brings may be of another version, or not on the path.
+NVCCFLAGS = (
+    "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static --threads 0"
+)
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+def environment_flag(name: str, default: str = "0") -> bool:
+    value = os.environ.get(name, default)
+    if value not in ("0", "1"):
+        raise SystemExit(f"{name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+REQUIRE_CPU = environment_flag("EGSPO_REQUIRE_EXTENSION")
+REQUIRE_CUDA = environment_flag("EGSPO_REQUIRE_CUDA")
+if REQUIRE_CUDA and not environment_flag("EGSPO_CUDA", "1"):
+    raise SystemExit("EGSPO_REQUIRE_CUDA=1 contradicts EGSPO_CUDA=0")
 
 
 def environment_words(name: str) -> list[str]:
@@ -39,25 +66,61 @@ def find_compiler() -> list[str]:
     raise CompileError(f"no C++ compiler found (tried {names}): install one or set CXX")
 
 
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """Machine code for every architecture, and PTX of the last."""
+    chosen = re.findall(r"[^\s;,]+", os.environ.get("EGSPO_CUDA_ARCHITECTURES", ""))
+    if wrong := [name for name in chosen if not re.fullmatch(r"\d{2,3}[af]?", name)]:
+        raise SystemExit(
+            f"EGSPO_CUDA_ARCHITECTURES must hold compute capabilities like 90, got {wrong}"
+        )
+    if not chosen:  # an older nvcc does not know the newest
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        known = listed.split()
+        chosen = [name for name in CUDA_ARCHITECTURES if f"compute_{name}" in known]
+    if not chosen:
+        raise CompileError(f"{nvcc} compiles for none of {CUDA_ARCHITECTURES}")
+    targets = [*((name, f"sm_{name}") for name in chosen), (chosen[-1], f"compute_{chosen[-1]}")]
+    return [f"-gencode=arch=compute_{name},code={code}" for name, code in targets]
+
+
+def cpu_commands() -> tuple[list[str], list[str]]:
+    """The commands that compile a source and that link the objects."""
+    compiler, ldflags = find_compiler(), environment_words("LDFLAGS")
+    compile_flags = [*CXXFLAGS.split(), *environment_words("CXXFLAGS")]
+    return [*compiler, *compile_flags], [*compiler, *compile_flags, "-shared", *ldflags]
+
+
+def cuda_commands() -> tuple[list[str], list[str]]:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise CompileError("nvcc not found: install the CUDA toolkit or set CUDA_HOME")
+    command = [nvcc, *NVCCFLAGS.split(), *architecture_flags(nvcc)]
+    if os.environ.get("CXX"):
+        command += ["-ccbin", find_compiler()[0]]
+    return command, [*command, "-shared"]
+
+
 def ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
 
-def ninja_file(compiler: list[str], sources: list[str], library: Path) -> str:
+def ninja_file(commands: tuple[list[str], list[str]], sources: list[str], library: Path) -> str:
     """The build description: one object per source, and the library."""
-    variables = {
-        "cxx": shlex.join(compiler),
-        "cxxflags": f"{CXXFLAGS} {shlex.join(environment_words('CXXFLAGS'))}",
-        "ldflags": shlex.join(environment_words("LDFLAGS")),
-    }
-    lines = [f"{name} = {value.replace('$', '$$')}" for name, value in variables.items()]
-    lines += [
+    compile_command, link_command = (shlex.join(command).replace("$", "$$") for command in commands)
+    lines = [
         "rule compile",
-        "  command = $cxx $cxxflags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compile_command} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx $cxxflags -shared $in $ldflags -o $out",
+        f"  command = {link_command} $in -o $out",
     ]
     objects = []
     for source in sources:
@@ -74,19 +137,28 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split("."))) + SUFFIX
 
     def build_extension(self, ext: Extension) -> None:
+        file = self.get_ext_filename(ext.name)
+        if ext is CUDA_LIBRARY and not BUILD_CUDA:
+            self.discard(ext, file)
+            return
         try:
             self.build_library(ext)
         except CompileError as error:
-            if REQUIRED:
+            self.discard(ext, file)
+            if not ext.optional:
                 raise
-            self.warn(
-                f"installing WITHOUT the compiled step selector, which will run in PyTorch: {error}"
-            )
+            self.warn(f"installing WITHOUT {Path(file).name}: {error}")
+
+    def discard(self, ext: Extension, file: str) -> None:
+        """Remove what an earlier build left: it is not what was asked for now."""
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        if self.editable_mode:
+            (ROOT / file).unlink(missing_ok=True)
 
     def build_library(self, ext: Extension) -> None:
         if sys.platform == "win32":
             raise CompileError("not supported on Windows")
-        compiler = find_compiler()
+        commands = cuda_commands() if ext is CUDA_LIBRARY else cpu_commands()
         # Without build isolation, ninja may be installed in an environment that is not activated.
         beside_python = str(Path(sys.executable).parent)
         ninja = shutil.which("ninja") or shutil.which("ninja", path=beside_python)
@@ -94,28 +166,34 @@ class BuildLibrary(build_ext):
             raise CompileError("ninja not found: pip install ninja")
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(self.build_temp).resolve()
+        work = Path(self.build_temp).resolve() / ext.name
         work.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(ninja_file(compiler, ext.sources, library))
+        (work / "build.ninja").write_text(ninja_file(commands, ext.sources, library))
         if subprocess.run([ninja, "-C", str(work)], check=False).returncode != 0:
-            raise CompileError("the C++ build failed, see the messages above")
+            raise CompileError("the build failed, see the messages above")
 
 
 class PlatformWheel(bdist_wheel):
-    """The library depends on the platform, but on no version of Python."""
+    """The libraries depend on the platform, but on no version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
+# An optional library that was not built is not missed when files are installed.
+CPU_LIBRARY = Extension(
+    "egspo_kernels.libegspo_cpu",
+    sources=["csrc/select_steps_cpu.cpp"],
+    optional=not REQUIRE_CPU,
+)
+CUDA_LIBRARY = Extension(
+    "egspo_kernels.libegspo_cuda",
+    sources=["csrc/select_steps_cuda.cu"],
+    optional=not REQUIRE_CUDA,
+)
+BUILD_CUDA = environment_flag("EGSPO_CUDA", "1") and (find_nvcc() is not None or REQUIRE_CUDA)
+
 setup(
-    ext_modules=[
-        Extension(
-            "egspo_kernels.libegspo_cpu",
-            sources=["csrc/select_steps_cpu.cpp"],
-            depends=["csrc/select_steps.h"],
-            optional=not REQUIRED,  # nothing to install after a build that failed with a warning
-        )
-    ],
+    ext_modules=[CPU_LIBRARY, CUDA_LIBRARY],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -7,23 +7,15 @@
 #include <memory>
 #include <new>
 
+#include "select_steps_checks.h"
+
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
 #error "NaN has a defined rank here: compile without -ffast-math and -ffinite-math-only"
 #endif
 
 namespace {
 
-// Whether [rows, columns] with the given row stride is a possible array: no negative size, no
-// address that overflows.
-bool valid_matrix(const void* data, int64_t rows, int64_t columns, int64_t row_stride,
-                  int64_t element_size) {
-  if (rows < 0 || columns < 0 || row_stride < 0) return false;
-  if (rows == 0 || columns == 0) return true;
-  if (data == nullptr) return false;
-  const int64_t largest = std::numeric_limits<int64_t>::max() / element_size;
-  if (columns > largest) return false;
-  return rows == 1 || row_stride <= (largest - columns) / (rows - 1);
-}
+using egspo::valid_matrix;
 
 int64_t row_limit(const int64_t* limits, int64_t row, int64_t steps) {
   return limits == nullptr ? steps : std::clamp<int64_t>(limits[row], 0, steps);

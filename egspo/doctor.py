@@ -22,9 +22,10 @@ def diagnose() -> dict[str, Any]:
 
     Returns:
         ``versions``: by package, None if not installed. ``cpu``, ``gpus``: devices, memory in
-        GiB. ``extension``: path of the compiled CPU library, or why there is none. ``kernels``:
-        by device and function, the backend that ``auto`` picks and why others are passed over.
-        ``attention``: by implementation, None if it can run or the reason why not.
+        GiB. ``extension``, ``cuda_extension``: path of the compiled CPU and CUDA library, or why it
+        is not used. ``kernels``: by device and function, the backend that ``auto`` picks and why
+        others are passed over. ``attention``: by implementation, None if it can run or the reason
+        why not.
     """
     return {
         "versions": {
@@ -36,6 +37,7 @@ def diagnose() -> dict[str, Any]:
         "cpu": _guarded(_cpu),
         "gpus": _guarded(_gpus),
         "extension": _guarded(_extension),
+        "cuda_extension": _guarded(_cuda_extension),
         "kernels": _guarded(_kernels),
         "attention": _guarded(_attention),
     }
@@ -50,9 +52,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
     _print_devices(report["cpu"], report["gpus"], console)
 
-    extension = report["extension"]
-    found = extension.get("path") or f"none: {extension['error']}"
-    console.print(f"[bold]Compiled CPU library[/]: {escape(found)}\n", soft_wrap=True)
+    for name, part in (("CPU", "extension"), ("CUDA", "cuda_extension")):
+        library = report[part]
+        found = library.get("path") or f"none: {library['error']}"
+        console.print(f"[bold]Compiled {name} library[/]: {escape(found)}", soft_wrap=True)
+    console.print()
     _print_kernels(report["kernels"], console)
 
     attention = _table("Attention implementations", "name", "status")
@@ -117,6 +121,16 @@ def _extension() -> dict[str, str]:
 
     load_library(LIBRARY_PATH)
     return {"path": str(LIBRARY_PATH)}
+
+
+def _cuda_extension() -> dict[str, str]:
+    from egspo_kernels._extension import CUDA_LIBRARY_PATH, cuda_library
+
+    library = cuda_library()
+    if not isinstance(library, str):
+        return {"path": str(CUDA_LIBRARY_PATH)}
+    built = CUDA_LIBRARY_PATH.exists()
+    return {"error": f"{CUDA_LIBRARY_PATH} is not loaded: {library}" if built else library}
 
 
 def _kernels() -> dict[str, Any]:

@@ -12,6 +12,7 @@ list for single functions (``select_steps=cpp,token_stats=reference``).
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -37,6 +38,33 @@ def always_available(device: torch.device) -> None:
     del device
 
 
+def triton_probe(device: torch.device) -> str | None:
+    """The probe of every Triton backend."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+        return None if interpreted else "needs a GPU, or TRITON_INTERPRET=1 before the first call"
+    if device.type == "cuda":
+        return _cuda_lacks(device.index)
+    return None if device.type == "xpu" else f"no support for {device.type} devices"
+
+
+@functools.lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_lacks(index: int | None) -> str | None:
+    """What the GPU lacks to run Triton kernels; torch calls AMD GPUs ``cuda`` too."""
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return None
+
+
 class Dispatcher:
     """The backends of one function.
 
@@ -58,29 +86,38 @@ class Dispatcher:
         self._announced: set[str] = set()
         _DISPATCHERS[function] = self
 
-    def choose(self, requested: str, device: torch.device) -> str:
+    def choose(
+        self, requested: str, device: torch.device, refused: Mapping[str, str] | None = None
+    ) -> str:
         """The backend to run for tensors on ``device``.
 
         Args:
             requested: ``"auto"`` or a backend name.
             device: device of the tensors of this call.
+            refused: backends that cannot take the arguments of this call, and why.
 
         Raises:
             ValueError: ``requested``, or the environment variable, is not understood.
             UnavailableBackendError: the backend asked for is missing or cannot run.
         """
+        listing = self.availability(device)
+        listing.update({name: why for name, why in (refused or {}).items() if name in listing})
         if requested != "auto":
-            chosen = self._require(requested, device, "")
+            chosen = self._require(requested, device, listing, "")
         elif (forced := self._override()) is not None:
-            chosen = self._require(forced, device, f" (from {ENVIRONMENT_VARIABLE})")
+            chosen = self._require(forced, device, listing, f" (from {ENVIRONMENT_VARIABLE})")
         else:
-            chosen = self._fastest(device)
+            chosen = self._fastest(device, listing)
         self.last = chosen
         return chosen
 
     def availability(self, device: torch.device) -> dict[str, str | None]:
         """Each backend, fastest first, with None if it can run or the reason why not."""
-        return {name: probe(device) for name, probe in self._candidates.items()}
+        names = list(self._candidates)
+        if device.type == "cpu" and "triton" in names:
+            # There Triton is its interpreter: for tests, on explicit request.
+            names.append(names.pop(names.index("triton")))
+        return {name: self._candidates[name](device) for name in names}
 
     def _override(self) -> str | None:
         setting = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -98,23 +135,23 @@ class Dispatcher:
         chosen = forced.get(self.function)
         return None if chosen == "auto" else chosen
 
-    def _require(self, name: str, device: torch.device, origin: str) -> str:
+    def _require(
+        self, name: str, device: torch.device, listing: dict[str, str | None], origin: str
+    ) -> str:
         if name not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}{origin}")
-        probe = self._candidates.get(name)
-        reason = "not implemented for this function" if probe is None else probe(device)
+        reason = listing.get(name, "not implemented for this function")
         if reason is not None:
-            usable = [other for other, why in self.availability(device).items() if why is None]
+            usable = [other for other, why in listing.items() if why is None]
             raise UnavailableBackendError(
                 f"{self.function}: backend {name!r}{origin} cannot run on {device}: {reason}; "
                 f"available: {', '.join(usable) or 'none'}"
             )
         return name
 
-    def _fastest(self, device: torch.device) -> str:
+    def _fastest(self, device: torch.device, listing: dict[str, str | None]) -> str:
         skipped: list[str] = []
-        for name, probe in self._candidates.items():
-            reason = probe(device)
+        for name, reason in listing.items():
             if reason is None:
                 if name not in self._announced:
                     self._announced.add(name)

@@ -1,7 +1,7 @@
 """Argument checks shared by the public functions.
 
 Checks that read tensor *values* would synchronise a GPU: they always run on CPU tensors and run on
-GPU tensors only with ``EGSPO_KERNELS_DEBUG=1``.
+GPU tensors only with ``EGSPO_KERNELS_DEBUG=1``. Under ``torch.compile`` there is nothing to read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def may_read_values(tensor: Tensor) -> bool:
     """Whether value checks on ``tensor`` are allowed (they would synchronise a GPU)."""
+    if torch.compiler.is_compiling():
+        return False
     return tensor.device.type == "cpu" or os.environ.get("EGSPO_KERNELS_DEBUG", "0") == "1"
 
 
@@ -56,6 +58,19 @@ def check_temperature(temperature: float, *, allow_zero: bool = False) -> None:
     if not valid or temperature == float("inf"):
         bound = ">= 0" if allow_zero else "> 0"
         raise ValueError(f"temperature must be finite and {bound}, got {temperature}")
+
+
+def check_row_ids(row_ids: Tensor, length: int, device: torch.device) -> None:
+    """``row_ids`` must be an int64 vector: any value is a row's identity."""
+    check_vector("row_ids", row_ids, length, device)
+    if row_ids.dtype != torch.int64:
+        raise TypeError(f"row_ids must be int64, got {row_ids.dtype}")
+
+
+def check_step(step: int) -> None:
+    """``step`` must be a 32-bit counter."""
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step must lie in [0, 2**32), got {step}")
 
 
 def check_banned(banned_token: int | None, vocab_size: int) -> None:

@@ -6,138 +6,31 @@ they take depends on ``workspace_bytes`` and not on the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from egspo_kernels import reference
-from egspo_kernels._backend import Dispatcher, always_available
+from egspo_kernels._backend import Dispatcher, always_available, triton_probe
 from egspo_kernels._checks import check_banned, check_index, check_matrix, check_temperature
-from egspo_kernels.surrogate import (
+from egspo_kernels._linear_product import Settings
+from egspo_kernels._linear_reference import LIVE_ROWS, linear_rows
+from egspo_kernels._objective import (
     KL,
     Aggregation,
     Objective,
-    aggregate_steps,
+    Steps,
     check_reference,
     check_steps,
+    refuse_float64,
     step_objective,
 )
 from egspo_kernels.types import Surrogate, TokenStats
 
 DEFAULT_WORKSPACE_BYTES = 256 * 2**20
 
-# Vocabulary-sized rows alive at once in the backward pass with exact KL: the logits, both
-# log-softmaxes, the probabilities, the gradient and one temporary.
-_LIVE_ROWS = 6
-
-_LINEAR_STATS = Dispatcher("linear_token_stats", {"reference": always_available})
-_LINEAR_SURROGATE = Dispatcher("linear_stepwise_surrogate", {"reference": always_available})
-
-
-class _Settings(NamedTuple):
-    temperature: float
-    banned_token: int | None
-    chunk_rows: int
-
-
-class _LinearRows(torch.autograd.Function):
-    """(hidden, weight, bias, targets, ref_hidden) to per-row statistics, chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor | None,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-        settings: _Settings,
-    ) -> tuple[Tensor | None, ...]:
-        rows = hidden.shape[0]
-        values = hidden.new_zeros((5, rows), dtype=reference.accumulation_dtype(hidden.dtype))
-        logsumexp, entropy, log_prob, confidence, kl = values.unbind(0)
-        argmax = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-        for chunk in _chunks(rows, settings.chunk_rows):
-            scores = _scores(hidden[chunk], weight, bias, settings)
-            log_probs = reference.log_softmax(scores)
-            logsumexp[chunk] = scores.logsumexp(-1)
-            entropy[chunk] = reference.entropy_of(log_probs)
-            argmax[chunk] = scores.argmax(-1)
-            confidence[chunk] = reference.gather_last(log_probs, argmax[chunk]).exp()
-            if targets is not None:
-                log_prob[chunk] = reference.gather_last(log_probs, targets[chunk])
-            if ref_hidden is not None:
-                assert ref_weight is not None
-                ref_scores = _scores(ref_hidden[chunk], ref_weight, bias, settings)
-                ref_log_probs = reference.log_softmax(ref_scores)
-                kl[chunk] = (log_probs.exp() * _difference(log_probs, ref_log_probs)).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl)
-        ctx.settings = settings
-        ctx.mark_non_differentiable(argmax, confidence)
-        return (
-            logsumexp,
-            entropy,
-            log_prob if targets is not None else None,
-            argmax,
-            confidence,
-            kl if ref_hidden is not None else None,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_token_stats and linear_stepwise_surrogate are differentiable once: "
-                "create_graph=True is not supported"
-            )
-        hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl = ctx.saved_tensors
-        settings: _Settings = ctx.settings
-        grad_logsumexp, grad_entropy, grad_log_prob, _, _, grad_kl = grads
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        accumulation = reference.accumulation_dtype(weight.dtype)
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulation) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulation) if needs_bias else None
-        for chunk in _chunks(hidden.shape[0], settings.chunk_rows):
-            log_probs = reference.log_softmax(_scores(hidden[chunk], weight, bias, settings))
-            probs = log_probs.exp()
-            # d(scores): softmax Jacobian of each output, collected in one buffer.
-            grad = torch.zeros_like(probs)
-            if grad_logsumexp is not None:
-                grad += grad_logsumexp[chunk, None] * probs
-            if grad_entropy is not None:
-                finite = log_probs.masked_fill(log_probs == float("-inf"), 0.0)
-                grad -= grad_entropy[chunk, None] * probs * (finite + entropy[chunk, None])
-            if grad_log_prob is not None and targets is not None:
-                scale = grad_log_prob[chunk, None]
-                grad -= scale * probs
-                grad.scatter_add_(1, targets[chunk, None].long(), scale)
-            if grad_kl is not None and ref_hidden is not None:
-                ref_scores = _scores(ref_hidden[chunk], ref_weight, bias, settings)
-                ref_log_probs = reference.log_softmax(ref_scores)
-                difference = _difference(log_probs, ref_log_probs)
-                grad += grad_kl[chunk, None] * probs * (difference - kl[chunk, None])
-            if settings.banned_token is not None:
-                grad[:, settings.banned_token] = 0.0
-            grad = (grad / settings.temperature).to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[chunk]
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+_BACKENDS = {"triton": triton_probe, "reference": always_available}
+_LINEAR_STATS = Dispatcher("linear_token_stats", _BACKENDS)
+_LINEAR_SURROGATE = Dispatcher("linear_stepwise_surrogate", _BACKENDS)
 
 
 def linear_token_stats(
@@ -149,6 +42,7 @@ def linear_token_stats(
     temperature: float = 1.0,
     banned_token: int | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """:func:`egspo_kernels.token_stats` of ``hidden @ weight.T + bias``, never held whole.
@@ -163,20 +57,37 @@ def linear_token_stats(
         targets: integer [N] in [0, V), or None.
         bias: [V] or None.
         temperature, banned_token, backend: as :func:`egspo_kernels.token_stats`.
-        workspace_bytes: bound on the vocabulary-sized temporaries alive at once.
+        workspace_bytes: bound on the vocabulary-sized temporaries alive at once. For a row of
+            bfloat16 logits, triton takes 2 bytes per vocabulary entry and the reference 24. The
+            gradient of ``weight`` comes on top: it and one product of its size.
+        logits_dtype: dtype of the product, by default that of its operands. ``torch.float32``
+            keeps the digits that bfloat16 logits lose, on a GPU.
 
     Returns:
         :class:`TokenStats` of [N] tensors.
 
     Raises:
-        ValueError: also when the workspace cannot hold one row, 24 bytes per vocabulary entry.
+        ValueError: also when the workspace cannot hold one row.
     """
     hidden, weight, bias = _check_linear(hidden, weight, bias, temperature, banned_token)
     if targets is not None:
         check_index("targets", targets, hidden.shape[0], hidden.device, weight.shape[0])
-    settings = _settings(weight, temperature, banned_token, workspace_bytes)
-    _LINEAR_STATS.choose(backend, hidden.device)
-    outputs = _linear_rows(hidden, weight, bias, targets, None, None, settings)
+    chosen = _choose(False, backend, hidden.device, refuse_float64(hidden))
+    settings = _settings(
+        chosen,
+        (hidden, weight, bias),
+        temperature,
+        banned_token,
+        workspace_bytes,
+        logits_dtype,
+        with_reference=False,
+    )
+    if chosen == "triton":
+        from egspo_kernels.triton_kernels import linear
+
+        head = linear.Head(hidden, weight, bias)
+        return TokenStats(*linear.linear_token_stats(head, targets, settings))
+    outputs = linear_rows(hidden, weight, bias, targets, None, None, settings)
     return TokenStats(*outputs[:5])
 
 
@@ -201,6 +112,7 @@ def linear_stepwise_surrogate(
     banned_token: int | None = None,
     aggregation: Aggregation = "sum",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Surrogate:
     """:func:`egspo_kernels.stepwise_surrogate` of ``hidden @ weight.T + bias``, never held whole.
@@ -212,7 +124,8 @@ def linear_stepwise_surrogate(
             ``kl="k3"`` unless ``ref_log_prob`` is given.
         ref_weight: [V, D] head of the reference policy; by default ``weight``, which must then be
             frozen. ``bias`` is shared, and must be frozen where a reference is used.
-        workspace_bytes: bound on the vocabulary-sized temporaries alive at once.
+        workspace_bytes, logits_dtype: as :func:`linear_token_stats`; the exact KL needs a second
+            row of logits.
         targets, step_ids, old_log_prob, advantage, clip_low, clip_high, beta, kl, ref_log_prob,
             weights, temperature, banned_token, aggregation, backend: as
             :func:`egspo_kernels.stepwise_surrogate`.
@@ -234,23 +147,34 @@ def linear_stepwise_surrogate(
         ref_hidden = ref_hidden.detach().to(hidden.dtype)
         ref_weight = _check_ref_weight(weight, ref_weight, bias)
     check_reference(objective, "ref_hidden", ref_hidden, ref_log_prob)
-    settings = _settings(weight, temperature, banned_token, workspace_bytes)
-    _LINEAR_SURROGATE.choose(backend, hidden.device)
+    steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
+    chosen = _choose(True, backend, hidden.device, refuse_float64(hidden))
+    settings = _settings(
+        chosen,
+        (hidden, weight, bias),
+        temperature,
+        banned_token,
+        workspace_bytes,
+        logits_dtype,
+        with_reference=objective.needs_exact_kl,
+    )
+    if chosen == "triton":
+        from egspo_kernels.triton_kernels import linear, linear_surrogate
 
+        head = linear.Head(hidden, weight, bias)
+        return linear_surrogate.linear_stepwise_surrogate(
+            head, targets, steps, ref_hidden, ref_weight, objective, settings
+        )
     if objective.kl == "k3" and ref_log_prob is None:
         assert ref_hidden is not None
         with torch.no_grad():
-            ref_rows = _linear_rows(ref_hidden, ref_weight, bias, targets, None, None, settings)
-            ref_log_prob = aggregate_steps(
-                ref_rows[2], step_ids, old_log_prob.shape[0], aggregation
-            )
+            ref_rows = linear_rows(ref_hidden, ref_weight, bias, targets, None, None, settings)
+        steps = steps.with_reference(ref_rows[2], objective)
     exact_rows = ref_hidden if objective.needs_exact_kl else None
-    _, _, log_prob, _, _, token_kl = _linear_rows(
+    _, _, log_prob, _, _, token_kl = linear_rows(
         hidden, weight, bias, targets, exact_rows, ref_weight, settings
     )
-    return step_objective(
-        objective, log_prob, step_ids, old_log_prob, advantage, weights, ref_log_prob, token_kl
-    )
+    return step_objective(objective, log_prob, steps, token_kl)
 
 
 def _check_ref_weight(weight: Tensor, ref_weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -269,39 +193,62 @@ def _check_ref_weight(weight: Tensor, ref_weight: Tensor | None, bias: Tensor | 
     return ref_weight.detach().to(weight.dtype)
 
 
-def _linear_rows(*args: Any) -> tuple[Any, ...]:
-    return _LinearRows.apply(*args)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
-    for start in range(0, rows, chunk_rows):
-        yield slice(start, min(start + chunk_rows, rows))
-
-
-def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-    # Autocast was resolved by the caller; it is off here so that the backward pass, which runs
-    # outside the caller's autocast region, repeats exactly this product.
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-    return reference.tempered(logits, settings.temperature, settings.banned_token)
-
-
-def _difference(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """``log p - log p_ref``, 0 where p is 0."""
-    return (log_probs - ref_log_probs).masked_fill(log_probs == float("-inf"), 0.0)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(surrogate: bool, backend: str, device: torch.device, refused: dict[str, str]) -> str:
+    """Under torch.compile the choice is made once, when the call is traced."""
+    dispatcher = _LINEAR_SURROGATE if surrogate else _LINEAR_STATS
+    return dispatcher.choose(backend, device, refused)
 
 
 def _settings(
-    weight: Tensor, temperature: float, banned_token: int | None, workspace_bytes: int
-) -> _Settings:
-    element = torch.finfo(reference.accumulation_dtype(weight.dtype)).bits // 8
-    row_bytes = _LIVE_ROWS * element * weight.shape[0]
-    if workspace_bytes < row_bytes:
-        raise ValueError(
-            f"workspace_bytes must hold one row of logits and its temporaries, {row_bytes} bytes "
-            f"for a vocabulary of {weight.shape[0]}, got {workspace_bytes}"
+    backend: str,
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    temperature: float,
+    banned_token: int | None,
+    workspace_bytes: int,
+    logits_dtype: torch.dtype | None,
+    *,
+    with_reference: bool,
+) -> Settings:
+    """As many rows to a chunk as the workspace holds, with the temporaries of the backend."""
+    weight = operands[1]
+    dtype = _check_logits_dtype(logits_dtype, weight)
+    vocab_size = weight.shape[0]
+    if backend == "triton":
+        from egspo_kernels.triton_kernels.linear import row_bytes
+
+        trained = any(tensor is not None and tensor.requires_grad for tensor in operands)
+        needed = row_bytes(
+            vocab_size,
+            weight.dtype,
+            dtype,
+            with_reference=with_reference,
+            with_gradient=trained and torch.is_grad_enabled(),
         )
-    return _Settings(temperature, banned_token, workspace_bytes // row_bytes)
+    else:
+        needed = LIVE_ROWS * reference.accumulation_dtype(weight.dtype).itemsize * vocab_size
+    if workspace_bytes < needed:
+        raise ValueError(
+            f"workspace_bytes must hold one row of logits and its temporaries, {needed} bytes "
+            f"for a vocabulary of {vocab_size} with backend {backend!r}, got {workspace_bytes}"
+        )
+    return Settings(float(temperature), banned_token, workspace_bytes // needed, dtype)
+
+
+def _check_logits_dtype(logits_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+    if logits_dtype is None or logits_dtype == weight.dtype:
+        return weight.dtype
+    if logits_dtype != torch.float32 or weight.dtype == torch.float64:
+        raise TypeError(
+            f"logits_dtype must be None, {weight.dtype} (the dtype of the product) or a wider "
+            f"torch.float32, got {logits_dtype}"
+        )
+    if weight.device.type != "cuda":
+        raise ValueError(
+            f"logits_dtype=torch.float32 of {weight.dtype} operands needs a GPU: on "
+            f"{weight.device} torch has no such product"
+        )
+    return logits_dtype
 
 
 def _check_linear(

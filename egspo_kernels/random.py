@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from egspo_kernels._checks import check_step
+
 _LOW32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -53,8 +55,7 @@ def counter_uniform(seed: int, step: int, row_ids: Tensor, columns: int) -> Tens
     Returns:
         float32 [N, columns]. Full 32-bit resolution near 0, never 0 and never 1.
     """
-    if not 0 <= step <= _LOW32:
-        raise ValueError(f"step must lie in [0, 2**32), got {step}")
+    check_step(step)
     if row_ids.ndim != 1 or row_ids.dtype != torch.int64:
         raise ValueError(
             f"row_ids must be an int64 vector, got {row_ids.dtype} {tuple(row_ids.shape)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from egspo_kernels import _extension
 from egspo_kernels._backend import Dispatcher, always_available
@@ -16,6 +17,13 @@ from egspo_kernels._checks import check_index, check_matrix, may_read_values
 
 _REDUCTIONS = {"sum": 0, "mean": 1}  # EGSPO_REDUCE_* in csrc/select_steps.h
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
+_CUDA_MOST = 2**31 - 1  # EGSPO_CUDA_MOST in csrc/select_steps_cuda.h
+
+
+def _probe_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "runs on CUDA tensors only"
+    return _extension.cuda_device_lacks(device.index)
 
 
 def _probe_cpp(device: torch.device) -> str | None:
@@ -25,7 +33,7 @@ def _probe_cpp(device: torch.device) -> str | None:
     return library if isinstance(library, str) else None
 
 
-_CANDIDATES = {"cpp": _probe_cpp, "reference": always_available}
+_CANDIDATES = {"cuda": _probe_cuda, "cpp": _probe_cpp, "reference": always_available}
 _SELECT_STEPS = Dispatcher("select_steps", _CANDIDATES)
 _SELECT_STEPS_SEGMENTED = Dispatcher("select_steps_segmented", _CANDIDATES)
 
@@ -41,7 +49,8 @@ def select_steps(
         limits: integer [B] in [0, T]; only the steps in [0, limit) of a row are candidates. None:
             every step. On a GPU the range is not checked, as reading it would synchronise: limits
             beyond it act as 0 or T.
-        backend: ``"auto"``, ``"cpp"`` (CPU tensors) or ``"reference"``.
+        backend: ``"auto"``, ``"cuda"`` or ``"cpp"`` (tensors on a GPU or on the CPU; compiled), or
+            ``"reference"`` (PyTorch).
 
     Returns:
         int64 [B, k] on the device of ``entropy``, -1 where a row has too few candidates.
@@ -55,10 +64,8 @@ def select_steps(
     _check_k(k, entropy.shape[1])
     if limits is not None:
         check_index("limits", limits, len(entropy), entropy.device, entropy.shape[1] + 1)
-        limits = limits.long()
-    if _SELECT_STEPS.choose(backend, entropy.device) == "cpp":
-        return _select_cpp(entropy, k, limits)
-    return _select_reference(entropy, _within(entropy, limits), k)
+    run = _select_steps_operator if torch.compiler.is_compiling() else _select_steps
+    return run(entropy.detach(), k, limits, backend)
 
 
 def select_steps_segmented(
@@ -83,7 +90,8 @@ def select_steps_segmented(
         k: how many steps to select, in [0, T].
         reduce: ``"mean"`` or ``"sum"`` over the tokens of a step.
         limits: integer [B] in [0, T], as for :func:`select_steps`.
-        backend: ``"auto"``, ``"cpp"`` (CPU tensors) or ``"reference"``.
+        backend: ``"auto"``, ``"cuda"`` or ``"cpp"`` (tensors on a GPU or on the CPU; compiled), or
+            ``"reference"`` (PyTorch).
 
     Returns:
         int64 [B, k] on the device of ``token_entropy``, -1 where a row has too few candidates.
@@ -101,11 +109,107 @@ def select_steps_segmented(
         raise ValueError(f"reduce must be one of {tuple(_REDUCTIONS)}, got {reduce!r}")
     if limits is not None:
         check_index("limits", limits, len(token_entropy), token_entropy.device, num_steps + 1)
-        limits = limits.long()
-    if _SELECT_STEPS_SEGMENTED.choose(backend, token_entropy.device) == "cpp":
-        return _select_segmented_cpp(token_entropy, step_ids.long(), num_steps, k, reduce, limits)
-    entropy, has_token = _step_entropy(token_entropy, step_ids.long(), num_steps, reduce)
-    return _select_reference(entropy, _within(entropy, limits) & has_token, k)
+    run = _select_segmented_operator if torch.compiler.is_compiling() else _select_segmented
+    return run(token_entropy.detach(), step_ids, num_steps, k, reduce, limits, backend)
+
+
+# The two functions below are what runs, in eager mode directly and under torch.compile as the
+# operators made of them: dispatch is inside, so that tracing meets none of it.
+
+
+def _select_steps(entropy: Tensor, k: int, limits: Tensor | None, backend: str) -> Tensor:
+    batch, steps = entropy.shape
+    limits = None if limits is None else limits.long()
+    chosen = _SELECT_STEPS.choose(backend, entropy.device, _refused(batch, steps))
+    if chosen == "reference":
+        return _select_reference(entropy, _within(entropy, limits), k)
+    values = _contiguous_rows(entropy)
+    selected = values.new_empty(batch, k, dtype=torch.int64)
+    arguments = (batch, steps, values.stride(0), _contiguous(limits), k, selected)
+    _call_compiled(chosen, "select_steps", values, *arguments)
+    return selected
+
+
+def _select_segmented(
+    token_entropy: Tensor,
+    step_ids: Tensor,
+    num_steps: int,
+    k: int,
+    reduce: str,
+    limits: Tensor | None,
+    backend: str,
+) -> Tensor:
+    batch, tokens = token_entropy.shape
+    step_ids = step_ids.long()
+    limits = None if limits is None else limits.long()
+    refused = _refused(batch, num_steps)
+    chosen = _SELECT_STEPS_SEGMENTED.choose(backend, token_entropy.device, refused)
+    if chosen == "reference":
+        entropy, has_token = _step_entropy(token_entropy, step_ids, num_steps, reduce)
+        return _select_reference(entropy, _within(entropy, limits) & has_token, k)
+    values = _contiguous_rows(token_entropy)
+    selected = values.new_empty(batch, k, dtype=torch.int64)
+    workspace = []
+    if chosen == "cuda":  # of each step the sum and the number of tokens, 8 bytes each
+        workspace.append(values.new_empty(batch, num_steps, 2, dtype=torch.float64))
+    _call_compiled(
+        chosen,
+        "select_steps_segmented",
+        values,
+        step_ids.contiguous(),
+        batch,
+        tokens,
+        values.stride(0),
+        num_steps,
+        _REDUCTIONS[reduce],
+        _contiguous(limits),
+        k,
+        selected,
+        *workspace,
+    )
+    return selected
+
+
+_select_steps_operator = custom_op("egspo::select_steps", _select_steps, mutates_args=())
+_select_segmented_operator = custom_op(
+    "egspo::select_steps_segmented", _select_segmented, mutates_args=()
+)
+
+
+@_select_steps_operator.register_fake
+def _(entropy: Tensor, k: int, limits: Tensor | None, backend: str) -> Tensor:
+    del limits, backend
+    return entropy.new_empty(entropy.shape[0], k, dtype=torch.int64)
+
+
+@_select_segmented_operator.register_fake
+def _(
+    token_entropy: Tensor,
+    step_ids: Tensor,
+    num_steps: int,
+    k: int,
+    reduce: str,
+    limits: Tensor | None,
+    backend: str,
+) -> Tensor:
+    del step_ids, num_steps, reduce, limits, backend
+    return token_entropy.new_empty(token_entropy.shape[0], k, dtype=torch.int64)
+
+
+def _call_compiled(
+    backend: str, function: str, values: Tensor, *arguments: Tensor | int | None
+) -> None:
+    suffix = _SUFFIXES[values.dtype]
+    if backend == "cuda":
+        name = f"egspo_cuda_{function}_{suffix}"
+        _extension.call_cuda(name, values.device, values, *arguments)
+    else:
+        _extension.call(f"egspo_{function}_{suffix}", values, *arguments)
+
+
+def _refused(batch: int, steps: int) -> dict[str, str]:
+    large = max(batch, steps) > _CUDA_MOST
+    return {"cuda": f"more than {_CUDA_MOST} rows or steps"} if large else {}
 
 
 def _within(entropy: Tensor, limits: Tensor | None) -> Tensor:
@@ -118,7 +222,7 @@ def _within(entropy: Tensor, limits: Tensor | None) -> Tensor:
 def _select_reference(entropy: Tensor, candidate: Tensor, k: int) -> Tensor:
     # Ascending order of the negated value puts NaN last, and a stable sort ties to the earlier
     # step. `0 - x` rather than `-x`: it leaves one zero, whatever a device's sort makes of two.
-    order = (0.0 - entropy.detach()).sort(dim=1, stable=True).indices
+    order = (0.0 - entropy).sort(dim=1, stable=True).indices
     candidates_first = (~candidate).gather(1, order).byte().sort(dim=1, stable=True).indices
     selected = order.gather(1, candidates_first[:, :k])
     rank = torch.arange(k, device=entropy.device)
@@ -131,54 +235,19 @@ def _step_entropy(
     """float64 [B, T] entropy of each step, and bool [B, T]: whether it has a token."""
     ignored = (step_ids < 0) | (step_ids >= num_steps)
     bins = step_ids.masked_fill(ignored, num_steps)  # one more bin takes the ignored tokens
-    values = token_entropy.detach().double()
+    values = token_entropy.double()
     empty = values.new_zeros(len(values), num_steps + 1)
     sums = empty.scatter_add(1, bins, values)[:, :-1]
     counts = empty.scatter_add(1, bins, torch.ones_like(values))[:, :-1]
     return (sums if reduce == "sum" else sums / counts.clamp(min=1)), counts > 0
 
 
-def _select_cpp(entropy: Tensor, k: int, limits: Tensor | None) -> Tensor:
-    values = _contiguous_rows(entropy)
-    limits = None if limits is None else limits.contiguous()
-    batch, steps = values.shape
-    selected = torch.empty(batch, k, dtype=torch.int64)
-    function = f"egspo_select_steps_{_SUFFIXES[values.dtype]}"
-    _extension.call(function, values, batch, steps, values.stride(0), limits, k, selected)
-    return selected
-
-
-def _select_segmented_cpp(
-    token_entropy: Tensor,
-    step_ids: Tensor,
-    num_steps: int,
-    k: int,
-    reduce: str,
-    limits: Tensor | None,
-) -> Tensor:
-    values = _contiguous_rows(token_entropy)
-    limits = None if limits is None else limits.contiguous()
-    batch, tokens = values.shape
-    selected = torch.empty(batch, k, dtype=torch.int64)
-    _extension.call(
-        f"egspo_select_steps_segmented_{_SUFFIXES[values.dtype]}",
-        values,
-        step_ids.contiguous(),
-        batch,
-        tokens,
-        values.stride(0),
-        num_steps,
-        _REDUCTIONS[reduce],
-        limits,
-        k,
-        selected,
-    )
-    return selected
-
-
 def _contiguous_rows(matrix: Tensor) -> Tensor:
-    matrix = matrix.detach()
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _check_entropy(name: str, tensor: Tensor) -> None:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from egspo_kernels import reference
-from egspo_kernels._backend import Dispatcher, always_available
+from egspo_kernels._backend import Dispatcher, always_available, triton_probe
 from egspo_kernels._checks import (
     check_banned,
     check_index,
     check_matrix,
+    check_row_ids,
+    check_step,
     check_temperature,
-    check_vector,
 )
 from egspo_kernels.types import SampledTokens, TokenStats
 
-_TOKEN_STATS = Dispatcher("token_stats", {"reference": always_available})
-_SAMPLE_TOKENS = Dispatcher("sample_tokens", {"reference": always_available})
+_BACKENDS = {"triton": triton_probe, "reference": always_available}
+_TOKEN_STATS = Dispatcher("token_stats", _BACKENDS)
+_SAMPLE_TOKENS = Dispatcher("sample_tokens", _BACKENDS)
 
 
 @torch.no_grad()
@@ -34,17 +37,23 @@ def token_stats(
 
     Forward only; :func:`egspo_kernels.linear_token_stats` is the differentiable form.
 
+    The triton backend reads float32, float16 and bfloat16 logits once, at any row stride (columns
+    that are not consecutive are copied first), and a row's result does not depend on the batch.
+
     Args:
         logits: floating point [M, V].
         targets: integer [N] token ids in [0, V), or None.
         rows: integer [N], which rows of ``logits`` to use, in this order; None for all (N = M).
+            Indices are not checked on a GPU; there the triton backend gives NaN for one out of
+            range.
         temperature: softmax temperature, > 0. Every statistic is at this temperature.
         banned_token: token id excluded from the normaliser, the entropy and the argmax; its own
             log-probability is -inf.
         backend: ``"auto"`` or a backend name, see :func:`egspo_kernels.available_backends`.
 
     Returns:
-        :class:`TokenStats` of [N] tensors. A row without a finite logit, or with a NaN, is NaN.
+        :class:`TokenStats` of [N] tensors. A row with a NaN or +inf logit, or without a finite one,
+        is NaN (its ``logsumexp`` may be infinite) and its ``argmax`` is some token.
 
     Raises:
         ValueError, TypeError: on a bad argument, named in the message.
@@ -53,14 +62,17 @@ def token_stats(
     check_matrix("logits", logits)
     check_temperature(temperature)
     check_banned(banned_token, logits.shape[1])
+    _check_vocabulary(logits)
     if rows is not None:
         check_index("rows", rows, rows.numel(), logits.device, logits.shape[0])
-        logits = logits[rows.long()]
+    count = logits.shape[0] if rows is None else rows.numel()
     if targets is not None:
-        check_index("targets", targets, logits.shape[0], logits.device, logits.shape[1])
-    _check_vocabulary(logits)
-    _TOKEN_STATS.choose(backend, logits.device)
-    return reference.token_stats(logits, targets, temperature, banned_token)
+        check_index("targets", targets, count, logits.device, logits.shape[1])
+    run = _token_stats_operator if torch.compiler.is_compiling() else _token_stats
+    logsumexp, entropy, log_prob, argmax, confidence = run(
+        logits, targets, rows, temperature, banned_token, backend
+    )
+    return TokenStats(logsumexp, entropy, None if targets is None else log_prob, argmax, confidence)
 
 
 @torch.no_grad()
@@ -78,7 +90,9 @@ def sample_tokens(
     """Gumbel-max sample of every row, with its log-probability, confidence and entropy.
 
     The noise is a function of (seed, step, row id) alone, drawn in float32: what a row samples
-    does not depend on the batch it is in, nor on the precision of the logits.
+    does not depend on the batch it is in, nor on the precision of the logits. The triton backend
+    makes one pass over float32, float16 and bfloat16 logits; its tokens are those of the reference
+    but for ties within rounding.
 
     Args:
         logits: floating point [N, V].
@@ -91,20 +105,125 @@ def sample_tokens(
         backend: ``"auto"`` or a backend name.
 
     Returns:
-        :class:`SampledTokens` of [N] tensors.
+        :class:`SampledTokens` of [N] tensors. A row with a NaN or +inf logit, or without a finite
+        one, has NaN statistics and some token.
+
+    Raises:
+        ValueError, TypeError: on a bad argument, named in the message.
+        UnavailableBackendError: if an explicit backend cannot run.
     """
     check_matrix("logits", logits)
     check_temperature(temperature, allow_zero=True)
     check_temperature(entropy_temperature)
     check_banned(banned_token, logits.shape[1])
-    check_vector("row_ids", row_ids, logits.shape[0], logits.device)
+    check_row_ids(row_ids, logits.shape[0], logits.device)
+    check_step(step)
     _check_vocabulary(logits)
-    _SAMPLE_TOKENS.choose(backend, logits.device)
-    return reference.sample_tokens(
-        logits, temperature, seed, step, row_ids, banned_token, entropy_temperature
+    run = _sample_tokens_operator if torch.compiler.is_compiling() else _sample_tokens
+    key = (seed & 2**64 - 1 ^ 1 << 63) - (1 << 63)  # an operator takes a signed integer
+    return SampledTokens(
+        *run(
+            logits,
+            float(temperature),
+            key,
+            step,
+            row_ids,
+            banned_token,
+            float(entropy_temperature),
+            backend,
+        )
     )
 
 
 def _check_vocabulary(logits: Tensor) -> None:
     if logits.shape[1] == 0:
         raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
+
+
+def _refused(logits: Tensor) -> dict[str, str]:
+    double = logits.dtype == torch.float64
+    return {"triton": "float64 logits, and its sums are float32"} if double else {}
+
+
+# The two functions below are what runs, in eager mode directly and under torch.compile as the
+# operators made of them: dispatch is inside, so that tracing meets none of it.
+
+
+def _token_stats(
+    logits: Tensor,
+    targets: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    banned_token: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _TOKEN_STATS.choose(backend, logits.device, _refused(logits)) == "triton":
+        from egspo_kernels.triton_kernels import rows as kernels
+
+        stats = kernels.token_stats(logits, targets, rows, temperature, banned_token)
+    else:
+        picked = logits if rows is None else logits[rows.long()]
+        stats = reference.token_stats(picked, targets, temperature, banned_token)
+    log_prob = logits.new_empty(0) if stats.log_prob is None else stats.log_prob
+    return stats.logsumexp, stats.entropy, log_prob, stats.argmax, stats.confidence
+
+
+def _sample_tokens(
+    logits: Tensor,
+    temperature: float,
+    seed: int,
+    step: int,
+    row_ids: Tensor,
+    banned_token: int | None,
+    entropy_temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    function = reference.sample_tokens
+    if _SAMPLE_TOKENS.choose(backend, logits.device, _refused(logits)) == "triton":
+        from egspo_kernels.triton_kernels import sampling
+
+        function = sampling.sample_tokens
+    return function(logits, temperature, seed, step, row_ids, banned_token, entropy_temperature)
+
+
+_token_stats_operator = custom_op("egspo::token_stats", _token_stats, mutates_args=())
+_sample_tokens_operator = custom_op("egspo::sample_tokens", _sample_tokens, mutates_args=())
+
+
+@_token_stats_operator.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor | None,
+    rows: Tensor | None,
+    temperature: float,
+    banned_token: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del temperature, banned_token, backend
+    count = logits.shape[0] if rows is None else rows.shape[0]
+    dtype = reference.accumulation_dtype(logits.dtype)
+    logsumexp, entropy, log_prob, confidence = (
+        logits.new_empty(count, dtype=dtype) for _ in range(4)
+    )
+    if targets is None:
+        log_prob = logits.new_empty(0)
+    return logsumexp, entropy, log_prob, logits.new_empty(count, dtype=torch.int64), confidence
+
+
+@_sample_tokens_operator.register_fake
+def _(
+    logits: Tensor,
+    temperature: float,
+    seed: int,
+    step: int,
+    row_ids: Tensor,
+    banned_token: int | None,
+    entropy_temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del temperature, seed, step, row_ids, banned_token, entropy_temperature, backend
+    dtype = reference.accumulation_dtype(logits.dtype)
+    log_prob, confidence, entropy = (
+        logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3)
+    )
+    return logits.new_empty(logits.shape[0], dtype=torch.int64), log_prob, confidence, entropy

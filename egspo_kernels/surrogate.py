@@ -1,69 +1,31 @@
-"""The clipped stepwise surrogate, from logits.
-
-    rho_s = exp(log pi(U_s) - log pi_old(U_s)),  log pi(U_s) = sum of the step's token log-probs
-    L_s   = -min(rho_s A_s, clip(rho_s, 1 - clip_low, 1 + clip_high) A_s) + beta KL_s
-    loss  = sum_s weights_s L_s
-
-(arXiv 2603.12554.) :func:`step_objective` is the part that works on steps; the logits and the
-linear form differ only in where the per-token log-probabilities come from.
-"""
+"""The clipped stepwise surrogate (arXiv 2603.12554) from logits."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from egspo_kernels import reference
-from egspo_kernels._backend import Dispatcher, always_available
-from egspo_kernels._checks import (
-    check_banned,
-    check_index,
-    check_matrix,
-    check_temperature,
-    check_vector,
+from egspo_kernels._backend import Dispatcher, always_available, triton_probe
+from egspo_kernels._checks import check_banned, check_index, check_matrix, check_temperature
+from egspo_kernels._objective import (
+    KL,
+    Aggregation,
+    Objective,
+    Steps,
+    aggregate_steps,
+    check_reference,
+    check_steps,
+    refuse_float64,
+    step_objective,
 )
 from egspo_kernels.types import Surrogate
 
-Aggregation = Literal["sum", "mean", "exact"]
-KL = Literal["k3", "exact"]
+__all__ = ["aggregate_steps", "stepwise_surrogate"]
 
-LOG_RATIO_LIMIT = 20.0
-
-_SURROGATE = Dispatcher("stepwise_surrogate", {"reference": always_available})
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What turns step log-probabilities into a loss. See :func:`stepwise_surrogate`."""
-
-    clip_low: float
-    clip_high: float
-    beta: float
-    kl: KL | None
-    aggregation: Aggregation
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low must lie in [0, 1], got {self.clip_low}")
-        if not self.clip_high >= 0:
-            raise ValueError(f"clip_high must be >= 0, got {self.clip_high}")
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be >= 0, got {self.beta}")
-        if self.kl is not None and self.kl not in get_args(KL):
-            raise ValueError(f"kl must be one of {get_args(KL)} or None, got {self.kl!r}")
-        if self.beta > 0 and self.kl is None:
-            raise ValueError(f"beta is {self.beta} but kl is None: name an estimator")
-        if self.aggregation not in get_args(Aggregation):
-            raise ValueError(
-                f"aggregation must be one of {get_args(Aggregation)}, got {self.aggregation!r}"
-            )
-
-    @property
-    def needs_exact_kl(self) -> bool:
-        return self.kl == "exact"
+_SURROGATE = Dispatcher(
+    "stepwise_surrogate", {"triton": triton_probe, "reference": always_available}
+)
 
 
 def stepwise_surrogate(
@@ -83,6 +45,7 @@ def stepwise_surrogate(
     temperature: float = 1.0,
     banned_token: int | None = None,
     aggregation: Aggregation = "sum",
+    overwrite_logits: bool = False,
     backend: str = "auto",
 ) -> Surrogate:
     """Clipped stepwise surrogate loss over S denoising steps that revealed N tokens in all.
@@ -106,31 +69,62 @@ def stepwise_surrogate(
         aggregation: ``"sum"``: summed log-ratio, loss divided by the tokens of the step (the
             authors' choice); ``"mean"``: mean log-ratio; ``"exact"``: summed log-ratio, no
             division, which alone gives the unbiased policy gradient when steps differ in size.
+        overwrite_logits: the backward pass writes the gradient into the memory of ``logits``,
+            half the memory for logits of a head that nothing else needs. Triton only, and
+            refused where ``logits`` is a leaf, has overlapping or scattered rows, or shares its
+            memory with ``ref_logits``. Whatever else saved ``logits`` for its own backward pass
+            raises there, as after any in-place operation; so does a second backward pass.
         backend: ``"auto"`` or a backend name.
 
     Returns:
-        :class:`Surrogate`.
+        :class:`Surrogate`. The loss is differentiable once with Triton.
 
     Raises:
         ValueError, TypeError: on a bad argument, named in the message.
         UnavailableBackendError: if an explicit backend cannot run.
     """
     objective = Objective(clip_low, clip_high, beta, kl, aggregation)
-    check_matrix("logits", logits)
-    check_temperature(temperature)
-    check_banned(banned_token, logits.shape[1])
+    _check_logits(logits, ref_logits, temperature, banned_token)
     check_index("targets", targets, logits.shape[0], logits.device, logits.shape[1])
     check_steps(
         logits.shape[0], logits.device, step_ids, old_log_prob, advantage, weights, ref_log_prob
     )
-    if ref_logits is not None and ref_logits.shape != logits.shape:
-        raise ValueError(
-            f"ref_logits must have the shape of logits, {tuple(logits.shape)}, "
-            f"got {tuple(ref_logits.shape)}"
-        )
     check_reference(objective, "ref_logits", ref_logits, ref_log_prob)
-    _SURROGATE.choose(backend, logits.device)
+    steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
+    chosen = _choose(backend, logits.device, refuse_float64(logits, ref_logits))
+    if overwrite_logits:
+        _check_overwrite(chosen, logits, ref_logits)
+    if chosen == "triton":
+        from egspo_kernels.triton_kernels import surrogate
 
+        return surrogate.stepwise_surrogate(
+            logits,
+            targets,
+            steps,
+            ref_logits,
+            objective,
+            temperature,
+            banned_token,
+            overwrite_logits,
+        )
+    return _reference(logits, targets, steps, ref_logits, objective, temperature, banned_token)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(backend: str, device: torch.device, refused: dict[str, str]) -> str:
+    """Under torch.compile the choice is made once, when the call is traced."""
+    return _SURROGATE.choose(backend, device, refused)
+
+
+def _reference(
+    logits: Tensor,
+    targets: Tensor,
+    steps: Steps,
+    ref_logits: Tensor | None,
+    objective: Objective,
+    temperature: float,
+    banned_token: int | None,
+) -> Surrogate:
     log_probs = reference.log_softmax(reference.tempered(logits, temperature, banned_token))
     token_log_prob = reference.gather_last(log_probs, targets)
     token_kl = None
@@ -140,90 +134,10 @@ def stepwise_surrogate(
             ref_log_probs = reference.log_softmax(ref_scores)
         if objective.needs_exact_kl:
             token_kl = _row_kl(log_probs, ref_log_probs)
-        elif ref_log_prob is None:
+        elif steps.ref_log_prob is None:
             per_token = reference.gather_last(ref_log_probs, targets)
-            ref_log_prob = aggregate_steps(per_token, step_ids, old_log_prob.shape[0], aggregation)
-    return step_objective(
-        objective,
-        token_log_prob,
-        step_ids,
-        old_log_prob,
-        advantage,
-        weights,
-        ref_log_prob,
-        token_kl,
-    )
-
-
-def aggregate_steps(
-    token_values: Tensor, step_ids: Tensor, num_steps: int, aggregation: Aggregation
-) -> Tensor:
-    """Sum ([N] tokens to [S] steps), or mean for ``aggregation="mean"``. Empty steps give 0."""
-    totals = token_values.new_zeros(num_steps).index_add(0, step_ids.long(), token_values)
-    if aggregation == "mean":
-        return totals / tokens_per_step(step_ids, num_steps).to(totals.dtype)
-    return totals
-
-
-def tokens_per_step(step_ids: Tensor, num_steps: int) -> Tensor:
-    """int64 [S]: tokens in each step, at least 1 so that it can divide."""
-    ones = torch.ones_like(step_ids, dtype=torch.int64)
-    counts = torch.zeros(num_steps, dtype=torch.int64, device=step_ids.device)
-    return counts.index_add(0, step_ids.long(), ones).clamp_(min=1)
-
-
-def step_objective(
-    objective: Objective,
-    token_log_prob: Tensor,
-    step_ids: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    weights: Tensor | None,
-    ref_log_prob: Tensor | None,
-    token_kl: Tensor | None,
-) -> Surrogate:
-    """Token log-probabilities [N] to the surrogate; the other arguments as the public functions."""
-    num_steps, dtype = old_log_prob.shape[0], token_log_prob.dtype
-    aggregation = objective.aggregation
-    log_prob = aggregate_steps(token_log_prob, step_ids, num_steps, aggregation)
-    advantage = advantage.to(dtype)
-    if weights is None:
-        weights = log_prob.new_full((num_steps,), 1.0 / max(num_steps, 1))
-
-    ratio, clamped = _clamped_exp(log_prob - old_log_prob.to(dtype))
-    clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    loss = -torch.minimum(ratio * advantage, clipped * advantage)
-
-    kl = torch.zeros_like(log_prob)
-    if objective.kl == "k3":
-        assert ref_log_prob is not None
-        difference = ref_log_prob.to(dtype) - log_prob
-        ref_ratio, ref_clamped = _clamped_exp(difference)
-        kl = ref_ratio - difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) - 1
-        clamped = clamped + ref_clamped
-    elif objective.kl == "exact":
-        assert token_kl is not None
-        kl = aggregate_steps(token_kl, step_ids, num_steps, aggregation)
-    if objective.beta > 0:
-        loss = loss + objective.beta * kl
-    if aggregation == "sum":
-        loss = loss / tokens_per_step(step_ids, num_steps).to(dtype)
-
-    return Surrogate(
-        loss=(weights.to(dtype) * loss).sum(),
-        log_prob=log_prob.detach(),
-        ratio=ratio.detach(),
-        kl=kl.detach(),
-        clipped_low=(ratio.detach() < 1 - objective.clip_low) & (advantage < 0),
-        clipped_high=(ratio.detach() > 1 + objective.clip_high) & (advantage > 0),
-        clamped=clamped,
-    )
-
-
-def _clamped_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """``exp`` of the log-ratio clamped to +-20, and how many were clamped (int64 scalar)."""
-    clamped = (log_ratio.detach().abs() > LOG_RATIO_LIMIT).sum()
-    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), clamped
+            steps = steps.with_reference(per_token, objective)
+    return step_objective(objective, token_log_prob, steps, token_kl)
 
 
 def _row_kl(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
@@ -232,41 +146,44 @@ def _row_kl(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return (log_probs.exp() * difference).sum(-1)
 
 
-def check_steps(
-    rows: int,
-    device: torch.device,
-    step_ids: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    weights: Tensor | None,
-    ref_log_prob: Tensor | None,
+def _check_logits(
+    logits: Tensor, ref_logits: Tensor | None, temperature: float, banned_token: int | None
 ) -> None:
-    """Shapes, dtypes and devices of the per-step arguments."""
-    if not isinstance(old_log_prob, Tensor) or old_log_prob.ndim != 1:
-        raise ValueError("old_log_prob must be a vector with one value per step")
-    num_steps = old_log_prob.shape[0]
-    check_index("step_ids", step_ids, rows, device, num_steps)
-    named = {
-        "old_log_prob": old_log_prob,
-        "advantage": advantage,
-        "weights": weights,
-        "ref_log_prob": ref_log_prob,
-    }
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        check_vector(name, tensor, num_steps, device)
-        if tensor.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: only the policy is trained")
+    check_matrix("logits", logits)
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
+    check_temperature(temperature)
+    check_banned(banned_token, logits.shape[1])
+    if ref_logits is None:
+        return
+    check_matrix("ref_logits", ref_logits)
+    if ref_logits.shape != logits.shape:
+        raise ValueError(
+            f"ref_logits must have the shape of logits, {tuple(logits.shape)}, "
+            f"got {tuple(ref_logits.shape)}"
+        )
+    if ref_logits.device != logits.device:
+        raise ValueError(f"ref_logits is on {ref_logits.device}, logits on {logits.device}")
 
 
-def check_reference(
-    objective: Objective, rows_name: str, ref_rows: Tensor | None, ref_log_prob: Tensor | None
-) -> None:
-    """The reference policy must be given in the form that ``kl`` needs."""
-    if objective.needs_exact_kl and ref_rows is None:
-        raise ValueError(f"kl='exact' needs {rows_name}")
-    if objective.kl == "k3" and ref_rows is None and ref_log_prob is None:
-        raise ValueError(f"kl='k3' needs ref_log_prob or {rows_name}")
-    if objective.kl is None and (ref_rows is not None or ref_log_prob is not None):
-        raise ValueError("a reference policy was given but kl is None")
+def _check_overwrite(backend: str, logits: Tensor, ref_logits: Tensor | None) -> None:
+    """The cases where a gradient in the memory of the logits would be ignored or wrong."""
+    if torch.compiler.is_compiling():
+        raise ValueError("overwrite_logits is for eager mode: torch.compile plans memory itself")
+    if backend != "triton":
+        raise ValueError(f"overwrite_logits needs backend 'triton', this call runs {backend!r}")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "overwrite_logits: logits is a leaf, and its gradient would replace its value"
+        )
+    rows, columns = logits.shape
+    consecutive = columns == 1 or logits.stride(1) == 1
+    if not consecutive or (rows > 1 and logits.stride(0) < columns):
+        raise ValueError(
+            "overwrite_logits: logits must have consecutive columns and rows that do not overlap, "
+            f"got strides {logits.stride()} for shape {(rows, columns)}"
+        )
+    if ref_logits is not None and (
+        ref_logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    ):
+        raise ValueError("overwrite_logits: ref_logits shares the memory of logits")

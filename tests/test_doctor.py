@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,30 @@ def test_missing_library_and_fallback_are_explained(monkeypatch: pytest.MonkeyPa
     assert "absent.so was not built" in text
     assert "cpp: not [built]" in text
     assert "EGSPO_KERNELS_BACKEND=reference overrides" in text
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_cuda_library_that_is_not_loaded_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: bool
+) -> None:
+    path = tmp_path / "libegspo_cuda.so"
+    if built:
+        path.touch()
+    monkeypatch.setattr(_extension, "CUDA_LIBRARY_PATH", path)
+    monkeypatch.setattr(_extension, "cuda_library", lambda: "torch has no [CUDA]")
+    report = diagnose()
+    error = "torch has no [CUDA]"
+    assert report["cuda_extension"]["error"] == (
+        f"{path} is not loaded: {error}" if built else error
+    )
+    assert f"Compiled CUDA library: none: {report['cuda_extension']['error']}\n" in printed(report)
+
+
+def test_cuda_library_that_is_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "cuda_library", object)
+    report = diagnose()
+    assert report["cuda_extension"] == {"path": str(_extension.CUDA_LIBRARY_PATH)}
+    assert f"Compiled CUDA library: {_extension.CUDA_LIBRARY_PATH}\n" in printed(report)
 
 
 def test_a_broken_torch_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

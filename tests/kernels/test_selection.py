@@ -229,28 +229,6 @@ def test_concurrent_calls_do_not_interfere() -> None:
             assert all(map(torch.equal, results, expected))
 
 
-@pytest.mark.gpu
-def test_gpu_agrees_with_cpu_without_synchronising() -> None:
-    generator = torch.Generator().manual_seed(2)
-    choices = torch.tensor([0.0, -0.0, 1.0, 2.0, INF, -INF, NAN])
-    entropy = choices[torch.randint(0, len(choices), (64, 256), generator=generator)]
-    limits = torch.randint(0, 257, (64,), generator=generator)
-    step_ids = torch.randint(-1, 128, (64, 256), generator=generator)
-    entropy_gpu, limits_gpu, ids_gpu = (x.cuda() for x in (entropy, limits, step_ids))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        selected = select_steps(entropy_gpu, 8, limits=limits_gpu)
-        outside = select_steps(entropy_gpu, 8, limits=limits_gpu * 2 - 256)
-        segmented = select_steps_segmented(entropy_gpu, ids_gpu, 64, 8)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    clamped = (limits * 2 - 256).clamp(0, 256)
-    in_range = step_ids.masked_fill(step_ids >= 64, -1)
-    assert torch.equal(selected.cpu(), select_steps(entropy, 8, limits=limits))
-    assert torch.equal(outside.cpu(), select_steps(entropy, 8, limits=clamped))
-    assert torch.equal(segmented.cpu(), select_steps_segmented(entropy, in_range, 64, 8))
-
-
 ENTROPY = torch.zeros(2, 4)
 IDS = torch.zeros(2, 4, dtype=torch.int64)
 

@@ -233,7 +233,7 @@ LOGITS = torch.zeros(3, 5)
         ({"banned_token": 5}, ValueError, "banned_token"),
         ({"logits": LOGITS[:, :1], "banned_token": 0}, ValueError, "banned_token"),
         ({"backend": "cutlass"}, ValueError, "backend"),
-        ({"backend": "triton"}, UnavailableBackendError, "triton"),
+        ({"logits": LOGITS.double(), "backend": "triton"}, UnavailableBackendError, "float64"),
     ],
 )
 def test_bad_arguments_are_named(kwargs: dict, error: type[Exception], match: str) -> None:

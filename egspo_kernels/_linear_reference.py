@@ -1,0 +1,128 @@
+"""Reference statistics of rows of logits that are made a chunk at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from egspo_kernels import reference
+from egspo_kernels._linear_product import Settings, chunks, product
+
+LIVE_ROWS = 6
+"""Vocabulary-sized rows alive at once in the backward pass with exact KL: the logits, both
+log-softmaxes, the probabilities, the gradient and one temporary."""
+
+
+def linear_rows(*args: Any) -> tuple[Any, ...]:
+    """Arguments of ``_LinearRows.forward``: per-row statistics, the last of them the KL."""
+    return _LinearRows.apply(*args)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _LinearRows(torch.autograd.Function):
+    """(hidden, weight, bias, targets, ref_hidden) to per-row statistics, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor | None,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        settings: Settings,
+    ) -> tuple[Tensor | None, ...]:
+        rows = hidden.shape[0]
+        values = hidden.new_zeros((5, rows), dtype=reference.accumulation_dtype(hidden.dtype))
+        logsumexp, entropy, log_prob, confidence, kl = values.unbind(0)
+        argmax = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
+        for chunk in chunks(rows, settings.chunk_rows):
+            scores = _scores(hidden[chunk], weight, bias, settings)
+            log_probs = reference.log_softmax(scores)
+            logsumexp[chunk] = scores.logsumexp(-1)
+            entropy[chunk] = reference.entropy_of(log_probs)
+            argmax[chunk] = scores.argmax(-1)
+            confidence[chunk] = reference.gather_last(log_probs, argmax[chunk]).exp()
+            if targets is not None:
+                log_prob[chunk] = reference.gather_last(log_probs, targets[chunk])
+            if ref_hidden is not None:
+                assert ref_weight is not None
+                ref_scores = _scores(ref_hidden[chunk], ref_weight, bias, settings)
+                ref_log_probs = reference.log_softmax(ref_scores)
+                kl[chunk] = (log_probs.exp() * _difference(log_probs, ref_log_probs)).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(argmax, confidence)
+        return (
+            logsumexp,
+            entropy,
+            log_prob if targets is not None else None,
+            argmax,
+            confidence,
+            kl if ref_hidden is not None else None,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_token_stats and linear_stepwise_surrogate are differentiable once: "
+                "create_graph=True is not supported"
+            )
+        hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl = ctx.saved_tensors
+        settings: Settings = ctx.settings
+        grad_logsumexp, grad_entropy, grad_log_prob, _, _, grad_kl = grads
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        accumulation = reference.accumulation_dtype(weight.dtype)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulation) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=accumulation) if needs_bias else None
+        for chunk in chunks(hidden.shape[0], settings.chunk_rows):
+            log_probs = reference.log_softmax(_scores(hidden[chunk], weight, bias, settings))
+            probs = log_probs.exp()
+            # d(scores): softmax Jacobian of each output, collected in one buffer.
+            grad = torch.zeros_like(probs)
+            if grad_logsumexp is not None:
+                grad += grad_logsumexp[chunk, None] * probs
+            if grad_entropy is not None:
+                finite = log_probs.masked_fill(log_probs == float("-inf"), 0.0)
+                grad -= grad_entropy[chunk, None] * probs * (finite + entropy[chunk, None])
+            if grad_log_prob is not None and targets is not None:
+                scale = grad_log_prob[chunk, None]
+                grad -= scale * probs
+                grad.scatter_add_(1, targets[chunk, None].long(), scale)
+            if grad_kl is not None and ref_hidden is not None:
+                ref_scores = _scores(ref_hidden[chunk], ref_weight, bias, settings)
+                ref_log_probs = reference.log_softmax(ref_scores)
+                difference = _difference(log_probs, ref_log_probs)
+                grad += grad_kl[chunk, None] * probs * (difference - kl[chunk, None])
+            if settings.banned_token is not None:
+                grad[:, settings.banned_token] = 0.0
+            grad = (grad / settings.temperature).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.t() @ hidden[chunk]
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
+    logits = product(hidden, weight, bias, settings.logits_dtype)
+    return reference.tempered(logits, settings.temperature, settings.banned_token)
+
+
+def _difference(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """``log p - log p_ref``, 0 where p is 0."""
+    return (log_probs - ref_log_probs).masked_fill(log_probs == float("-inf"), 0.0)

@@ -1,0 +1,132 @@
+"""Target log-probabilities, and the two numbers per row from which a gradient remakes the softmax.
+
+The first kernel is the one of ``token_stats``: the log-probabilities agree with its to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from egspo_kernels.triton_kernels.rows import (
+    OPTIONS,
+    STATISTICS_BLOCK,
+    alignment,
+    block_count,
+    block_size,
+    block_statistics_kernel,
+    merge_blocks,
+    on_device_of,
+    prepare_logits,
+)
+
+
+class Normaliser(NamedTuple):
+    """``log p(x) = (x - maximum) / temperature - log_total``; float32 [N] each.
+
+    The two are kept apart: their sum, the log-sum-exp, would lose the bits that a large common
+    offset of the logits takes.
+    """
+
+    maximum: Tensor
+    log_total: Tensor
+
+
+@triton.jit
+def target_log_prob(
+    logits, targets, n, row_stride, maximum, log_total, inverse_temperature, banned, VOCAB
+):
+    """Log-probability of the target of row ``n``; NaN for a target out of range."""
+    target = tl.load(targets + n).to(tl.int64)
+    valid = (target >= 0) & (target < VOCAB)
+    offset = n.to(tl.int64) * row_stride + target
+    x = tl.load(logits + offset, mask=valid, other=float("nan")).to(tl.float32)
+    x = tl.where(valid & (target == banned), float("-inf"), x)
+    return (x - maximum) * inverse_temperature - log_total
+
+
+@triton.jit(
+    do_not_specialize=["row_stride", "banned", "programs"],
+    do_not_specialize_on_alignment=["targets", "log_prob_out", "maximum_out", "log_total_out"],
+)
+def row_normaliser_kernel(
+    logits,
+    targets,
+    partials,
+    log_prob_out,
+    maximum_out,
+    log_total_out,
+    row_stride: tl.int64,
+    programs: tl.int64,
+    inverse_temperature,
+    banned: tl.int32,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Combines the blocks of one row, as ``row_statistics_kernel`` does."""
+    n = tl.program_id(0)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
+    block = tl.arange(0, triton.next_power_of_2(blocks))
+    inside = block < blocks
+    source = partials + n.to(tl.int64) * blocks + block
+    maxima = tl.load(source, mask=inside, other=float("-inf"))
+    sums = tl.load(source + programs, mask=inside, other=0.0)
+    maximum, total, _ = merge_blocks(maxima, sums, sums, inverse_temperature)
+    log_total = tl.log(total)
+    tl.store(maximum_out + n, maximum)
+    tl.store(log_total_out + n, log_total)
+    if targets is not None:
+        log_prob = target_log_prob(
+            logits, targets, n, row_stride, maximum, log_total, inverse_temperature, banned, VOCAB
+        )
+        tl.store(log_prob_out + n, log_prob)
+
+
+def log_probs(
+    logits: Tensor, targets: Tensor, temperature: float, banned_token: int | None
+) -> tuple[Tensor, Normaliser]:
+    """Launcher: float32 [N] log-probability of the targets, and what the gradient needs.
+
+    Args:
+        logits: float32, float16 or bfloat16 [N, V].
+        targets: int64 or int32 [N]; one out of range, unchecked on a GPU, gives NaN.
+    """
+    logits, _ = prepare_logits(logits, None)
+    rows, vocab_size = logits.shape
+    programs = rows * block_count(vocab_size, STATISTICS_BLOCK)
+    partials = logits.new_empty((4, programs), dtype=torch.float32)
+    log_prob, maximum, log_total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    if rows:
+        scalars = {
+            "row_stride": logits.stride(0),
+            "programs": programs,
+            "inverse_temperature": 1.0 / temperature,
+            "banned": -1 if banned_token is None else banned_token,
+            "VOCAB": vocab_size,
+            "BLOCK": block_size(vocab_size, STATISTICS_BLOCK),
+        }
+        with on_device_of(logits):
+            block_statistics_kernel[(programs,)](
+                logits,
+                None,
+                partials,
+                row_count=rows,
+                ALIGN=alignment(logits),
+                **scalars,
+                **OPTIONS,
+            )
+            row_normaliser_kernel[(rows,)](
+                logits,
+                targets.contiguous(),
+                partials,
+                log_prob,
+                maximum,
+                log_total,
+                **scalars,
+                **(OPTIONS | {"num_warps": 1}),
+            )
+    return log_prob, Normaliser(maximum, log_total)

@@ -1,0 +1,221 @@
+"""Gradient of the statistics of a row with respect to its logits, in one pass.
+
+With z the tempered logits, p their softmax, H its entropy and d the difference of shifted policy
+and reference logits, the gradient of
+
+    c log p(target) + l logsumexp + h entropy + b KL(p, p_ref)
+
+with respect to z is
+
+    c onehot + p (l - c - h (log p + H) + b (d - E_p[d])).
+
+A row whose coefficients are all zero gets zeros, and its logits are not read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from egspo_kernels.triton_kernels.kl import Divergence
+from egspo_kernels.triton_kernels.normaliser import Normaliser
+from egspo_kernels.triton_kernels.rows import (
+    LN_2,
+    LOG2_E,
+    OPTIONS,
+    alignment,
+    block_count,
+    block_size,
+    finite_or_zero,
+    load_block,
+    on_device_of,
+    prepare_logits,
+    row_pointer,
+)
+
+FAR = tl.constexpr(1e20)
+"""Nothing this far below the largest logit has a probability, at any sensible temperature."""
+
+
+class Coefficients(NamedTuple):
+    """Gradient of the loss with respect to each statistic; None where it has no part in it.
+
+    All float32, [N], or [S] where rows are given their steps.
+    """
+
+    log_prob: Tensor | None = None
+    logsumexp: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+
+@triton.jit
+def load_coefficient(coefficients, index, valid, factor):
+    """A coefficient times the incoming gradient; 0 if there is none, NaN for a step out of range"""
+    if coefficients is None:
+        value = 0.0
+    else:
+        value = tl.load(coefficients + index, mask=valid, other=float("nan")) * factor
+    return value
+
+
+@triton.jit(
+    do_not_specialize=["row_stride", "ref_row_stride", "grad_row_stride", "banned", "num_steps"],
+    do_not_specialize_on_alignment=[
+        "targets",
+        "maximum",
+        "log_total",
+        "entropy",
+        "ref_maximum",
+        "mean_difference",
+        "step_ids",
+        "log_prob_coefficient",
+        "logsumexp_coefficient",
+        "entropy_coefficient",
+        "kl_coefficient",
+        "scale",
+    ],
+)
+def row_gradient_kernel(
+    gradient,
+    logits,
+    ref_logits,
+    targets,
+    maximum,
+    log_total,
+    entropy,
+    ref_maximum,
+    mean_difference,
+    step_ids,
+    log_prob_coefficient,
+    logsumexp_coefficient,
+    entropy_coefficient,
+    kl_coefficient,
+    scale,
+    grad_row_stride: tl.int64,
+    row_stride: tl.int64,
+    ref_row_stride: tl.int64,
+    num_steps: tl.int64,
+    inverse_temperature,
+    banned: tl.int32,
+    VOCAB: tl.constexpr,
+    ALIGN: tl.constexpr,
+    REF_ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one row; ``gradient`` may be ``logits``."""
+    program = tl.program_id(0)
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
+    row, first = program // blocks, program % blocks * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    if step_ids is None:
+        index, valid = row.to(tl.int64), True
+    else:
+        index = tl.load(step_ids + row).to(tl.int64)
+        valid = (index >= 0) & (index < num_steps)
+    factor = inverse_temperature if scale is None else inverse_temperature * tl.load(scale)
+    c = load_coefficient(log_prob_coefficient, index, valid, factor)
+    l = load_coefficient(logsumexp_coefficient, index, valid, factor)  # noqa: E741
+    h = load_coefficient(entropy_coefficient, index, valid, factor)
+    b = load_coefficient(kl_coefficient, index, valid, factor)
+    place = row_pointer(gradient, row, grad_row_stride, GRAD_ALIGN) + columns
+    if (c != 0) | (l != 0) | (h != 0) | (b != 0):
+        # Clamps keep what has no probability finite, so that 0 times it is 0. They would drop a
+        # NaN, but then the normaliser is NaN too.
+        x = load_block(row_pointer(logits, row, row_stride, ALIGN), first, VOCAB, banned, BLOCK)
+        x = tl.maximum(x - finite_or_zero(tl.load(maximum + row)), -FAR)
+        log2_p = x * (inverse_temperature * LOG2_E) - tl.load(log_total + row) * LOG2_E
+        p = tl.exp2(log2_p)
+        factor_of_p = l - c
+        if entropy_coefficient is not None:
+            factor_of_p -= h * (tl.load(entropy + row) + log2_p * LN_2)
+        if kl_coefficient is not None:
+            # Where the KL has no part in the loss, the reference row is not read.
+            reads = b != 0
+            width = tl.where(reads, VOCAB, 0)
+            ref_start = row_pointer(ref_logits, row, ref_row_stride, REF_ALIGN)
+            y = load_block(ref_start, first, width, banned, BLOCK)
+            y -= tl.where(reads, finite_or_zero(tl.load(ref_maximum + row)), 0.0)
+            mean = tl.where(reads, tl.load(mean_difference + row), 0.0)
+            factor_of_p += b * (tl.minimum(x - y, FAR) * inverse_temperature - mean)
+        grad = p * factor_of_p
+        if log_prob_coefficient is not None:
+            target = tl.load(targets + row)
+            if (target >= first) & (target < first + BLOCK):
+                grad += tl.where(columns == target, c, 0.0)
+        if (banned >= first) & (banned < first + BLOCK):
+            grad = tl.where(columns == banned, 0.0, grad)
+        tl.store(place, grad.to(gradient.dtype.element_ty), mask=columns < VOCAB)
+    else:
+        zeros = tl.zeros((BLOCK,), gradient.dtype.element_ty)
+        tl.store(place, zeros, mask=columns < VOCAB)
+
+
+def row_gradient(
+    logits: Tensor,
+    normaliser: Normaliser,
+    coefficients: Coefficients,
+    temperature: float,
+    banned_token: int | None,
+    *,
+    targets: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    divergence: Divergence | None = None,
+    step_ids: Tensor | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Launcher: the gradient [N, V] of the loss, in the dtype of the logits unless ``out`` says.
+
+    Args:
+        logits: float32, float16 or bfloat16 [N, V].
+        normaliser, entropy, ref_logits, divergence, targets: of the rows, as in the forward pass;
+            those whose coefficient is None are not needed.
+        step_ids: [N], the index into the coefficients of each row; None: its own.
+        scale: one value that multiplies all coefficients: the incoming gradient, left on the
+            device.
+        out: where to write, consecutive columns; may be ``logits``.
+    """
+    if out is None:
+        out = logits.new_empty(logits.shape)
+    rows, vocab_size = logits.shape
+    if rows == 0:
+        return out
+    logits = prepare_logits(logits, None)[0]
+    if ref_logits is not None:
+        ref_logits = prepare_logits(ref_logits, None)[0]
+    with on_device_of(logits):
+        row_gradient_kernel[(rows * block_count(vocab_size),)](
+            out,
+            logits,
+            ref_logits,
+            _contiguous(targets),
+            *normaliser,
+            _contiguous(entropy),
+            *(divergence or (None, None)),
+            _contiguous(step_ids),
+            *(_contiguous(values) for values in coefficients),
+            scale,
+            grad_row_stride=out.stride(0),
+            row_stride=logits.stride(0),
+            ref_row_stride=0 if ref_logits is None else ref_logits.stride(0),
+            num_steps=0 if coefficients.log_prob is None else coefficients.log_prob.shape[0],
+            inverse_temperature=1.0 / temperature,
+            banned=-1 if banned_token is None else banned_token,
+            VOCAB=vocab_size,
+            ALIGN=alignment(logits),
+            REF_ALIGN=1 if ref_logits is None else alignment(ref_logits),
+            GRAD_ALIGN=alignment(out),
+            BLOCK=block_size(vocab_size),
+            **OPTIONS,
+        )
+    return out
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
