@@ -24,7 +24,7 @@ def diagnose() -> dict[str, Any]:
         ``versions``: by package, None if not installed. ``cpu``, ``gpus``: devices, memory in
         GiB. ``extension``, ``cuda_extension``: path of the compiled CPU and CUDA library, or why it
         is not used. ``kernels``: by device and function, the backend that ``auto`` picks and why
-        others are passed over. ``attention``: by implementation, None if it can run or the reason
+        others cannot run. ``attention``: by implementation, None if it can run or the reason
         why not.
     """
     return {
@@ -86,9 +86,9 @@ def _print_kernels(kernels: Mapping[str, Any], console: Console) -> None:
         forced = escape(kernels["forced"])
         console.print(f"[yellow]EGSPO_KERNELS_BACKEND={forced} overrides the choice below[/]")
     for device, functions in kernels["devices"].items():
-        table = _table(f"Kernels on {device}", "function", "auto picks", "passed over, because")
+        table = _table(f"Kernels on {device}", "function", "auto picks", "cannot run, because")
         for function, entry in functions.items():
-            reasons = [f"{name}: {reason}" for name, reason in entry["passed_over"].items()]
+            reasons = [f"{name}: {reason}" for name, reason in entry["unusable"].items()]
             table.add_row(function, entry["auto"] or "none", escape("\n".join(reasons)) or "-")
         console.print(table)
 
@@ -143,10 +143,9 @@ def _kernels() -> dict[str, Any]:
         devices[device] = {}
         for function, backends in available_backends(device).items():
             usable = [name for name, reason in backends.items() if reason is None]
-            before = list(backends)[: list(backends).index(usable[0])] if usable else list(backends)
             devices[device][function] = {
                 "auto": usable[0] if usable else None,
-                "passed_over": {name: backends[name] for name in before},
+                "unusable": {name: why for name, why in backends.items() if why is not None},
                 "usable": usable,
             }
     return {"forced": os.environ.get("EGSPO_KERNELS_BACKEND"), "devices": devices}

@@ -35,8 +35,8 @@ def test_kernels_agree_with_the_dispatcher() -> None:
     assert kernels.keys() == backends.keys()
     for function, entry in kernels.items():
         assert backends[function][entry["auto"]] is None
-        assert entry["auto"] not in entry["passed_over"]
-        assert all(backends[function][name] == why for name, why in entry["passed_over"].items())
+        assert entry["auto"] not in entry["unusable"]
+        assert all(backends[function][name] == why for name, why in entry["unusable"].items())
 
 
 def test_missing_library_and_fallback_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
