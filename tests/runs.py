@@ -12,11 +12,16 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from egspo.config import TrainConfig
 from egspo.metrics import deterministic, read_metrics
 from egspo.recipe import from_mapping
 from egspo.tasks import Example, Reward, Task
 from egspo.tasks.base import register_task
+
+# Of matrices this small further threads only wait for each other, long on a busy machine.
+torch.set_num_threads(1)
 
 MODEL = {
     "d_model": 16,
