@@ -384,13 +384,14 @@ def _configure_output() -> None:
 
     from egspo.progress import stderr_console
 
-    logger = logging.getLogger("egspo")
-    logger.setLevel(logging.INFO if _is_main_process() else logging.WARNING)
-    if not logger.handlers:
-        handler = RichHandler(
-            console=stderr_console(), show_time=False, show_level=False, show_path=False
-        )
-        logger.addHandler(handler)
+    for name in ("egspo", "egspo_kernels"):  # the kernels say which backend runs
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO if _is_main_process() else logging.WARNING)
+        if not logger.handlers:
+            handler = RichHandler(
+                console=stderr_console(), show_time=False, show_level=False, show_path=False
+            )
+            logger.addHandler(handler)
     # Loading and saving weights need no bars of their own; downloads take long and keep theirs.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     huggingface_hub.utils.enable_progress_bars()  # type: ignore[attr-defined, unused-ignore]
