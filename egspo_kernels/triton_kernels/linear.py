@@ -76,11 +76,11 @@ def head_gradients(
             may be the same memory.
     """
     hidden, weight, _ = head
-    none = hidden.new_empty(0)
-    grad_hidden = hidden.new_empty(hidden.shape) if needed[0] else none
+    # An operator may not return one tensor twice: each place-holder is its own.
+    grad_hidden = hidden.new_empty(hidden.shape if needed[0] else 0)
     # Summed over chunks in float32.
-    grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if needed[1] else none
-    grad_bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if needed[2] else none
+    grad_weight = weight.new_zeros(weight.shape if needed[1] else 0, dtype=torch.float32)
+    grad_bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=torch.float32)
     buffer = logits_buffer(head, settings)
     apart = torch.empty_like(buffer, dtype=weight.dtype) if buffer.dtype != weight.dtype else buffer
     for chunk in chunks(hidden.shape[0], settings.chunk_rows):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,9 @@ def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounding_cast(self: Any, source: Any, target: Any) -> Any:
         if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
             return cast(self, source, target)
-        bits = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
-        return interpreter.TensorHandle(bits, target.scalar)
+        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16  # ties to even
+        rounded = np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16)
+        return interpreter.TensorHandle(rounded, target.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)

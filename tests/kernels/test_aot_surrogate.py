@@ -94,7 +94,7 @@ def test_small_kernels_do_not_spill(kernels: dict[str, Compiled]) -> None:
     for facts in kernels.values():
         if facts.kernel in limits:
             assert facts.spills == 0 and facts.registers <= limits[facts.kernel], facts
-            assert facts.shared <= 128, facts
+            assert facts.shared <= 256, facts
 
 
 def test_nothing_but_vocabulary_dtype_alignment_and_objective_compiles_again() -> None:
