@@ -284,6 +284,7 @@ def _generate(args: argparse.Namespace) -> None:
     from egspo.generation import generate
     from egspo.models import load_adapter, load_model, load_tokenizer
 
+    _hide_loading_bars()
     path = _weights(args.model, "model")
     adapter = None if args.adapter is None else _weights(args.adapter, "adapter")
     trained = path if adapter is None else adapter
@@ -378,8 +379,6 @@ def _plot(args: argparse.Namespace) -> None:
 
 def _configure_output() -> None:
     """One progress bar, and the messages of egspo above it, from the main process only."""
-    import huggingface_hub.utils
-    import transformers.utils.logging
     from rich.logging import RichHandler
 
     from egspo.progress import stderr_console
@@ -392,7 +391,14 @@ def _configure_output() -> None:
                 console=stderr_console(), show_time=False, show_level=False, show_path=False
             )
             logger.addHandler(handler)
-    # Loading and saving weights need no bars of their own; downloads take long and keep theirs.
+    _hide_loading_bars()
+
+
+def _hide_loading_bars() -> None:
+    """Loading and saving weights need no bars; downloads take long and keep theirs."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     huggingface_hub.utils.enable_progress_bars()  # type: ignore[attr-defined, unused-ignore]
 

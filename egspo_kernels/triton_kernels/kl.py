@@ -28,6 +28,7 @@ from egspo_kernels.triton_kernels.rows import (
     on_device_of,
     power_terms,
     prepare_logits,
+    row_partials,
     row_pointer,
 )
 
@@ -127,10 +128,7 @@ def row_kl_kernel(
 ):
     """Combines the blocks of one pair of rows."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
-    block = tl.arange(0, triton.next_power_of_2(blocks))
-    inside = block < blocks
-    source = partials + n.to(tl.int64) * blocks + block
+    _, inside, source = row_partials(partials, n, VOCAB, BLOCK)
     maxima = tl.load(source, mask=inside, other=float("-inf"))
     sums = tl.load(source + programs, mask=inside, other=0.0)
     differences = tl.load(source + 2 * programs, mask=inside, other=0.0)

@@ -22,6 +22,7 @@ from egspo_kernels.triton_kernels.rows import (
     merge_blocks,
     on_device_of,
     prepare_logits,
+    row_partials,
 )
 
 
@@ -69,10 +70,7 @@ def row_normaliser_kernel(
 ):
     """Combines the blocks of one row, as ``row_statistics_kernel`` does."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
-    block = tl.arange(0, triton.next_power_of_2(blocks))
-    inside = block < blocks
-    source = partials + n.to(tl.int64) * blocks + block
+    _, inside, source = row_partials(partials, n, VOCAB, BLOCK)
     maxima = tl.load(source, mask=inside, other=float("-inf"))
     sums = tl.load(source + programs, mask=inside, other=0.0)
     maximum, total, _ = merge_blocks(maxima, sums, sums, inverse_temperature)

@@ -103,6 +103,15 @@ def normaliser_terms(shifted):
 
 
 @triton.jit
+def row_partials(partials, n, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """The blocks of row ``n``: their numbers, which of them exist, and where each left its first
+    partial (the next ones are ``programs`` further, each)."""
+    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
+    block = tl.arange(0, triton.next_power_of_2(blocks))
+    return block, block < blocks, partials + n.to(tl.int64) * blocks + block
+
+
+@triton.jit
 def merge_blocks(maxima, sums, moments, inverse_temperature):
     """``m``, ``s`` and ``t`` of a row from those of its blocks.
 
@@ -173,10 +182,7 @@ def row_statistics_kernel(
 ):
     """Combines the blocks of one row and writes its statistics."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
-    block = tl.arange(0, triton.next_power_of_2(blocks))
-    inside = block < blocks
-    source = partials + n.to(tl.int64) * blocks + block
+    block, inside, source = row_partials(partials, n, VOCAB, BLOCK)
     maxima = tl.load(source, mask=inside, other=float("-inf"))
     sums = tl.load(source + programs, mask=inside, other=0.0)
     moments = tl.load(source + 2 * programs, mask=inside, other=0.0)

@@ -28,6 +28,7 @@ from egspo_kernels.triton_kernels.rows import (
     on_device_of,
     power_terms,
     prepare_logits,
+    row_partials,
     row_pointer,
 )
 from egspo_kernels.types import SampledTokens
@@ -112,10 +113,7 @@ def row_sample_kernel(
 ):
     """Combines the blocks of one row: the sample, and its statistics."""
     n = tl.program_id(0)
-    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
-    block = tl.arange(0, triton.next_power_of_2(blocks))
-    inside = block < blocks
-    place = partials + n.to(tl.int64) * blocks + block
+    _, inside, place = row_partials(partials, n, VOCAB, BLOCK)
     maxima = tl.load(place, mask=inside, other=float("-inf"))
     totals = tl.load(place + programs, mask=inside, other=0.0)
     sampling_totals = tl.load(place + 2 * programs, mask=inside, other=0.0)
