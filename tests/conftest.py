@@ -12,9 +12,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Examples are timed by nothing: a busy machine must not fail a test.
-hypothesis.settings.register_profile("egspo", deadline=None)
-hypothesis.settings.load_profile("egspo")
+# Examples are timed by nothing: a busy machine must not fail a test. They are the same every time;
+# HYPOTHESIS_PROFILE=explore draws others.
+hypothesis.settings.register_profile("egspo", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "egspo"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
