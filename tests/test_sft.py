@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from egspo.build import build_data, fresh_model, plain_denoiser
+from egspo.build import build_data, fresh_model, plain_denoiser, supervised_examples
 from egspo.config import TrainConfig
 from egspo.metrics import read_metrics
 from egspo.models import load_model
@@ -132,6 +132,7 @@ def test_the_warm_start_is_trained_once(tmp_path: Path, cache: Path) -> None:
     [
         ({"sft": {"steps": 3}}, False),
         ({"sft": {"seed": 1}}, False),
+        ({"sft": {"task_options": {"empty_cells": 5}}}, False),
         ({"task": {"options": {"empty_cells": 5}}}, False),
         ({"model": {"config": {"n_heads": 1}}}, False),
         ({"mixed_precision": "bf16"}, False),
@@ -144,6 +145,27 @@ def test_the_cache_is_by_content(changes: dict[str, Any], same: bool, tmp_path: 
     other = runs.config(tmp_path, SFT, {"sft": {"steps": 2}}, changes)
     folders = [warm_start(config, build_data(config), CPU) for config in (first, other)]
     assert (folders[0] == folders[1]) == same
+
+
+def test_supervised_examples_may_differ_from_those_of_reinforcement(tmp_path: Path) -> None:
+    easy = {"sft": {"task_options": {"empty_cells": [1, 2], "careless": 1.0}}}
+    config = runs.config(tmp_path, SFT, easy)
+    data = build_data(config)
+    examples = supervised_examples(config, data)
+    assert {example.prompt[0]["content"].count("0") for example in examples} == {1, 2}
+    assert all(example.prompt[0]["content"].count("0") >= 6 for example in data.task.train)
+    solutions = {example.columns["solution"] for example in examples}
+    assert not solutions & {example.columns["solution"] for example in data.task.test}
+    plain = runs.config(tmp_path, SFT)
+    assert warm_start(config, data, CPU) != warm_start(plain, data, CPU)
+
+
+@pytest.mark.usefixtures("letters")
+def test_supervised_examples_must_not_be_held_out(tmp_path: Path) -> None:
+    options = {"sft": {"task_options": {"train": 6}}}  # the task holds out its training prompts
+    config = runs.config(tmp_path, LETTERS, SFT, options)
+    with pytest.raises(ValueError, match=r"sft.task_options makes a held-out prompt supervised"):
+        supervised_examples(config, build_data(config))
 
 
 @pytest.mark.parametrize("damage", ["weights", "manifest", "file"])
