@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from egspo.config import PRESETS, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from egspo.recipe import ConfigError, config_to_dict, from_mapping, load_config, save_config
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("**/*.yaml"))
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = sorted(set(FOLDER.glob("**/*.yaml")) - set(FOLDER.glob("sweeps/*.yaml")))
 MODEL = "model: {path: some/model}\n"
 
 Write = Callable[[str], Path]

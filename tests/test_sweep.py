@@ -115,6 +115,15 @@ def test_bad_sweeps(tmp_path: Path, changes: dict[str, object], message: str) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_the_sweeps_of_the_project_are_valid() -> None:
+    files = sorted((Path(__file__).parents[1] / "recipes" / "sweeps").glob("*.yaml"))
+    assert files
+    for file in files:
+        sweep = load_sweep(file)
+        runs = plan(sweep, Path(sweep.output_dir) / "none")
+        assert len(runs) == len(sweep.seeds) * len(sweep.variants)
+
+
 def test_jobs_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="jobs must be >= 1, got 0"):
         run_sweep(load_sweep(write(tmp_path)), jobs=0)

@@ -142,4 +142,4 @@ def assert_same_bits(left: Tensor, right: Tensor) -> None:
 
 
 def is_nan(value: Tensor) -> bool:
-    return math.isnan(float(value))
+    return math.isnan(float(value.detach()))
