@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,6 +87,25 @@ def test_a_failed_run_is_named_and_the_others_go_on(
     with pytest.raises(RuntimeError, match=r"1 of 2 runs failed: sa seed 5 \(.*seed-5\.log\)"):
         run_sweep(load_sweep(write(tmp_path, seeds=[5])))
     assert done == ["sa", "plain"]
+
+
+def test_an_interrupt_starts_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def execute(run: Run, environment: Mapping[str, str]) -> int:
+        begun.append(run.seed)
+        time.sleep(0.5 * (len(begun) - 1))  # the second runs while the first is reported
+        return 0
+
+    def interrupted(message: str, *_: object) -> None:
+        if message.startswith("%s, seed"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_execute", execute)
+    monkeypatch.setattr(module.logger, "info", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(load_sweep(write(tmp_path, seeds=[1, 2, 3, 4])))
+    assert len(begun) <= 2
 
 
 def test_a_run_is_a_process_with_a_log(tmp_path: Path) -> None:
