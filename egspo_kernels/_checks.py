@@ -81,3 +81,10 @@ def check_banned(banned_token: int | None, vocab_size: int) -> None:
         raise ValueError(f"banned_token must lie in [0, {vocab_size}), got {banned_token}")
     if vocab_size == 1:
         raise ValueError("banned_token bans the only token of the vocabulary")
+
+
+def refuse_float64(*tensors: Tensor | None) -> dict[str, str]:
+    """Triton computes in float32: whether it is refused, and why."""
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return {"triton": "it computes in float32, and the input is float64"}
+    return {}

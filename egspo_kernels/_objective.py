@@ -185,10 +185,3 @@ def check_reference(
         raise ValueError(f"kl='k3' needs ref_log_prob or {rows_name}")
     if objective.kl is None and (ref_rows is not None or ref_log_prob is not None):
         raise ValueError("a reference policy was given but kl is None")
-
-
-def refuse_float64(*tensors: Tensor | None) -> dict[str, str]:
-    """Triton computes in float32: whether it is refused, and why."""
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        return {"triton": "it computes in float32, and the input is float64"}
-    return {}

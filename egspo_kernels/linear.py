@@ -11,7 +11,13 @@ from torch import Tensor
 
 from egspo_kernels import reference
 from egspo_kernels._backend import Dispatcher, always_available, triton_probe
-from egspo_kernels._checks import check_banned, check_index, check_matrix, check_temperature
+from egspo_kernels._checks import (
+    check_banned,
+    check_index,
+    check_matrix,
+    check_temperature,
+    refuse_float64,
+)
 from egspo_kernels._linear_product import Settings
 from egspo_kernels._linear_reference import LIVE_ROWS, linear_rows
 from egspo_kernels._objective import (
@@ -21,7 +27,6 @@ from egspo_kernels._objective import (
     Steps,
     check_reference,
     check_steps,
-    refuse_float64,
     step_objective,
 )
 from egspo_kernels.types import Surrogate, TokenStats

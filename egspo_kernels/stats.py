@@ -15,6 +15,7 @@ from egspo_kernels._checks import (
     check_row_ids,
     check_step,
     check_temperature,
+    refuse_float64,
 )
 from egspo_kernels.types import SampledTokens, TokenStats
 
@@ -140,11 +141,6 @@ def _check_vocabulary(logits: Tensor) -> None:
         raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
 
 
-def _refused(logits: Tensor) -> dict[str, str]:
-    double = logits.dtype == torch.float64
-    return {"triton": "float64 logits, and its sums are float32"} if double else {}
-
-
 # The two functions below are what runs, in eager mode directly and under torch.compile as the
 # operators made of them: dispatch is inside, so that tracing meets none of it.
 
@@ -157,7 +153,7 @@ def _token_stats(
     banned_token: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _TOKEN_STATS.choose(backend, logits.device, _refused(logits)) == "triton":
+    if _TOKEN_STATS.choose(backend, logits.device, refuse_float64(logits)) == "triton":
         from egspo_kernels.triton_kernels import rows as kernels
 
         stats = kernels.token_stats(logits, targets, rows, temperature, banned_token)
@@ -179,7 +175,7 @@ def _sample_tokens(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     function = reference.sample_tokens
-    if _SAMPLE_TOKENS.choose(backend, logits.device, _refused(logits)) == "triton":
+    if _SAMPLE_TOKENS.choose(backend, logits.device, refuse_float64(logits)) == "triton":
         from egspo_kernels.triton_kernels import sampling
 
         function = sampling.sample_tokens

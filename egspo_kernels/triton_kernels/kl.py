@@ -21,7 +21,6 @@ from egspo_kernels.triton_kernels.rows import (
     STATISTICS_BLOCK,
     alignment,
     block_count,
-    block_size,
     finite_or_zero,
     load_block,
     merge_blocks,
@@ -30,6 +29,7 @@ from egspo_kernels.triton_kernels.rows import (
     prepare_logits,
     row_partials,
     row_pointer,
+    statistics_arguments,
 )
 
 PARTIALS = 5
@@ -171,14 +171,7 @@ def exact_kl(
     partials = logits.new_empty((PARTIALS, programs), dtype=torch.float32)
     outputs = [logits.new_empty(rows, dtype=torch.float32) for _ in range(6)]
     if rows:
-        scalars = {
-            "row_stride": logits.stride(0),
-            "programs": programs,
-            "inverse_temperature": 1.0 / temperature,
-            "banned": -1 if banned_token is None else banned_token,
-            "VOCAB": vocab_size,
-            "BLOCK": block_size(vocab_size, STATISTICS_BLOCK),
-        }
+        scalars = statistics_arguments(logits, programs, temperature, banned_token)
         with on_device_of(logits):
             block_kl_kernel[(programs,)](
                 logits,

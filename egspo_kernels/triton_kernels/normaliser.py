@@ -17,12 +17,12 @@ from egspo_kernels.triton_kernels.rows import (
     STATISTICS_BLOCK,
     alignment,
     block_count,
-    block_size,
     block_statistics_kernel,
     merge_blocks,
     on_device_of,
     prepare_logits,
     row_partials,
+    statistics_arguments,
 )
 
 
@@ -99,14 +99,7 @@ def log_probs(
     partials = logits.new_empty((4, programs), dtype=torch.float32)
     log_prob, maximum, log_total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     if rows:
-        scalars = {
-            "row_stride": logits.stride(0),
-            "programs": programs,
-            "inverse_temperature": 1.0 / temperature,
-            "banned": -1 if banned_token is None else banned_token,
-            "VOCAB": vocab_size,
-            "BLOCK": block_size(vocab_size, STATISTICS_BLOCK),
-        }
+        scalars = statistics_arguments(logits, programs, temperature, banned_token)
         with on_device_of(logits):
             block_statistics_kernel[(programs,)](
                 logits,

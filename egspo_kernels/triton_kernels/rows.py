@@ -237,6 +237,20 @@ def alignment(logits: Tensor) -> int:
     return math.gcd(logits.stride(0), 16)
 
 
+def statistics_arguments(
+    logits: Tensor, programs: int, temperature: float, banned_token: int | None
+) -> dict[str, Any]:
+    """What all kernels over rows cut into blocks of ``STATISTICS_BLOCK`` take."""
+    return {
+        "row_stride": logits.stride(0),
+        "programs": programs,
+        "inverse_temperature": 1.0 / temperature,
+        "banned": -1 if banned_token is None else banned_token,
+        "VOCAB": logits.shape[1],
+        "BLOCK": block_size(logits.shape[1], STATISTICS_BLOCK),
+    }
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device current: Triton launches there."""
     if tensor.device.type == "cpu":
@@ -257,8 +271,7 @@ def token_stats(
     """
     logits, rows = prepare_logits(logits, rows)
     count = logits.shape[0] if rows is None else rows.numel()
-    vocab_size = logits.shape[1]
-    programs = count * block_count(vocab_size, STATISTICS_BLOCK)
+    programs = count * block_count(logits.shape[1], STATISTICS_BLOCK)
     partials = logits.new_empty((4, programs), dtype=torch.float32)
     logsumexp, entropy, confidence = (
         logits.new_empty(count, dtype=torch.float32) for _ in range(3)
@@ -268,15 +281,8 @@ def token_stats(
     stats = TokenStats(logsumexp, entropy, log_prob, argmax, confidence)
     if count == 0:
         return stats
-    scalars = {
-        "row_count": logits.shape[0],
-        "row_stride": logits.stride(0),
-        "programs": programs,
-        "inverse_temperature": 1.0 / temperature,
-        "banned": -1 if banned_token is None else banned_token,
-        "VOCAB": vocab_size,
-        "BLOCK": block_size(vocab_size, STATISTICS_BLOCK),
-    }
+    scalars = statistics_arguments(logits, programs, temperature, banned_token)
+    scalars["row_count"] = logits.shape[0]
     with on_device_of(logits):
         block_statistics_kernel[(programs,)](
             logits, rows, partials, **scalars, ALIGN=alignment(logits), **OPTIONS
