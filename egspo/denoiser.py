@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+
+from egspo.models import reference_mode
 
 
 class Denoiser:
@@ -90,8 +93,8 @@ class Denoiser:
                 yield
             finally:
                 self._use_reference = False
-        elif hasattr(self.model, "disable_adapter"):
-            with self.model.disable_adapter():  # type: ignore[operator]
+        elif isinstance(self.model, PeftModel):
+            with reference_mode(self.model):
                 yield
         else:
             raise RuntimeError("this model has neither adapters to switch off nor a frozen copy")

@@ -130,13 +130,13 @@ class Iteration:
         )
 
     def _score(
-        self, step: int, rewards: Sequence[Reward], tokens: Tensor, prompts: Sequence[int]
+        self, step: int, rewards: Sequence[Reward], texts: Sequence[str], prompts: Sequence[int]
     ) -> ScoredRewards:
-        """Rewards of completions [N, L], each an answer to the training prompt ``prompts[n]``."""
+        """Rewards of N completions, each an answer to the training prompt ``prompts[n]``."""
         scored = score_completions(
             rewards,
             [self.data.train.examples[i].prompt for i in prompts],
-            decode_completions(self.data.tokenizer, tokens.tolist(), self.denoiser.eos_id),
+            texts,
             self.data.train.columns(prompts),
             on_error=self.config.task.on_reward_error,
         )
@@ -148,12 +148,16 @@ class Iteration:
             )
         return scored
 
+    def _decode(self, tokens: Tensor) -> list[str]:
+        return decode_completions(self.data.tokenizer, tokens.tolist(), self.denoiser.eos_id)
+
     def _reward(
         self, step: int, prompt_index: list[int], trajectory: Trajectory, metrics: Metrics
     ) -> Samples:
         task, shape = self.data.task, (len(prompt_index), self._group_size)
         prompts = [i for i in prompt_index for _ in range(self._group_size)]
-        scored = self._score(step, task.rewards, trajectory.tokens, prompts)
+        texts = self._decode(trajectory.tokens)
+        scored = self._score(step, task.rewards, texts, prompts)
         rewards = scored.total.view(shape)
         metrics["reward/mean"] = part(rewards)
         metrics["reward/std"] = part(rewards - rewards.nanmean(1, keepdim=True), "rms")
@@ -161,7 +165,7 @@ class Iteration:
             metrics[f"reward/{name}"] = part(values)
         if task.solved is not None:
             solved = [Reward("solved", task.solved)]
-            metrics["solved"] = part(self._score(step, solved, trajectory.tokens, prompts).total)
+            metrics["solved"] = part(self._score(step, solved, texts, prompts).total)
         metrics["skipped/rewards"] = Count(scored.skipped)
         metrics["entropy/mean"] = part(trajectory.entropy)
         metrics["length/mean"] = part(trajectory.lengths)
@@ -221,7 +225,7 @@ class Iteration:
         else:
             prompts = [samples.prompt_index[int(kept[i])] for i in row // self._group_size]
             intermediate = [reward for reward in self.data.task.rewards if reward.intermediate]
-            scored = self._score(step, intermediate, scores.completions, prompts)
+            scored = self._score(step, intermediate, self._decode(scores.completions), prompts)
             metrics["skipped/step_rewards"] = Count(scored.skipped)
             metrics["step_reward/mean"] = part(scored.total)
             values = torch.full(valid.shape, float("nan"), dtype=torch.float64)

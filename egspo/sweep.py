@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
+from egspo.checkpoint import CHECKPOINTS, list_checkpoints
 from egspo.config import TrainConfig
 from egspo.plotting import comparison_table, plot_comparison
 from egspo.recipe import ConfigError, from_mapping, load_config, read_yaml
@@ -138,7 +139,7 @@ def run_sweep(sweep: Sweep, *, jobs: int = 1) -> Path:
 def _execute(run: Run, environment: Mapping[str, str]) -> int:
     """Train in a process of its own; returns the exit code."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if any((run.folder / "checkpoints").glob("step-*")) else ["--overwrite"]
+    resume = ["--resume"] if list_checkpoints(run.folder / CHECKPOINTS) else ["--overwrite"]
     command = [sys.executable, "-m", "egspo.cli", "train", *run.arguments]
     with run.log.open("a", encoding="utf-8") as log:
         return subprocess.run(
