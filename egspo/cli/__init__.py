@@ -1,0 +1,106 @@
+"""The ``egspo`` command. Heavy imports are inside the commands: help must be instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from egspo import __version__
+from egspo.cli import generate, tools, training
+
+_DESCRIPTION = """\
+Reinforcement learning for masked diffusion language models by entropy-guided
+stepwise policy optimisation (EGSPO, EGSPO-SA; arXiv 2603.12554).
+"""
+_EPILOG = """\
+examples:
+  egspo train recipes/sudoku_tiny.yaml
+  egspo train recipes/sudoku_tiny.yaml algorithm.preset=uniform --output-dir runs/uniform
+  egspo train recipes/sudoku_tiny.yaml --resume
+  egspo generate --model runs/sudoku_tiny/final --prompt "..."
+
+`egspo COMMAND --help` explains a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``; returns the exit code.
+
+    0 success, 1 unexpected error (with traceback), 2 wrong usage, configuration, input or
+    files, 130 interrupted.
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    _take_overrides(parser, args, rest)
+    debug = getattr(args, "debug", False) or os.environ.get("EGSPO_DEBUG", "0") not in ("", "0")
+    try:
+        run: Callable[[argparse.Namespace], None] = args.run
+        run(args)
+    except KeyboardInterrupt:
+        print("egspo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug or not _is_expected(error):
+            traceback.print_exc()
+            return 2 if _is_expected(error) else 1
+        print(f"egspo: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "egspo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
+    )
+    parser.add_argument("--version", action="version", version=f"egspo {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(
+        name: str,
+        help_text: str,
+        run: Callable[[argparse.Namespace], None],
+        epilog: str = "",
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=help_text, description=f"{help_text}.", epilog=epilog, formatter_class=raw
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run, overrides=[])
+        return command
+
+    for module in (training, generate, tools):
+        module.add_commands(add)
+    return parser
+
+
+def _take_overrides(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]
+) -> None:
+    """Overrides may stand anywhere; argparse only takes those right behind the recipe."""
+    if not hasattr(args, "recipe"):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return
+    args.overrides = list(args.overrides)
+    if args.resume and "=" in args.resume and not Path(args.resume).exists():
+        args.overrides.append(args.resume)  # --resume key=value
+        args.resume = ""
+    args.overrides += rest
+    for text in args.overrides:
+        if "=" not in text or text.startswith("-"):
+            parser.error(f"unrecognized argument: {text} (overrides have the form key=value)")
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message alone says what to change: bad input, files, or an error of egspo's."""
+    own = type(error).__module__.partition(".")[0] in ("egspo", "egspo_kernels")
+    return own or isinstance(error, ValueError | OSError)

@@ -1,0 +1,159 @@
+"""``egspo train``, ``sft`` and ``sweep``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from egspo.cli.common import AddCommand, configure_output, is_main_process
+
+if TYPE_CHECKING:
+    from egspo.config import TrainConfig
+
+_TRAIN_EPILOG = """\
+overrides:
+  key=value pairs change single options of the recipe, with dots between the
+  sections and YAML values:
+
+    egspo {command} RECIPE seed=3 optimizer.learning_rate=1e-4 model.lora.rank=16
+    egspo {command} RECIPE model.config=null model.path=GSAI-ML/LLaDA-8B-Instruct
+    egspo {command} RECIPE 'task.options.empty_cells=[4, 8]'
+
+an interrupted run:
+    egspo {command} RECIPE --resume              from the newest checkpoint in output_dir
+    egspo {command} RECIPE --resume FOLDER       from that checkpoint, or that run's newest
+"""
+_PROCESSES_EPILOG = """
+several GPUs:
+    accelerate launch -m egspo.cli train RECIPE
+"""
+_METRICS_FILES = ("metrics.jsonl", "sft_metrics.jsonl")
+
+
+def add_commands(add: AddCommand) -> None:
+    for name, text, run in (
+        ("train", "train a model by reinforcement learning", _train),
+        (
+            "sft",
+            "train a model on the task's reference completions (the recipe's sft section)",
+            _sft,
+        ),
+    ):
+        epilog = _TRAIN_EPILOG.format(command=name)
+        epilog += _PROCESSES_EPILOG if name == "train" else ""
+        _add_training_arguments(add(name, text, run, epilog))
+    sweep = add("sweep", "run variants of a recipe with several seeds and compare them", _sweep)
+    sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="YAML file, see docs/sweeps.md")
+    sweep.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)"
+    )
+    sweep.add_argument("--output-dir", metavar="DIR", help="instead of the sweep's output_dir")
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT_OR_RUN",
+        help="continue; without a value from the newest checkpoint in output_dir",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start over where there is a run; the old folder is kept as DIR.old-TIMESTAMP",
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="same as output_dir=DIR")
+    parser.add_argument("--seed", type=int, metavar="N", help="same as seed=N")
+
+
+def _configured(args: argparse.Namespace) -> TrainConfig:
+    from egspo.recipe import load_config
+
+    overrides = args.overrides
+    if args.output_dir is not None:
+        overrides = [*overrides, f"output_dir={json.dumps(args.output_dir)}"]
+    if args.seed is not None:
+        overrides = [*overrides, f"seed={args.seed}"]
+    return load_config(args.recipe, overrides)
+
+
+def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | None:
+    """Keep what earlier runs produced; returns what to resume from.
+
+    Raises:
+        ValueError: ``output_dir`` has a run and nothing says what to do about it.
+    """
+    output = Path(config.output_dir)
+    if args.resume is not None and args.overwrite:
+        raise ValueError("--resume continues a run, --overwrite starts over: give one of them")
+    resume = None if args.resume is None else Path(args.resume or output)
+    continued = resume is not None and resume.resolve().is_relative_to(output.resolve())
+    occupied = any((output / name).exists() for name in _METRICS_FILES)
+    if not occupied or continued or not is_main_process():
+        return resume
+    if args.overwrite:
+        old = output.with_name(f"{output.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        output.rename(old)
+        print(f"egspo: the earlier run is kept in {old}", file=sys.stderr)
+        return None
+    finished = (output / "final").is_dir()
+    lines = [f"{output} already has a{' finished' if finished else 'n unfinished'} run. Either"]
+    if any((output / "checkpoints").glob("step-*")):
+        longer = " steps=N   train it further, to N steps" if finished else "   continue it"
+        lines.append(f"  --resume{longer}")
+    lines.append("  --overwrite   start over; the old folder is renamed, not deleted")
+    lines.append("  --output-dir DIR   start another run beside it")
+    raise ValueError("\n".join(lines))
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _configured(args)
+    resume = _prepare_output(args, config)
+    configure_output()
+    from egspo.trainer import train
+
+    final = train(config, resume=resume)
+    if is_main_process():
+        _print_outcome(Path(config.output_dir), final)
+
+
+def _sft(args: argparse.Namespace) -> None:
+    config = _configured(args)
+    resume = _prepare_output(args, config)
+    configure_output()
+    from egspo.warm_start import run_sft
+
+    final = run_sft(config, resume=resume)
+    if is_main_process():
+        print(f"model: {final}")
+
+
+def _print_outcome(output: Path, final: Path) -> None:
+    """What training achieved on held-out prompts, and where everything is."""
+    from egspo.metrics import read_metrics
+
+    records = read_metrics(output)
+    for name, label in (("eval/reward", "held-out reward"), ("eval/solved", "held-out solved")):
+        values = [record[name] for record in records if record.get(name) is not None]
+        if values:
+            print(f"{label}: {values[0]:.3f} -> {values[-1]:.3f}")
+    print(f"model: {final}\ncurves: {output / 'curves.png'}")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    configure_output()
+    from egspo.sweep import PLOT, TABLE, load_sweep, run_sweep
+
+    sweep = load_sweep(args.sweep)
+    if args.output_dir is not None:
+        sweep.output_dir = args.output_dir
+    folder = run_sweep(sweep, jobs=args.jobs)
+    print((folder / TABLE).read_text("utf-8"))
+    print(f"table: {folder / TABLE}\nplot: {folder / PLOT}")
