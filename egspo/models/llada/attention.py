@@ -60,42 +60,56 @@ def eager_attention(
     return output.transpose(1, 2), weights
 
 
-def bidirectional_mask(config: LLaDAConfig, mask: Tensor | None, x: Tensor) -> Tensor | None:
+def bidirectional_mask(
+    config: LLaDAConfig, mask: Tensor | None, x: Tensor, keys: int
+) -> Tensor | None:
     """``mask`` in the form that the attention implementation takes.
 
     A row that may attend to nothing attends to everything instead: its softmax would be NaN.
 
     Args:
         config: with the attention implementation.
-        mask: None, [B, S] (zero or False at padding) or [B or 1, H or 1, S, S] (bool, or added).
-        x: input embeddings [B, S, D].
+        mask: None, [B, S] (zero or False at padding) or [B or 1, H or 1, N, S] (bool, or added).
+        x: input embeddings [B, N, D] of the N queries.
+        keys: S.
 
     Raises:
-        ValueError: another shape or dtype, or a 4-D mask for flash attention.
+        ValueError: another shape or dtype, a 4-D mask for flash attention, or fewer queries than
+            keys with an implementation that does not take them.
     """
-    batch, length = x.shape[:2]
     if mask is None:
         return None
-    if mask.shape == (batch, length):
+    batch, queries = x.shape[:2]
+    implementation = config._attn_implementation
+    plain = implementation in ("eager", "sdpa")
+    if mask.shape == (batch, keys):
         keep = mask != 0
         keep = keep | ~keep.any(dim=-1, keepdim=True)
-        result: Tensor | None = create_bidirectional_mask(
-            config=config, inputs_embeds=x, attention_mask=keep
-        )
-        return result
-    if mask.ndim != 4 or mask.shape[2:] != (length, length):
+        if plain:
+            return _plain_mask(keep[:, None, None, :], x, implementation)
+        if queries == keys:
+            result: Tensor | None = create_bidirectional_mask(
+                config=config, inputs_embeds=x, attention_mask=keep
+            )
+            return result
+        if "flash" in implementation:  # which takes the last queries: never padding here
+            return keep
+        raise ValueError(f"passes over some of the columns are not implemented: {implementation!r}")
+    if mask.ndim != 4 or mask.shape[2:] != (queries, keys):
         raise ValueError(
-            f"attention_mask must be [{batch}, {length}] or [B, H, {length}, {length}], "
+            f"attention_mask must be [{batch}, {keys}] or [B, H, {queries}, {keys}], "
             f"got shape {tuple(mask.shape)}"
         )
-    implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
+    if not plain:
         raise ValueError(f"a 4-D attention_mask needs 'eager' or 'sdpa', not {implementation!r}")
     if mask.dtype == torch.bool:
-        keep = mask | ~mask.any(dim=-1, keepdim=True)
-        if implementation == "sdpa":
-            return keep
-        return torch.zeros_like(keep, dtype=x.dtype).masked_fill(~keep, _CLOSED)
+        return _plain_mask(mask | ~mask.any(dim=-1, keepdim=True), x, implementation)
     if not mask.is_floating_point():
         raise ValueError(f"a 4-D attention_mask must be bool or floating point, got {mask.dtype}")
     return mask.clamp(min=_CLOSED).to(x.dtype)
+
+
+def _plain_mask(keep: Tensor, x: Tensor, implementation: str) -> Tensor:
+    if implementation == "sdpa":
+        return keep
+    return torch.zeros_like(keep, dtype=x.dtype).masked_fill(~keep, _CLOSED)

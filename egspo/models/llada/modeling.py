@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from egspo.models.cache import KeyValueCache
 from egspo.models.llada.attention import (
     apply_rope,
     bidirectional_mask,
@@ -27,6 +27,16 @@ from egspo.models.llada.attention import (
     rope_tables,
 )
 from egspo.models.llada.configuration import LLaDAConfig
+
+
+@dataclass
+class LLaDAModelOutput(ModelOutput):  # type: ignore[misc, no-untyped-call, unused-ignore]
+    """What :class:`LLaDAModel` returns; attributes as in :class:`LLaDAOutput`."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cache: KeyValueCache | None = None
 
 
 @dataclass
@@ -39,10 +49,12 @@ class LLaDAOutput(ModelOutput):  # type: ignore[misc, no-untyped-call, unused-ig
         last_hidden_state: [B, S, d_model], after the final norm.
         hidden_states: ``n_layers + 1`` tensors [B, S, d_model], the last one after the final norm.
         attentions: ``n_layers`` tensors [B, n_heads, S, S].
+        cache: keys and values, with ``return_cache=True``.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    cache: KeyValueCache | None = None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -62,16 +74,32 @@ class LLaDARMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What every block of a forward pass needs beside its input."""
+
+    cos: Tensor
+    sin: Tensor
+    attention_mask: Tensor | None
+    cache: KeyValueCache | None
+    columns: Tensor | None
+    live: Tensor | None
+
+
+_BlockOutput = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""Hidden states, attention weights where they are computed, keys and values attended to."""
+
+
 class LLaDABlock(GradientCheckpointingLayer):  # type: ignore[misc, no-untyped-call, unused-ignore]
     """Attention and gated MLP, each behind a norm and added to the residual stream."""
 
     is_causal = False  # read by transformers' attention functions
     _gradient_checkpointing_func: Callable[..., Any]  # set by transformers when it is enabled
 
-    def __init__(self, config: LLaDAConfig) -> None:
+    def __init__(self, config: LLaDAConfig, layer: int) -> None:
         super().__init__()
         assert config.n_kv_heads is not None and config.mlp_hidden_size is not None
-        self.config = config
+        self.config, self.layer = config, layer
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         width, hidden, kv = config.d_model, config.mlp_hidden_size, config.n_kv_heads
         bias = config.include_bias
@@ -87,48 +115,44 @@ class LLaDABlock(GradientCheckpointingLayer):  # type: ignore[misc, no-untyped-c
         self.ff_out = nn.Linear(hidden, width, bias=bias)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(
-        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """``x`` [B, S, D] one block further, and the attention weights where they are computed."""
+    def forward(self, x: Tensor, pass_: _Pass) -> _BlockOutput:
+        """``x`` [B, N, D] one block further."""
         # The base class checkpoints in training mode only; policies are scored in evaluation mode.
         if self.gradient_checkpointing and not self.training and torch.is_grad_enabled():
-            result: tuple[Tensor, Tensor | None] = self._gradient_checkpointing_func(
-                self._compute, x, attention_mask, cos, sin
-            )
+            result: _BlockOutput = self._gradient_checkpointing_func(self._compute, x, pass_)
             return result
-        return self._compute(x, attention_mask, cos, sin)
+        return self._compute(x, pass_)
 
-    def _compute(
-        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self._attention(self.attn_norm(x), attention_mask, cos, sin)
+    def _compute(self, x: Tensor, pass_: _Pass) -> _BlockOutput:
+        attended, weights, key, value = self._attention(self.attn_norm(x), pass_)
         x = x + self.dropout(attended)
         normed = self.ff_norm(x)
         gated = F.silu(self.ff_proj(normed)) * self.up_proj(normed)
-        return x + self.dropout(self.ff_out(gated)), weights
+        return x + self.dropout(self.ff_out(gated)), weights, key, value
 
-    def _attention(
-        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attention(self, x: Tensor, pass_: _Pass) -> _BlockOutput:
         batch, length, _ = x.shape
         query, key, value = (
             projection(x).view(batch, length, -1, self.config.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        query, key = (apply_rope(t, pass_.cos, pass_.sin) for t in (query, key))
+        if pass_.cache is not None:
+            assert pass_.columns is not None
+            key, value = pass_.cache.merged(self.layer, pass_.columns, pass_.live, key, value)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
         output, weights = attention(
             self,
-            apply_rope(query, cos, sin),
-            apply_rope(key, cos, sin),
+            query,
+            key,
             value,
-            attention_mask,
+            pass_.attention_mask,
             scaling=self.config.head_dim**-0.5,
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
-        return self.attn_out(output.reshape(batch, length, -1)), weights
+        return self.attn_out(output.reshape(batch, length, -1)), weights, key, value
 
 
 class LLaDATransformer(nn.Module):
@@ -141,7 +165,7 @@ class LLaDATransformer(nn.Module):
         assert config.embedding_size is not None
         self.wte = nn.Embedding(config.embedding_size, config.d_model)
         self.emb_drop = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(LLaDABlock(config, i) for i in range(config.n_layers))
         self.ln_f = LLaDARMSNorm(config)
 
 
@@ -231,24 +255,37 @@ class LLaDAModel(LLaDAPreTrainedModel):  # type: ignore[no-untyped-call, unused-
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        columns: Tensor | None = None,
+        live: Tensor | None = None,
+        return_cache: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> BaseModelOutput:
+    ) -> LLaDAModelOutput:
         """Hidden states of every position, each attending to all that are not padding.
 
+        With ``cache`` the input is only some columns of a sequence whose keys and values at the
+        others are in the cache; without gradients the cache is overwritten at those columns.
+
         Args:
-            input_ids: int [B, S]; or ``inputs_embeds``, [B, S, d_model].
+            input_ids: int [B, N]; or ``inputs_embeds``, [B, N, d_model].
             attention_mask: [B, S], zero or False at padding, on any side; or 4-D
-                [B or 1, H or 1, S, S], bool with False where not to attend, or floating point,
+                [B or 1, H or 1, N, S], bool with False where not to attend, or floating point,
                 added to the scores. None for no padding. The hidden states at padding are finite
-                and mean nothing.
-            position_ids: int [B or 1, S]; None for 0 .. S-1. Only differences matter.
+                and mean nothing. S is N, or the length of the cached sequences.
+            position_ids: int [B or 1, N]; None for 0 .. N-1, or ``columns``. Only differences
+                matter.
+            cache: keys and values [B, n_kv_heads, S, head_dim] by layer.
+            columns: int64 [B, N], which columns the input is; with ``cache`` only.
+            live: bool [B, N], False at columns where the cached keys and values are to be kept.
+            return_cache: also return the keys and values attended to.
             output_hidden_states, output_attentions: None for the configuration's.
 
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, a sequence longer
-                than ``max_sequence_length``, a mask of another shape or dtype, or attention
-                weights asked of another implementation than ``eager``.
+                than ``max_sequence_length``, a mask of another shape or dtype, ``cache`` without
+                ``columns`` or the reverse, or attention weights asked of another implementation
+                than ``eager``.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -260,30 +297,56 @@ class LLaDAModel(LLaDAPreTrainedModel):  # type: ignore[no-untyped-call, unused-
                 f"{self.config._attn_implementation!r}"
             )
         x = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.shape[1] > self.config.max_sequence_length:
-            raise ValueError(
-                f"sequences of {x.shape[1]} tokens exceed max_sequence_length "
-                f"{self.config.max_sequence_length}"
-            )
-        mask = bidirectional_mask(self.config, attention_mask, x)
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        cos, sin = rope_tables(self.config, position_ids)
+        pass_ = self._pass(x, attention_mask, position_ids, cache, columns, live)
         x = self.transformer.emb_drop(x)
         states: list[Tensor] = []
         attentions: list[Tensor] = []
+        built = KeyValueCache()
         for block in self.transformer.blocks:
             if keep_states:
                 states.append(x)
-            x, weights = block(x, mask, cos, sin)
+            x, weights, key, value = block(x, pass_)
             if keep_attentions:
                 attentions.append(weights)
+            if return_cache:
+                built.append(key, value)
         x = self.transformer.ln_f(x)
-        return BaseModelOutput(
+        return LLaDAModelOutput(
             last_hidden_state=x,
             hidden_states=(*states, x) if keep_states else None,
             attentions=tuple(attentions) if keep_attentions else None,
+            cache=built if return_cache else None,
         )
+
+    def _pass(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KeyValueCache | None,
+        columns: Tensor | None,
+        live: Tensor | None,
+    ) -> _Pass:
+        if (cache is None) != (columns is None):
+            raise ValueError("cache and columns belong together: give both or neither")
+        if columns is not None and columns.shape != x.shape[:2]:
+            raise ValueError(
+                f"columns must be {tuple(x.shape[:2])}, one for each input token, "
+                f"got {tuple(columns.shape)}"
+            )
+        keys = x.shape[1] if cache is None else cache.keys[0].shape[2]
+        if keys > self.config.max_sequence_length:
+            raise ValueError(
+                f"sequences of {keys} tokens exceed max_sequence_length "
+                f"{self.config.max_sequence_length}"
+            )
+        if position_ids is None:
+            position_ids = columns
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        cos, sin = rope_tables(self.config, position_ids)
+        mask = bidirectional_mask(self.config, attention_mask, x, keys)
+        return _Pass(cos, sin, mask, cache, columns, live)
 
 
 def _default(value: bool | None, default: bool | None) -> bool:
@@ -330,6 +393,10 @@ class LLaDAForMaskedLM(LLaDAPreTrainedModel):  # type: ignore[no-untyped-call, u
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         compute_logits: bool = True,
+        cache: KeyValueCache | None = None,
+        columns: Tensor | None = None,
+        live: Tensor | None = None,
+        return_cache: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> LLaDAOutput:
@@ -351,6 +418,10 @@ class LLaDAForMaskedLM(LLaDAPreTrainedModel):  # type: ignore[no-untyped-call, u
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            cache=cache,
+            columns=columns,
+            live=live,
+            return_cache=return_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
@@ -363,6 +434,7 @@ class LLaDAForMaskedLM(LLaDAPreTrainedModel):  # type: ignore[no-untyped-call, u
         return LLaDAOutput(
             loss=loss,
             logits=logits,
+            cache=output.cache,
             last_hidden_state=output.last_hidden_state,
             hidden_states=output.hidden_states,
             attentions=output.attentions,

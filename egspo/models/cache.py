@@ -1,0 +1,63 @@
+"""Keys and values of a whole sequence, for passes over some of its columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class KeyValueCache:
+    """Rotated keys and values of every layer, each [B, kv_heads, S, head_dim].
+
+    A pass over a few columns attends to the cached ones and to its own fresh ones, which take the
+    place of what the cache has at those columns.
+    """
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Add a layer."""
+        self.keys.append(key)
+        self.values.append(value)
+
+    def take(self, rows: Tensor) -> KeyValueCache:
+        """The sequences at int64 ``rows``, which may repeat."""
+        return KeyValueCache([k[rows] for k in self.keys], [v[rows] for v in self.values])
+
+    def detach(self) -> KeyValueCache:
+        return KeyValueCache([k.detach() for k in self.keys], [v.detach() for v in self.values])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def merged(
+        self, layer: int, columns: Tensor, live: Tensor | None, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``layer`` with fresh ones at ``columns``.
+
+        Without gradients the cache is overwritten at those columns, which every pass does anew.
+
+        Args:
+            columns: int64 [B, n].
+            live: bool [B, n], False where the cache is to be kept; None for True.
+            key, value: [B, kv_heads, n, head_dim].
+        """
+        return (
+            _scatter(self.keys[layer], columns, live, key),
+            _scatter(self.values[layer], columns, live, value),
+        )
+
+
+def _scatter(cached: Tensor, columns: Tensor, live: Tensor | None, fresh: Tensor) -> Tensor:
+    index = columns[:, None, :, None].expand(-1, cached.shape[1], -1, cached.shape[3])
+    fresh = fresh.to(cached.dtype)
+    if live is not None:
+        fresh = fresh.where(live[:, None, :, None], cached.gather(2, index))
+    if torch.is_grad_enabled():
+        return cached.scatter(2, index, fresh)
+    return cached.scatter_(2, index, fresh)
