@@ -43,7 +43,7 @@ def estimator_gradient(
         advantage: [B, K], already multiplied by the probability of the trajectory: the loss is
             linear in the advantage at ratio 1.
     """
-    scorer = Scorer(denoiser, ALGORITHM, temperature)
+    scorer = Scorer(denoiser, ALGORITHM, replace(GENERATION, temperature=temperature))
     states = States.from_selection(enumeration.trajectory, selected)
     total = torch.zeros_like(denoiser.model.table)
     groups = states.micro_batches(1000, ranks=None)
@@ -102,7 +102,7 @@ def test_unbiased_with_group_baselines(policy: str, method: str) -> None:
     trajectory, probability = enumeration.trajectory, enumeration.probability.detach()
     selected = all_steps(enumeration)
     count, steps = selected.shape
-    scorer = Scorer(denoiser, ALGORITHM, GENERATION.temperature)
+    scorer = Scorer(denoiser, ALGORITHM, GENERATION)
     states = States.from_selection(trajectory, selected)
     replayed = scorer.replay(states, states.micro_batches(1000, ranks=None), complete=True)
     values = torch.empty(count, steps, dtype=torch.float64)

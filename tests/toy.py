@@ -103,7 +103,10 @@ def enumerate_trajectories(denoiser: Denoiser, config: GenerationConfig) -> Enum
         tokens=tokens,
         unmask_step=torch.tensor([leaf[1] for leaf in leaves], dtype=torch.int16),
         entropy=torch.tensor([[float(h) for h in leaf[3]] for leaf in leaves], dtype=torch.float64),
+        confidence=torch.zeros(tokens.shape),
+        token_entropy=torch.zeros(tokens.shape),
         log_prob=torch.zeros(len(leaves), steps, dtype=torch.float64),
+        steps=torch.full((len(leaves),), steps),
         lengths=length_before(tokens, denoiser.eos_id),
         mask_id=MASK,
     )
