@@ -104,8 +104,8 @@ def _open_file(source: str, file: Path, split: str | None, texts: list[str]) -> 
         raise ValueError(f"{file} is empty")
     options: dict[str, Any] = {"data_files": str(file)}
     if file.suffix == ".csv":
-        # utf-8-sig: spreadsheets begin a file with a byte order mark.
-        options |= {"converters": dict.fromkeys(texts, str), "encoding": "utf-8-sig"}
+        options |= {"converters": dict.fromkeys(texts, str), "keep_default_na": False}
+        options["encoding"] = "utf-8-sig"  # spreadsheets begin a file with a byte order mark
     return _load(source, _FORMATS[file.suffix], None, split, **options)
 
 
