@@ -114,7 +114,6 @@ def fresh_model(
             )
     fields = {
         "vocab_size": len(tokenizer),
-        "embedding_size": len(tokenizer),
         "mask_token_id": tokenizer.mask_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from egspo.models.dream import DreamConfig, DreamForMaskedLM, DreamModel
 from egspo.models.llada import LLaDAConfig, LLaDAForMaskedLM, LLaDAModel
 from egspo.models.loading import (
     SpecialTokens,
@@ -14,6 +15,9 @@ from egspo.models.lora import LORA_TARGETS, add_lora, load_adapter, reference_mo
 
 __all__ = [
     "LORA_TARGETS",
+    "DreamConfig",
+    "DreamForMaskedLM",
+    "DreamModel",
     "LLaDAConfig",
     "LLaDAForMaskedLM",
     "LLaDAModel",
