@@ -13,6 +13,7 @@ Strategy = Literal["high_entropy", "uniform", "random", "all"]
 EntropyOver = Literal["revealed", "block", "masked"]
 EntropyReduce = Literal["mean", "sum"]
 Policy = Literal["low_confidence", "random", "max_prob", "margin", "entropy"]
+BlockCache = Literal["none", "prefix", "dual"]
 Preset = Literal["egspo", "egspo-sa", "reference", "uniform", "random"]
 
 
@@ -94,14 +95,33 @@ class GenerationConfig:
     policy: Policy = "max_prob"
     """Which positions are unmasked first. ``low_confidence`` is the published code's order; its
     step log-probability is a surrogate, the others' is exact."""
+    cache: BlockCache = "none"
+    """Keys and values made once per block instead of every step: of the ``prefix`` before the
+    block, or ``dual``, of everything but the block. Cheaper, and another policy than full
+    attention: training and decoding must agree, so this is saved with the weights."""
+    guidance: float = 0.0
+    """Strength of classifier-free guidance, for a second forward pass per step; 0 for none."""
+    threshold: float | None = None
+    """Besides a step's quota, reveal every position that scores at least this under ``policy``.
+    The quota, ``block_length`` over the steps of a block, is then the least a step reveals, and
+    ``steps`` the most a completion takes."""
+    max_tokens_per_step: int | None = None
+    """The most positions a step reveals with ``threshold``; None for the whole block."""
+    early_exit: bool = True
+    """Stop a completion after the block with its first EOS. The text is the same; False denoises
+    the rest too, as the published code does."""
     batch_size: int = 32
-    """Sequences denoised together."""
+    """Sequences denoised together, at most."""
+    cuda_graphs: bool = False
+    """Replay the forward pass of a step as a CUDA graph per batch shape."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "steps", "block_length", "batch_size"):
             value = getattr(self, name)
             _require(value > 0, f"generation.{name} must be > 0, got {value}")
-        _require(self.temperature >= 0, f"temperature must be >= 0, got {self.temperature}")
+        for name in ("temperature", "guidance"):
+            value = getattr(self, name)
+            _require(value >= 0, f"generation.{name} must be >= 0, got {value}")
         _require(
             self.max_new_tokens % self.block_length == 0,
             f"generation.max_new_tokens ({self.max_new_tokens}) must be a multiple of "
@@ -117,6 +137,30 @@ class GenerationConfig:
             self.steps // blocks <= self.block_length,
             f"generation.steps ({self.steps}) gives {self.steps // blocks} steps to a block of "
             f"{self.block_length} tokens: at most one step per token",
+        )
+        self._check_threshold()
+
+    def _check_threshold(self) -> None:
+        threshold, most = self.threshold, self.max_tokens_per_step
+        if threshold is None:
+            _require(
+                most is None,
+                f"generation.max_tokens_per_step ({most}) needs generation.threshold: without it "
+                "every step reveals its quota",
+            )
+            return
+        policies = ("max_prob", "margin", "low_confidence")
+        _require(
+            self.policy in policies,
+            f"generation.threshold is compared with a score in [0, 1], which policy "
+            f"{self.policy!r} does not have; choose from {policies}",
+        )
+        _require(0 < threshold <= 1, f"generation.threshold must be in (0, 1], got {threshold}")
+        least = -(-self.max_new_tokens // self.steps)
+        _require(
+            most is None or least <= most <= self.block_length,
+            f"generation.max_tokens_per_step must be between {least}, the quota of a step, and "
+            f"generation.block_length ({self.block_length}), got {most}",
         )
 
 
@@ -158,6 +202,9 @@ class AlgorithmConfig:
     """``per_step``: one optimizer step per entropy rank, highest first. ``joint``: all together."""
     num_iterations: int = 1
     """Inner epochs over the selected steps of one rollout."""
+    detach_cache: bool = False
+    """With ``generation.cache``, no gradient through the pass that makes the cache: cheaper and
+    biased, as it leaves out how the weights move the cached keys and values."""
 
     def __post_init__(self) -> None:
         _require(self.group_size >= 2, f"algorithm.group_size must be >= 2, got {self.group_size}")
@@ -282,6 +329,16 @@ class TrainConfig:
             self.algorithm.selected_steps <= self.generation.steps,
             f"algorithm.selected_steps ({self.algorithm.selected_steps}) must be at most "
             f"generation.steps ({self.generation.steps})",
+        )
+        cache = self.generation.cache
+        _require(
+            self.algorithm.entropy_over != "masked" or cache != "dual",
+            "algorithm.entropy_over: masked needs the hidden states of later blocks, which the "
+            "steps of generation.cache: dual do not compute",
+        )
+        _require(
+            not self.algorithm.detach_cache or cache != "none",
+            "algorithm.detach_cache needs a generation.cache",
         )
         _require(
             self.generation.temperature > 0,

@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from egspo.models import reference_mode
+from egspo.models.cache import KeyValueCache
+from egspo.work import Work
 
 
 class Denoiser:
@@ -50,6 +52,8 @@ class Denoiser:
         self._reference = None if reference is None else reference.eval().requires_grad_(False)
         self._autocast = autocast
         self._use_reference = False
+        self.work = Work()
+        """Forward passes so far, of the policy and of the reference."""
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +70,15 @@ class Denoiser:
     def head_bias(self) -> Tensor | None:
         return getattr(self._active.get_output_embeddings(), "bias", None)  # type: ignore[operator]
 
+    @property
+    def prediction_shift(self) -> int:
+        """How many columns before a position the hidden state that predicts it is made.
+
+        0 for LLaDA. Where it is 1 the model aligns the rows it returns, so that a pass over some
+        columns must begin one column earlier.
+        """
+        return int(getattr(self.model.config, "prediction_shift", 0))
+
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of every forward pass; enclose the head's product in it too."""
         if self._autocast is None:
@@ -79,10 +92,62 @@ class Denoiser:
             input_ids: int64 [B, S].
             attention_mask: bool [B, S], False at padding; None where nothing is padded.
         """
-        mask = None if attention_mask is None else attention_mask.long()
-        output = self._active(input_ids=input_ids, attention_mask=mask, compute_logits=False)
+        self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
+        output = self._active(
+            input_ids=input_ids, attention_mask=attention_mask, compute_logits=False
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def hidden_states_and_cache(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, KeyValueCache]:
+        """:meth:`hidden_states`, and the keys and values that made them."""
+        self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
+        output = self._active(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            compute_logits=False,
+            return_cache=True,
+        )
+        self.work.cache_bytes += output.cache.nbytes
+        return output.last_hidden_state, output.cache
+
+    def cached_hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: KeyValueCache,
+        columns: Tensor,
+        live: Tensor | None,
+    ) -> Tensor:
+        """Hidden states [B, N, D] of some columns, the others' keys and values being cached.
+
+        Args:
+            input_ids: int64 [B, N], tokens at the columns.
+            attention_mask: bool [B, S], False at padding; None where nothing is padded.
+            cache: of the S columns; overwritten at ``columns`` where gradients are off.
+            columns: int64 [B, N].
+            live: bool [B, N], False where the cache is to be kept.
+        """
+        self.work.add(input_ids.shape[0], input_ids.shape[1], cache.length)
+        output = self._active(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            compute_logits=False,
+            cache=cache,
+            columns=columns,
+            live=live,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] of hidden states [N, D]."""
+        logits = torch.nn.functional.linear(hidden, self.head_weight, self.head_bias)
+        self.work.head_rows += logits.shape[0]
+        self.work.logits_bytes += logits.numel() * logits.element_size()
+        return logits
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -66,7 +66,7 @@ class Iteration:
     ) -> None:
         self.config, self.data, self.denoiser = config, data, denoiser
         self.optimizer, self.reduce_gradients = optimizer, reduce_gradients
-        self.scorer = Scorer(denoiser, config.algorithm, config.generation.temperature)
+        self.scorer = Scorer(denoiser, config.algorithm, config.generation)
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
 

@@ -1,15 +1,30 @@
-"""Rollout: denoise completions step by step and record what the algorithm needs."""
+"""Rollout: denoise completions and record what the algorithm needs.
+
+Sequences wait in a queue, are denoised block by block in batches of similar prompt lengths, retire
+as soon as their text has ended, and are replaced from the queue.
+"""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
+from egspo.decoder import Decoder
 from egspo.denoiser import Denoiser
-from egspo.trajectory import PromptBatch, Trajectory, length_before
-from egspo.unmasking import Candidates, Step, schedule, unmasking_policy
-from egspo_kernels import SampledTokens, linear_token_stats, sample_tokens
+from egspo.denoising import BlockDenoising, DenoisedBlock, Recording, Sequences, block_plan
+from egspo.trajectory import NEVER, PromptBatch, Trajectory, length_before
+
+logger = logging.getLogger("egspo")
+
+# Share of the columns of a batch that may be padding, before shorter prompts wait for a batch of
+# their own.
+_MAX_PADDING = 1 / 8
+
+BlockListener = Callable[[list[int], Trajectory], None]
 
 
 @torch.no_grad()
@@ -23,163 +38,177 @@ def rollout(
     entropy_over: EntropyOver = "revealed",
     entropy_reduce: EntropyReduce = "mean",
     entropy_temperature: float = 1.0,
+    on_block: BlockListener | None = None,
 ) -> Trajectory:
-    """Denoise one completion for every prompt, ``config.batch_size`` at a time.
+    """Denoise one completion for every prompt, at most ``config.batch_size`` at a time.
 
     All randomness is a function of (seed, step, sequence id): a sequence is the same whatever it
-    shares a batch with, up to the rounding of the matrix library with the batch shape.
+    shares a batch with, up to the rounding of the matrix library with the batch shape. A batch that
+    does not fit into memory is split, with a warning, and gives the same tokens.
 
     Args:
         prompts: B prompts.
-        config: lengths, steps, temperature (0 is greedy) and unmasking policy.
+        config: lengths, steps, temperature (0 is greedy), unmasking policy, cache and guidance.
         seed: key of the noise.
         sequence_ids: int64 [B], identity of each sequence, never repeated in a run.
         entropy_over: position set of the recorded step entropy: the ``revealed`` tokens, the
             masked positions of the active ``block``, or all ``masked`` positions.
         entropy_reduce: ``mean`` or ``sum`` over that set.
         entropy_temperature: temperature of that entropy.
+        on_block: called as ``f(finished, trajectory)`` after every block of a batch, with the rows
+            of the batch that retired and all B trajectories as they are now.
 
     Returns:
-        :class:`Trajectory` of B sequences.
+        :class:`Trajectory` of B sequences, in the order of ``prompts``.
 
     Raises:
         FloatingPointError: if the model gives NaN logits.
+        ValueError: ``generation.steps`` does not fit an int16.
     """
-    plan = schedule(config.max_new_tokens, config.steps, config.block_length)
-    if len(plan) > torch.iinfo(torch.int16).max:
-        raise ValueError(f"generation.steps must be below 2**15, got {len(plan)}")
-    parts = []
-    for start in range(0, len(prompts), config.batch_size):
-        chunk = slice(start, start + config.batch_size)
-        run = _Denoising(denoiser, prompts[chunk], config, seed, sequence_ids[chunk])
-        run.entropy_over, run.entropy_reduce = entropy_over, entropy_reduce
-        run.entropy_temperature = entropy_temperature
-        for index, step in enumerate(plan):
-            run.advance(index, step)
-        parts.append(run.finish())
-    return Trajectory.concatenate(parts)
+    if config.steps >= NEVER:
+        raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
+    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
+    run = _Rollout(denoiser, prompts, config, recording, sequence_ids)
+    while run.pending:
+        rows = run.next_batch()
+        finished = run.denoise(rows)
+        if on_block is not None:
+            on_block(finished, run.trajectory())
+    return run.trajectory()
 
 
-class _Denoising:
-    """The canvas of one batch on its way from all masks to a completion."""
-
-    entropy_over: EntropyOver
-    entropy_reduce: EntropyReduce
-    entropy_temperature: float
+class _Rollout:
+    """All sequences of a rollout, each between two blocks."""
 
     def __init__(
         self,
         denoiser: Denoiser,
         prompts: PromptBatch,
         config: GenerationConfig,
-        seed: int,
+        recording: Recording,
         sequence_ids: Tensor,
     ) -> None:
-        self.denoiser, self.prompts, self.config, self.seed = denoiser, prompts, config, seed
-        self.sequence_ids = sequence_ids
-        self.policy = unmasking_policy(config.policy)
-        shape, device = (len(prompts), config.max_new_tokens), prompts.ids.device
-        self.canvas = torch.full(shape, denoiser.mask_id, device=device)
-        self.unmask_step = torch.full(shape, -1, dtype=torch.int16, device=device)
-        self.entropy: list[Tensor] = []
-        self.log_prob: list[Tensor] = []
-        mask = torch.nn.functional.pad(prompts.mask, (0, shape[1]), value=True)
-        self.attention_mask = None if bool(prompts.mask.all()) else mask
+        self.denoiser, self.prompts, self.config = denoiser, prompts, config
+        self.recording, self.sequence_ids = recording, sequence_ids
+        self.decoder = Decoder(denoiser, config.block_length, config.cache, config.guidance)
+        count, length, device = len(prompts), config.max_new_tokens, prompts.ids.device
+        dtype = torch.promote_types(denoiser.head_weight.dtype, torch.float32)
+        self.tokens = torch.full((count, length), denoiser.mask_id, device=device)
+        self.unmask_step = torch.full_like(self.tokens, NEVER, dtype=torch.int16)
+        self.confidence = torch.full((count, length), float("nan"), dtype=dtype, device=device)
+        self.token_entropy = self.confidence.clone()
+        self.entropy = self.confidence.new_full((count, config.steps), float("nan"))
+        self.log_prob = torch.zeros_like(self.entropy)
+        self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
+        self.starts = [0] * count
+        """First position not denoised, by sequence."""
+        self.steps = [0] * count
+        """Steps taken, by sequence."""
+        self.queue = sorted(range(count), key=lambda i: -self.prompt_lengths[i])
+        """Sequences not begun, the longest prompts first: what comes later fits into a batch."""
+        self.running: list[int] = []
+        self.batch_size = config.batch_size
 
-    def advance(self, index: int, step: Step) -> None:
-        """One denoising step: forward, sample the active block, reveal its best positions."""
-        with self.denoiser.autocast():
-            ids = torch.cat([self.prompts.ids, self.canvas], dim=1)
-            hidden = self.denoiser.hidden_states(ids, self.attention_mask)
-            hidden = hidden[:, self.prompts.ids.shape[1] :]
-            positions = self._masked_positions(step)
-            logits = self._head(_gather_rows(hidden, positions))
-        sample = sample_tokens(
-            logits,
-            temperature=self.config.temperature,
-            seed=self.seed,
-            step=index,
-            row_ids=self._row_ids(positions),
-            banned_token=self.denoiser.mask_id,
-            entropy_temperature=self.entropy_temperature,
-        )
-        candidates = Candidates(
-            logits,
-            sample,
-            positions,
-            self.sequence_ids,
-            self.seed,
-            index,
-            self.config.max_new_tokens,
-            self.denoiser.mask_id,
-        )
-        score = self.policy.score(candidates).view_as(positions)
-        chosen = score.sort(dim=1, descending=True, stable=True).indices[:, : step.quota]
-        self._reveal(index, positions, sample, chosen)
-        self._record(step, hidden, positions, sample, chosen)
+    @property
+    def pending(self) -> bool:
+        return bool(self.queue or self.running)
 
-    def finish(self) -> Trajectory:
-        entropy = torch.stack(self.entropy, dim=1)
-        bad = entropy.isnan().any(0)
-        if bool(bad.any()):
-            raise FloatingPointError(
-                f"the model gave NaN logits at denoising step {int(bad.int().argmax())}: "
-                "its weights or its precision are broken"
-            )
+    def next_batch(self) -> list[int]:
+        """The running sequences, and from the queue what fits beside them."""
+        rows = self.running[: self.batch_size]
+        width = max((self.prompt_lengths[i] for i in rows or self.queue[:1]), default=0)
+        allowed = _MAX_PADDING * (width + self.config.max_new_tokens)
+        while self.queue and len(rows) < self.batch_size:
+            if width - self.prompt_lengths[self.queue[0]] > allowed:
+                break
+            rows.append(self.queue.pop(0))
+        self.running = rows + self.running[self.batch_size :]
+        return rows
+
+    def denoise(self, rows: list[int]) -> list[int]:
+        """Denoise a block of the sequences ``rows`` of :attr:`running`; returns who retired."""
+        try:
+            block = BlockDenoising(
+                self.decoder, self.config, self.recording, self._sequences(rows)
+            ).run()
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            self._split(len(rows))
+            return []
+        finished = self._store(rows, block)
+        self.running = [i for i in self.running if i not in finished]
+        return finished
+
+    def trajectory(self) -> Trajectory:
+        """All sequences as they are now."""
         return Trajectory(
             prompts=self.prompts,
-            tokens=self.canvas,
+            tokens=self.tokens,
             unmask_step=self.unmask_step,
-            entropy=entropy,
-            log_prob=torch.stack(self.log_prob, dim=1),
-            lengths=length_before(self.canvas, self.denoiser.eos_id),
+            confidence=self.confidence,
+            token_entropy=self.token_entropy,
+            entropy=self.entropy,
+            log_prob=self.log_prob,
+            steps=torch.tensor(self.steps, device=self.tokens.device),
+            lengths=length_before(self.tokens, self.denoiser.eos_id),
             mask_id=self.denoiser.mask_id,
         )
 
-    def _masked_positions(self, step: Step) -> Tensor:
-        """int64 [B, masked], left to right; the count is the schedule's, so nothing is synced."""
-        known = (self.unmask_step[:, step.start : step.end] >= 0).int()
-        return known.argsort(dim=1, stable=True)[:, : step.masked] + step.start
+    def _sequences(self, rows: list[int]) -> Sequences:
+        index = torch.tensor(rows, device=self.tokens.device)
+        lengths = [self.prompt_lengths[i] for i in rows]
+        unused = self.prompts.ids.shape[1] - max(lengths)
+        prompts = PromptBatch(self.prompts.ids[index, unused:], self.prompts.mask[index, unused:])
+        return Sequences(
+            prompts,
+            min(lengths) < max(lengths),
+            self.tokens[index],
+            [self.starts[i] for i in rows],
+            self.sequence_ids[index],
+        )
 
-    def _row_ids(self, positions: Tensor) -> Tensor:
-        return (self.sequence_ids[:, None] * self.config.max_new_tokens + positions).flatten()
+    def _split(self, tried: int) -> None:
+        """Half as many from now on: nothing of the block was stored, so it is denoised again."""
+        self.batch_size = tried // 2
+        if self.tokens.is_cuda:
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory denoising %d sequences at a time: going on with %d "
+            "(generation.batch_size=%d would begin there)",
+            *(tried, self.batch_size, self.batch_size),
+        )
 
-    def _head(self, rows: Tensor) -> Tensor:
-        return torch.nn.functional.linear(rows, self.denoiser.head_weight, self.denoiser.head_bias)
+    def _store(self, rows: list[int], block: DenoisedBlock) -> list[int]:
+        """Write a denoised block; returns the sequences that are done."""
+        width, steps = self.config.block_length, len(block_plan(self.config))
+        device = self.tokens.device
+        index = torch.tensor(rows, device=device)[:, None]
+        positions = torch.tensor([self.starts[i] for i in rows], device=device)[:, None]
+        positions = positions + torch.arange(width, device=device)
+        before = torch.tensor([self.steps[i] for i in rows], device=device)[:, None]
+        self.tokens[index, positions] = block.tokens
+        self.unmask_step[index, positions] = (before + block.step).to(torch.int16)
+        self.confidence[index, positions] = block.confidence
+        self.token_entropy[index, positions] = block.token_entropy
+        columns = before + torch.arange(steps, device=device)
+        self.entropy[index, columns] = block.entropy
+        self.log_prob[index, columns] = block.log_prob
 
-    def _reveal(self, index: int, positions: Tensor, sample: SampledTokens, chosen: Tensor) -> None:
-        revealed = positions.gather(1, chosen)
-        tokens = sample.token.view_as(positions).gather(1, chosen)
-        self.canvas.scatter_(1, revealed, tokens)
-        self.unmask_step.scatter_(1, revealed, torch.full_like(revealed, index).to(torch.int16))
-
-    def _record(
-        self, step: Step, hidden: Tensor, positions: Tensor, sample: SampledTokens, chosen: Tensor
-    ) -> None:
-        log_prob = sample.log_prob.view_as(positions).gather(1, chosen)
-        self.log_prob.append(log_prob.sum(1))
-        entropy = sample.entropy.view_as(positions)
-        if self.entropy_over == "revealed":
-            entropy = entropy.gather(1, chosen)
-        elif self.entropy_over == "masked" and step.end < self.config.max_new_tokens:
-            entropy = torch.cat([entropy, self._later_entropy(hidden[:, step.end :])], dim=1)
-        self.entropy.append(entropy.mean(1) if self.entropy_reduce == "mean" else entropy.sum(1))
-
-    def _later_entropy(self, hidden: Tensor) -> Tensor:
-        """Entropies [B, later] of the blocks not begun, which are masked throughout."""
-        with self.denoiser.autocast():
-            stats = linear_token_stats(
-                hidden.flatten(0, 1),
-                self.denoiser.head_weight,
-                None,
-                bias=self.denoiser.head_bias,
-                temperature=self.entropy_temperature,
-                banned_token=self.denoiser.mask_id,
-            )
-        return stats.entropy.view(hidden.shape[:2])
-
-
-def _gather_rows(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Rows [B * M, D] of ``hidden`` [B, L, D] at ``positions`` [B, M]."""
-    index = positions[:, :, None].expand(-1, -1, hidden.shape[2])
-    return hidden.gather(1, index).flatten(0, 1)
+        broken = block.token_entropy.isnan()
+        ended = (block.tokens == self.denoiser.eos_id).any(1)
+        for i, taken, nan, eos in zip(
+            rows, block.steps, broken.any(1).tolist(), ended.tolist(), strict=True
+        ):
+            if nan:
+                step = self.steps[i] + int(block.step[broken].min())
+                raise FloatingPointError(
+                    f"the model gave NaN logits at denoising step {step}: its weights or its "
+                    "precision are broken"
+                )
+            self.steps[i] += taken
+            self.starts[i] += width
+            if eos and self.config.early_exit:
+                self.tokens[i, self.starts[i] :] = self.denoiser.eos_id
+                self.starts[i] = self.config.max_new_tokens
+        return [i for i in rows if self.starts[i] == self.config.max_new_tokens]

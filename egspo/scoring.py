@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egspo.config import AlgorithmConfig
+from egspo.config import AlgorithmConfig, GenerationConfig
+from egspo.decoder import BlockContext, Decoder, Window
 from egspo.denoiser import Denoiser
-from egspo.trajectory import Trajectory
+from egspo.trajectory import PromptBatch, Trajectory
 from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate, linear_token_stats
 
 
@@ -72,12 +73,24 @@ class Scorer:
 
     denoiser: Denoiser
     algorithm: AlgorithmConfig
-    sampling_temperature: float
+    generation: GenerationConfig
 
     @property
     def temperature(self) -> float:
         """Of the scored log-probabilities."""
-        return 1.0 if self.algorithm.ratio_temperature == "one" else self.sampling_temperature
+        return 1.0 if self.algorithm.ratio_temperature == "one" else self.generation.temperature
+
+    @property
+    def decoder(self) -> Decoder:
+        """The one that the rollout sampled with."""
+        generation = self.generation
+        return Decoder(
+            self.denoiser,
+            generation.block_length,
+            generation.cache,
+            generation.guidance,
+            self.algorithm.detach_cache,
+        )
 
     @torch.no_grad()
     def replay(self, states: States, groups: list[list[Tensor]], *, complete: bool) -> Scores:
@@ -95,15 +108,19 @@ class Scorer:
         ref_hidden: dict[int, Tensor] = {}
         for index in (micro for group in groups for micro in group):
             with self.denoiser.autocast():
-                batch = _Batch.build(states, index, self.denoiser.mask_id)
-                hidden = batch.completion_hidden(self.denoiser)
-                log_prob, argmax = self._revealed(batch, hidden[batch.revealed])
+                batch = _Batch.build(states, index, self.generation.block_length)
+                context = batch.context(self.decoder)
+                window = self.decoder.window(context, batch.canvas)
+                log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
                 old_log_prob[index] = log_prob.double()
                 if completions is not None:
+                    hidden = self.decoder.completions(context, window)
                     completions[index] = self._greedy(batch, hidden, argmax)
                 if ref_log_prob is not None:
                     with self.denoiser.reference():
-                        rows = batch.completion_hidden(self.denoiser)[batch.revealed]
+                        context = batch.context(self.decoder)
+                        window = self.decoder.window(context, batch.canvas)
+                        rows = batch.revealed_rows(window)
                         if self.algorithm.kl == "exact":
                             ref_hidden[int(index[0])] = rows
                         else:
@@ -129,8 +146,10 @@ class Scorer:
         """
         config = self.algorithm
         with self.denoiser.autocast():
-            batch = _Batch.build(states, index, self.denoiser.mask_id)
-            hidden = batch.completion_hidden(self.denoiser)[batch.revealed]
+            batch = _Batch.build(states, index, self.generation.block_length)
+            context = batch.context(self.decoder)
+            hidden = batch.revealed_rows(self.decoder.window(context, batch.canvas))
+            self.denoiser.work.head_rows += hidden.shape[0]
             ref_hidden = ref_weight = ref_log_prob = None
             if scores.ref_hidden is not None:
                 ref_hidden = scores.ref_hidden[int(index[0])]
@@ -161,6 +180,7 @@ class Scorer:
 
     def _revealed(self, batch: _Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Step log-probability [m] and argmax [N] of the revealed tokens."""
+        self.denoiser.work.head_rows += rows.shape[0]
         stats = linear_token_stats(
             rows,
             self.denoiser.head_weight,
@@ -184,8 +204,10 @@ class Scorer:
         completion = batch.canvas.clone()
         completion[batch.revealed] = revealed_argmax
         rest = batch.masked & ~batch.revealed
+        rows = hidden[rest]
+        self.denoiser.work.head_rows += rows.shape[0]
         completion[rest] = linear_token_stats(
-            hidden[rest],
+            rows,
             self.denoiser.head_weight,
             None,
             bias=self.denoiser.head_bias,
@@ -198,11 +220,13 @@ class Scorer:
 class _Batch:
     """m states as model input, and the tokens their steps revealed."""
 
-    ids: Tensor
-    """int64 [m, P + L]."""
-    attention_mask: Tensor | None
+    trajectory: Trajectory
+    row: Tensor
+    """int64 [m]."""
+    start: Tensor
+    """int64 [m], first position of the block that the step is in."""
     canvas: Tensor
-    """int64 [m, L], the completion part of ``ids``."""
+    """int64 [m, L]."""
     masked: Tensor
     """bool [m, L], still masked in the state."""
     revealed: Tensor
@@ -211,29 +235,50 @@ class _Batch:
     """int64 [N]."""
     step_ids: Tensor
     """int64 [N] in [0, m)."""
+    positions: Tensor
+    """int64 [N]."""
 
     @classmethod
-    def build(cls, states: States, index: Tensor, mask_id: int) -> _Batch:
+    def build(cls, states: States, index: Tensor, block_length: int) -> _Batch:
         trajectory, row, step = states.trajectory, states.row[index], states.step[index]
         unmask_step = trajectory.unmask_step[row]
-        canvas = trajectory.canvas(row, step)
         revealed = unmask_step == step[:, None]
-        prompt_mask = trajectory.prompts.mask[row]
-        mask = torch.nn.functional.pad(prompt_mask, (0, canvas.shape[1]), value=True)
+        step_ids, positions = revealed.nonzero(as_tuple=True)
         return cls(
-            ids=torch.cat([trajectory.prompts.ids[row], canvas], dim=1),
-            attention_mask=None if bool(prompt_mask.all()) else mask,
-            canvas=canvas,
+            trajectory=trajectory,
+            row=row,
+            start=revealed.int().argmax(1) // block_length * block_length,
+            canvas=trajectory.canvas(row, step),
             masked=unmask_step >= step[:, None],
             revealed=revealed,
             targets=trajectory.tokens[row][revealed],
-            step_ids=revealed.nonzero()[:, 0],
+            step_ids=step_ids,
+            positions=positions,
         )
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return self.canvas.shape[0]
 
-    def completion_hidden(self, denoiser: Denoiser) -> Tensor:
-        """Hidden states [m, L, D] of the completion."""
-        hidden = denoiser.hidden_states(self.ids, self.attention_mask)
-        return hidden[:, self.ids.shape[1] - self.canvas.shape[1] :]
+    def context(self, decoder: Decoder) -> BlockContext:
+        """What the decoder had at the block of each state.
+
+        With a cache that is a pass of its own, made once for all states of a block.
+        """
+        row, start, place = self.row, self.start, None
+        if decoder.cache != "none":
+            length = self.canvas.shape[1]
+            blocks, place = torch.unique(row * length + start, return_inverse=True)
+            row, start = blocks // length, blocks % length
+        prompts = PromptBatch(self.trajectory.prompts.ids[row], self.trajectory.prompts.mask[row])
+        context = decoder.begin_block(
+            prompts,
+            self.trajectory.block_canvas(row, start),
+            start,
+            earliest=int(start.min()),
+            padded=not bool(prompts.mask.all()),
+        )
+        return context if place is None else context.take(place)
+
+    def revealed_rows(self, window: Window) -> Tensor:
+        """Hidden states [N, D] that the revealed tokens were sampled from."""
+        return window.rows(self.step_ids, self.positions)

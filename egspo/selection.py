@@ -17,10 +17,10 @@ def candidate_limits(trajectory: Trajectory, eos_id: int, *, stop_at_eos: bool) 
     """int64 [B]: only steps before the limit are candidates.
 
     With ``stop_at_eos`` that is up to the last step that revealed any token other than EOS; a
-    completion of nothing but EOS has no candidates.
+    completion of nothing but EOS has no candidates. Without, it is the steps taken.
     """
     if not stop_at_eos:
-        return torch.full_like(trajectory.lengths, trajectory.num_steps)
+        return trajectory.steps
     steps = trajectory.unmask_step.long().masked_fill(trajectory.tokens == eos_id, -1)
     return steps.max(dim=1).values + 1
 

@@ -43,9 +43,13 @@ class PromptBatch:
         return PromptBatch(ids[:, needed:], mask[:, needed:])
 
 
+NEVER = torch.iinfo(torch.int16).max
+"""``unmask_step`` of a position that no step revealed, as its completion had ended before."""
+
+
 @dataclass(frozen=True)
 class Trajectory:
-    """B denoised completions of L tokens in T steps.
+    """B denoised completions of L tokens in at most T steps.
 
     Revealed tokens never change, so the final tokens and the step that revealed each of them give
     back every canvas: see :meth:`canvas`.
@@ -53,14 +57,22 @@ class Trajectory:
 
     prompts: PromptBatch
     tokens: Tensor
-    """int64 [B, L], the final completion."""
+    """int64 [B, L], the final completion; EOS where nothing was revealed."""
     unmask_step: Tensor
-    """int16 [B, L], the step in [0, T) that revealed each token."""
+    """int16 [B, L], the step in [0, T) that revealed each token, or :data:`NEVER`."""
+    confidence: Tensor
+    """float [B, L], probability of each token at temperature 1 when it was revealed; NaN where
+    nothing was."""
+    token_entropy: Tensor
+    """float [B, L], entropy in nats of each position when it was revealed, or NaN."""
     entropy: Tensor
-    """float [B, T], step entropy in nats over the position set asked for."""
+    """float [B, T], step entropy in nats over the position set asked for; NaN where no step was
+    taken."""
     log_prob: Tensor
     """float [B, T], summed log-probability of the tokens revealed at each step, at the sampling
-    temperature."""
+    temperature; 0 at steps not taken."""
+    steps: Tensor
+    """int64 [B], steps taken."""
     lengths: Tensor
     """int64 [B], completion tokens before the first EOS."""
     mask_id: int
@@ -77,10 +89,20 @@ class Trajectory:
 
         Args:
             rows: int64 [M], which trajectories.
-            steps: int64 [M], the step of each; T gives the final completion.
+            steps: int64 [M], the step of each; T gives what is left after the last.
         """
         hidden = self.unmask_step[rows] >= steps[:, None]
         return self.tokens[rows].masked_fill(hidden, self.mask_id)
+
+    def block_canvas(self, rows: Tensor, starts: Tensor) -> Tensor:
+        """Completion part of the canvas before the first step of a block: int64 [M, L].
+
+        Args:
+            rows: int64 [M], which trajectories.
+            starts: int64 [M], first position of the block of each.
+        """
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return self.tokens[rows].masked_fill(position >= starts[:, None], self.mask_id)
 
     def take(self, rows: Tensor) -> Trajectory:
         """The trajectories at int64 ``rows`` [M]."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from egspo_kernels import SampledTokens, counter_uniform, token_stats
@@ -55,19 +54,16 @@ def schedule(length: int, steps: int, block_length: int) -> list[Step]:
 
 
 class Candidates(NamedTuple):
-    """What a policy may look at: M masked rows of each of B active blocks."""
+    """What a policy may look at: N masked positions of the active blocks of a batch."""
 
     logits: Tensor
-    """[B * M, V]."""
+    """[N, V]."""
     sample: SampledTokens
-    """[B * M]."""
-    positions: Tensor
-    """int64 [B, M], position of each row in the completion."""
-    sequence_ids: Tensor
-    """int64 [B]."""
+    """[N]."""
+    row_ids: Tensor
+    """int64 [N], identity of each position, the key of its noise."""
     seed: int
     step: int
-    length: int
     banned_token: int
 
 
@@ -80,7 +76,7 @@ class UnmaskingPolicy:
     """Whether positions are chosen before tokens are sampled, so that the product of token
     probabilities is the exact transition probability and not a surrogate of it."""
     score: Callable[[Candidates], Tensor]
-    """Scores [B * M]."""
+    """Scores [N]; those of ``threshold`` decoding are in [0, 1]."""
 
 
 def _sampled_confidence(candidates: Candidates) -> Tensor:
@@ -88,13 +84,8 @@ def _sampled_confidence(candidates: Candidates) -> Tensor:
 
 
 def _random(candidates: Candidates) -> Tensor:
-    noise = counter_uniform(
-        candidates.seed ^ _ORDER_STREAM,
-        candidates.step,
-        candidates.sequence_ids,
-        candidates.length,
-    )
-    return noise.gather(1, candidates.positions).flatten()
+    seed = candidates.seed ^ _ORDER_STREAM
+    return counter_uniform(seed, candidates.step, candidates.row_ids, 1)[:, 0]
 
 
 def _max_prob(candidates: Candidates) -> Tensor:
@@ -102,12 +93,13 @@ def _max_prob(candidates: Candidates) -> Tensor:
 
 
 def _margin(candidates: Candidates) -> Tensor:
+    """Probability of the best token less that of the second best, without a copy of the logits."""
     stats = token_stats(candidates.logits, None, banned_token=candidates.banned_token)
-    banned = torch.tensor([candidates.banned_token], device=candidates.logits.device)
-    scores = candidates.logits.to(stats.logsumexp.dtype).index_fill(1, banned, float("-inf"))
-    top = scores.topk(min(2, scores.shape[1]), dim=1).values
-    probs = (top - stats.logsumexp[:, None]).exp()
-    return probs[:, 0] - probs[:, -1]
+    values, tokens = candidates.logits.topk(min(3, candidates.logits.shape[1]), dim=1)
+    values = values.to(stats.logsumexp.dtype)
+    values = values.masked_fill(tokens == candidates.banned_token, float("-inf"))
+    probs = (values - stats.logsumexp[:, None]).exp().sort(dim=1, descending=True).values
+    return probs[:, 0] - probs[:, 1] if probs.shape[1] > 1 else probs[:, 0]
 
 
 def _low_entropy(candidates: Candidates) -> Tensor:

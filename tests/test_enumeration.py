@@ -22,11 +22,17 @@ ALGORITHM = AlgorithmConfig(strategy="all", aggregation="exact", beta=0.0)
 EXACT = ["max_prob", "margin", "entropy", "random"]
 
 
+def flat_gradient(value: Tensor, denoiser: Denoiser) -> Tensor:
+    """In everything that is trained, as one vector."""
+    trained = [p for p in denoiser.model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(value, trained, retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
 def true_gradient(denoiser: Denoiser, enumeration: Enumeration) -> Tensor:
     """Gradient of the expected reward, by differentiating the sum over trajectories."""
     total = (enumeration.probability * reward(enumeration.trajectory.tokens)).sum()
-    (gradient,) = torch.autograd.grad(total, denoiser.model.table, retain_graph=True)
-    return gradient
+    return flat_gradient(total, denoiser)
 
 
 def estimator_gradient(
@@ -34,7 +40,8 @@ def estimator_gradient(
     enumeration: Enumeration,
     selected: Tensor,
     advantage: Tensor,
-    temperature: float = GENERATION.temperature,
+    generation: GenerationConfig = GENERATION,
+    algorithm: AlgorithmConfig = ALGORITHM,
 ) -> Tensor:
     """Expectation of minus the loss's gradient, through the code that trains.
 
@@ -43,17 +50,17 @@ def estimator_gradient(
         advantage: [B, K], already multiplied by the probability of the trajectory: the loss is
             linear in the advantage at ratio 1.
     """
-    scorer = Scorer(denoiser, ALGORITHM, temperature)
+    scorer = Scorer(denoiser, algorithm, generation)
     states = States.from_selection(enumeration.trajectory, selected)
-    total = torch.zeros_like(denoiser.model.table)
     groups = states.micro_batches(1000, ranks=None)
     scores = scorer.replay(states, groups, complete=False)
+    total = torch.zeros(())
     for index in groups[0]:
         outcome = scorer.surrogate(
             states, index, scores, advantage[states.row, states.rank], weight=1.0
         )
         assert torch.equal(outcome.ratio, torch.ones_like(outcome.ratio))
-        total -= torch.autograd.grad(outcome.loss, denoiser.model.table)[0]
+        total = total - flat_gradient(outcome.loss, denoiser)
     return total
 
 
@@ -102,7 +109,7 @@ def test_unbiased_with_group_baselines(policy: str, method: str) -> None:
     trajectory, probability = enumeration.trajectory, enumeration.probability.detach()
     selected = all_steps(enumeration)
     count, steps = selected.shape
-    scorer = Scorer(denoiser, ALGORITHM, GENERATION.temperature)
+    scorer = Scorer(denoiser, ALGORITHM, GENERATION)
     states = States.from_selection(trajectory, selected)
     replayed = scorer.replay(states, states.micro_batches(1000, ranks=None), complete=True)
     values = torch.empty(count, steps, dtype=torch.float64)
@@ -170,7 +177,7 @@ def test_error_of_selection_obeys_the_entropy_bound(seed: int) -> None:
 
     def error_and_bound(selected: Tensor) -> tuple[float, float]:
         weighted = (advantage * probability)[:, None].expand(selected.shape)
-        estimate = estimator_gradient(denoiser, enumeration, selected, weighted, temperature=1.0)
+        estimate = estimator_gradient(denoiser, enumeration, selected, weighted, config)
         error = float((estimate - truth).norm())
         kept = torch.zeros_like(trajectory.entropy).scatter(1, selected, 1.0)
         dropped = (trajectory.entropy * (1 - kept)).sum(1)

@@ -18,7 +18,12 @@ from tests.test_enumeration import ALGORITHM
 from tests.toy import MASK, PROMPT, enumerate_trajectories, toy_denoiser
 
 CONFIG = GenerationConfig(
-    max_new_tokens=4, steps=4, block_length=2, temperature=0.8, batch_size=512
+    max_new_tokens=4,
+    steps=4,
+    block_length=2,
+    temperature=0.8,
+    batch_size=512,
+    early_exit=False,
 )
 
 
@@ -98,7 +103,7 @@ def test_recorded_log_prob_is_the_replayed_one(policy: str) -> None:
     denoiser = toy_denoiser(4)
     sampled = run(config, 64, denoiser=denoiser)
     states = States.from_selection(sampled, torch.arange(4).expand(64, -1))
-    scorer = Scorer(denoiser, ALGORITHM, config.temperature)
+    scorer = Scorer(denoiser, ALGORITHM, config)
     scores = scorer.replay(states, states.micro_batches(100, ranks=None), complete=False)
     recorded = sampled.log_prob[states.row, states.step]
     torch.testing.assert_close(scores.old_log_prob, recorded, rtol=1e-9, atol=1e-9)

@@ -19,7 +19,7 @@ from egspo.unmasking import POLICIES
 
 MASK, EOS, PAD, VOCAB = 1, 2, 0, 20
 GENERATION = GenerationConfig(
-    max_new_tokens=8, steps=4, block_length=4, temperature=0.9, batch_size=16
+    max_new_tokens=8, steps=4, block_length=4, temperature=0.9, batch_size=16, early_exit=False
 )
 ALGORITHM = AlgorithmConfig(beta=0.0, aggregation="sum")
 
@@ -77,7 +77,7 @@ def test_first_ratio_is_exactly_one(policy: str, lora: bool, by_rank: bool) -> N
     denoiser = small_denoiser(lora=lora)
     trajectory = sample(denoiser, [5, 3, 9, 1, 4], policy=policy)
     states = states_of(trajectory)
-    scorer = Scorer(denoiser, ALGORITHM, GENERATION.temperature)
+    scorer = Scorer(denoiser, ALGORITHM, GENERATION)
     groups = states.micro_batches(4, ranks=3 if by_rank else None)
     assert len(groups) == (3 if by_rank else 1)
     scores = scorer.replay(states, groups, complete=True)
@@ -91,7 +91,7 @@ def test_first_ratio_is_exactly_one(policy: str, lora: bool, by_rank: bool) -> N
 def test_first_ratio_is_one_to_rounding_with_other_micro_batches() -> None:
     denoiser = small_denoiser(lora=True)
     states = states_of(sample(denoiser, [5, 3, 9, 1, 4]))
-    scorer = Scorer(denoiser, ALGORITHM, GENERATION.temperature)
+    scorer = Scorer(denoiser, ALGORITHM, GENERATION)
     scores = scorer.replay(states, states.micro_batches(15, ranks=None), complete=False)
     advantage = torch.ones(len(states), dtype=torch.float64)
     for index in states.micro_batches(2, ranks=None)[0]:
@@ -104,7 +104,7 @@ def test_replay_agrees_with_the_rollout() -> None:
     trajectory = sample(denoiser, [5, 3, 9, 1, 4])
     selected = torch.arange(trajectory.num_steps).expand(len(trajectory), -1)
     states = States.from_selection(trajectory, selected)
-    scorer = Scorer(denoiser, ALGORITHM, GENERATION.temperature)
+    scorer = Scorer(denoiser, ALGORITHM, GENERATION)
     scores = scorer.replay(states, states.micro_batches(7, ranks=None), complete=False)
     recorded = trajectory.log_prob[states.row, states.step].double()
     torch.testing.assert_close(scores.old_log_prob, recorded, rtol=0, atol=1e-5)
@@ -114,11 +114,13 @@ def test_ratio_temperature_one_scores_at_one() -> None:
     denoiser = small_denoiser()
     states = states_of(sample(denoiser, [4, 4]))
     groups = states.micro_batches(8, ranks=None)
-    at_one = Scorer(denoiser, replace(ALGORITHM, ratio_temperature="one"), 0.9)
-    plain = Scorer(denoiser, ALGORITHM, 1.0)
+    at_one = Scorer(denoiser, replace(ALGORITHM, ratio_temperature="one"), GENERATION)
+    plain = Scorer(denoiser, ALGORITHM, replace(GENERATION, temperature=1.0))
     a, b = (s.replay(states, groups, complete=False).old_log_prob for s in (at_one, plain))
     assert torch.equal(a, b)
-    other = Scorer(denoiser, ALGORITHM, 0.9).replay(states, groups, complete=False).old_log_prob
+    other = (
+        Scorer(denoiser, ALGORITHM, GENERATION).replay(states, groups, complete=False).old_log_prob
+    )
     assert not torch.allclose(a, other)
 
 
@@ -142,7 +144,7 @@ def test_greedy_one_step_completions() -> None:
     denoiser = small_denoiser()
     trajectory = sample(denoiser, [4, 2, 6])
     states = states_of(trajectory)
-    scorer = Scorer(denoiser, ALGORITHM, 0.9)
+    scorer = Scorer(denoiser, ALGORITHM, GENERATION)
     scores = scorer.replay(states, states.micro_batches(5, ranks=None), complete=True)
     assert scores.completions is not None
     for m in range(len(states)):
@@ -158,7 +160,7 @@ def test_greedy_one_step_completions() -> None:
 
 def gradient(denoiser: Denoiser, algorithm: AlgorithmConfig, micro: int) -> list[Tensor]:
     states = states_of(sample(denoiser, [5, 3, 9, 1, 4]))
-    scorer = Scorer(denoiser, algorithm, 0.9)
+    scorer = Scorer(denoiser, algorithm, GENERATION)
     groups = states.micro_batches(micro, ranks=None)
     scores = scorer.replay(states, groups, complete=False)
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +197,7 @@ def test_reference_by_adapter_and_by_copy_agree(kl: str) -> None:
     groups = states.micro_batches(8, ranks=None)
     results = []
     for denoiser in (adapted, copied):
-        scorer = Scorer(denoiser, algorithm, 0.9)
+        scorer = Scorer(denoiser, algorithm, GENERATION)
         scores = scorer.replay(states, groups, complete=False)
         advantage = torch.ones(len(states), dtype=torch.float64)
         results.append(scorer.surrogate(states, groups[0][0], scores, advantage, 1.0))

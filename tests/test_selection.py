@@ -23,7 +23,10 @@ def trajectory(
         tokens=torch.tensor(tokens),
         unmask_step=torch.tensor(unmask, dtype=torch.int16),
         entropy=torch.tensor(entropy),
+        confidence=torch.zeros(len(tokens), len(tokens[0])),
+        token_entropy=torch.zeros(len(tokens), len(tokens[0])),
         log_prob=torch.zeros(len(tokens), len(entropy[0])),
+        steps=torch.full((len(tokens),), len(entropy[0])),
         lengths=torch.zeros(len(tokens), dtype=torch.int64),
         mask_id=8,
     )

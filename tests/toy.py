@@ -68,8 +68,19 @@ class Enumeration:
     probability: Tensor
 
 
-def enumerate_trajectories(denoiser: Denoiser, config: GenerationConfig) -> Enumeration:
-    """All trajectories of an unmasking policy, by its definition and not by the rollout."""
+def enumerate_trajectories(
+    denoiser: Denoiser,
+    config: GenerationConfig,
+    logits_of: Callable[[list[int], int], Tensor] | None = None,
+) -> Enumeration:
+    """All trajectories of an unmasking policy, by its definition and not by the rollout.
+
+    Args:
+        denoiser: only its special tokens, where ``logits_of`` is given.
+        config: of the generation, early exit apart.
+        logits_of: (canvas, first position of the active block) -> [L, V]; by default those of the
+            tabular model.
+    """
     plan = schedule(config.max_new_tokens, config.steps, config.block_length)
     length, steps = config.max_new_tokens, config.steps
     leaves: list[tuple[list[int], list[int], Tensor, list[Tensor]]] = []
@@ -80,7 +91,10 @@ def enumerate_trajectories(denoiser: Denoiser, config: GenerationConfig) -> Enum
         if step == steps:
             leaves.append((canvas, when, probability, entropies))
             return
-        logits = denoiser.model.logits(torch.tensor([canvas]))[0]  # type: ignore[operator]
+        if logits_of is None:
+            logits = denoiser.model.logits(torch.tensor([canvas]))[0]  # type: ignore[operator]
+        else:
+            logits = logits_of(canvas, plan[step].start)
         logits = logits.index_fill(1, torch.tensor([MASK]), -math.inf)
         probs = (logits / config.temperature).softmax(1)
         plain = logits.softmax(1)
@@ -103,7 +117,10 @@ def enumerate_trajectories(denoiser: Denoiser, config: GenerationConfig) -> Enum
         tokens=tokens,
         unmask_step=torch.tensor([leaf[1] for leaf in leaves], dtype=torch.int16),
         entropy=torch.tensor([[float(h) for h in leaf[3]] for leaf in leaves], dtype=torch.float64),
+        confidence=torch.zeros(tokens.shape),
+        token_entropy=torch.zeros(tokens.shape),
         log_prob=torch.zeros(len(leaves), steps, dtype=torch.float64),
+        steps=torch.full((len(leaves),), steps),
         lengths=length_before(tokens, denoiser.eos_id),
         mask_id=MASK,
     )

@@ -32,6 +32,11 @@ class KeyValueCache:
         return KeyValueCache([k.detach() for k in self.keys], [v.detach() for v in self.values])
 
     @property
+    def length(self) -> int:
+        """S."""
+        return self.keys[0].shape[2]
+
+    @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
