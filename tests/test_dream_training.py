@@ -11,12 +11,15 @@ import torch
 
 import tests.runs as runs
 from egspo.cli import main
+from egspo.decoder import Decoder
+from egspo.denoiser import Denoiser
 from egspo.metrics import read_metrics
 from egspo.models import DreamForMaskedLM, load_adapter, load_model, new_model
 from egspo.recipe import save_config
 from egspo.tasks import Reward
 from egspo.tokenization import character_tokenizer
 from egspo.trainer import train
+from egspo.trajectory import PromptBatch
 from tests.runs import LETTERS, config
 
 DREAM: dict[str, Any] = {
@@ -67,6 +70,33 @@ def test_a_new_model(tmp_path: Path) -> None:
     model = load_model(final / "model")
     assert isinstance(model, DreamForMaskedLM)
     assert model.config.mask_token_id == character_tokenizer().mask_token_id
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_block_cache(tmp_path: Path, cache: str) -> None:
+    """Rollout, replay and update agree on the column before the block."""
+    change = {"model": {"config": DREAM}, "generation": {"cache": cache}}
+    train(config(tmp_path / "run", {"model": None}, LETTERS, change))
+    check(tmp_path / "run", updated=4)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_the_first_step_of_a_cached_block_is_full_attention(tmp_path: Path, cache: str) -> None:
+    """At the canvas that its cache was made from, a block has the rows of full attention."""
+    model = load_model(checkpoint(tmp_path / "dream"), dtype=torch.float32)
+    denoiser = Denoiser(model, mask_id=2, eos_id=1, pad_id=0)
+    prompts = PromptBatch.from_lists([[7, 8, 9], [9]], pad_id=0)
+    canvas = torch.tensor([[8, 7, 8, 9, 2, 2, 2, 2], [7, 9, 9, 8, 2, 2, 2, 2]])
+    start = torch.tensor([4, 4])
+    windows = []
+    with torch.no_grad():
+        for kind in ("none", cache):
+            decoder = Decoder(denoiser, 4, kind)
+            context = decoder.begin_block(prompts, canvas, start, earliest=0, padded=True)
+            window = decoder.window(context, canvas)
+            sequence, position = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.arange(4, 8)
+            windows.append(window.rows(sequence, position.repeat(2)))
+    torch.testing.assert_close(windows[1], windows[0], rtol=0, atol=1e-5)
 
 
 def test_a_checkpoint_with_an_adapter_by_the_command_line(

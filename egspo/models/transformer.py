@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -256,11 +256,13 @@ def _default(value: bool | None, default: bool | None) -> bool:
 
 
 class TransformerForMaskedLM(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unused-ignore]
-    """A transformer, ``model``, and a language-model head."""
+    """A transformer, ``model``, and a language-model head.
 
-    head_shift: ClassVar[int] = 0
-    """How many columns to the left of a position the transformer's row is that predicts it. A
-    cached pass that is to predict the columns [start, end) is given [start - head_shift, end)."""
+    The configuration's ``prediction_shift`` says how many columns to the left of a position the
+    transformer's row is that predicts it: the rows are moved by that before the head. A cached
+    pass that is to predict the columns [start, end) is given [start - prediction_shift, end), and
+    its first ``prediction_shift`` rows are for nobody.
+    """
 
     model: Transformer
 
@@ -306,7 +308,7 @@ class TransformerForMaskedLM(StrictPreTrainedModel):  # type: ignore[no-untyped-
             output_attentions=output_attentions,
             return_dict=True,
         )
-        hidden = _shifted(output.last_hidden_state, self.head_shift)
+        hidden = _shifted(output.last_hidden_state, self.config.prediction_shift)
         logits, loss = None, None
         if compute_logits:
             logits = self._head(hidden)

@@ -167,7 +167,7 @@ def test_a_cached_pass_with_the_column_before_gives_the_rows_of_a_block(
         mask[0, :3] = 0
     with torch.no_grad():
         full = model(input_ids, attention_mask=mask, return_cache=True)
-        first = start - model.head_shift
+        first = start - model.config.prediction_shift
         columns = torch.arange(first, end).expand(len(input_ids), -1)
         block = model(
             input_ids[:, first:end], attention_mask=mask, cache=full.cache, columns=columns
@@ -253,7 +253,7 @@ def test_adapters_on_all_projections_and_never_the_head(
         assert (model(input_ids=input_ids).logits - expected).abs().max() > 1e-2
         with reference_mode(model):
             assert torch.equal(model(input_ids=input_ids).logits, expected)
-    assert model.head_shift == 1  # through PEFT's wrapper
+    assert model.config.prediction_shift == 1  # through PEFT's wrapper
 
 
 def test_adapters_on_chosen_projections() -> None:

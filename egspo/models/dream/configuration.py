@@ -56,6 +56,7 @@ class DreamConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, unus
 
     model_type: ClassVar[str] = "Dream"
     attribute_map: ClassVar[dict[str, str]] = {"max_sequence_length": "max_position_embeddings"}
+    prediction_shift: ClassVar[int] = 1  # the row of column i - 1 predicts the token at i
 
     vocab_size: int = 152064
     hidden_size: int = 3584
@@ -76,6 +77,8 @@ class DreamConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, unus
     pad_token_id: int | None = 151643
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("rope_scaling") is None:  # as published; transformers warns of the name
+            kwargs.pop("rope_scaling", None)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call, unused-ignore]
         check_fixed(self, _FIXED)
         if self.num_key_value_heads is None:

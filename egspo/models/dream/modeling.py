@@ -118,7 +118,6 @@ class DreamModel(DreamPreTrainedModel, Transformer):  # type: ignore[no-untyped-
 class DreamForMaskedLM(DreamPreTrainedModel, TransformerForMaskedLM):  # type: ignore[no-untyped-call, unused-ignore]
     """The transformer and its head: logits at position ``i`` predict the token at ``i``."""
 
-    head_shift = 1
     model: DreamModel
 
     def __init__(self, config: DreamConfig) -> None:

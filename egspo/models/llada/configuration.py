@@ -71,6 +71,7 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, unus
     """
 
     model_type: ClassVar[str] = "llada"
+    prediction_shift: ClassVar[int] = 0
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
