@@ -62,17 +62,10 @@ class SupervisedData:
         denoiser: Denoiser,
     ) -> SupervisedData:
         """Tokenise; raises ValueError for a missing target, or one longer than ``length``."""
-        rows = []
-        for number, example in enumerate(examples):
-            if example.target is None:
-                raise ValueError(f"training example {number} has no target completion")
-            tokens = tokenizer(example.target, add_special_tokens=False)["input_ids"]
-            if len(tokens) > length:
-                raise ValueError(
-                    f"the target of training example {number} has {len(tokens)} tokens, "
-                    f"generation.max_new_tokens is {length}"
-                )
-            rows.append(tokens + [denoiser.eos_id] * (length - len(tokens)))
+        rows = [
+            tokens + [denoiser.eos_id] * (length - len(tokens))
+            for tokens in encode_targets(tokenizer, examples, length)
+        ]
         encoded = encode_prompts(tokenizer, [example.prompt for example in examples])
         prompts = PromptBatch.from_lists(encoded, denoiser.pad_id, denoiser.device)
         return cls(prompts, torch.tensor(rows, device=denoiser.device))
@@ -83,6 +76,28 @@ class SupervisedData:
         index = torch.tensor(order, device=self.completions.device)
         prompts = PromptBatch(self.prompts.ids[index], self.prompts.mask[index])
         return SupervisedData(prompts, self.completions[index])
+
+
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int
+) -> list[list[int]]:
+    """Tokens of the reference completions.
+
+    Raises:
+        ValueError: an example has none, or one longer than ``length``.
+    """
+    rows = []
+    for number, example in enumerate(examples):
+        if example.target is None:
+            raise ValueError(f"training example {number} has no target completion")
+        tokens: list[int] = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        if len(tokens) > length:
+            raise ValueError(
+                f"the target of training example {number} has {len(tokens)} tokens, "
+                f"generation.max_new_tokens is {length}"
+            )
+        rows.append(tokens)
+    return rows
 
 
 def supervised_loss(denoiser: Denoiser, data: SupervisedData, seed: int, step: int) -> Tensor:

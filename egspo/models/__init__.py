@@ -6,8 +6,11 @@ from egspo.models.dream import DreamConfig, DreamForMaskedLM, DreamModel
 from egspo.models.llada import LLaDAConfig, LLaDAForMaskedLM, LLaDAModel
 from egspo.models.loading import (
     SpecialTokens,
+    load_config,
     load_model,
     load_tokenizer,
+    model_on_meta,
+    new_config,
     new_model,
     special_token_ids,
 )
@@ -24,8 +27,11 @@ __all__ = [
     "SpecialTokens",
     "add_lora",
     "load_adapter",
+    "load_config",
     "load_model",
     "load_tokenizer",
+    "model_on_meta",
+    "new_config",
     "new_model",
     "reference_mode",
     "special_token_ids",

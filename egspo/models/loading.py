@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,6 +161,9 @@ def load_tokenizer(
         ValueError: neither tokenizer nor configuration names a mask token, or the tokenizer has
             no token of the configuration's id.
     """
+    folder = Path(path_or_id)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: it has no such files")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path_or_id)
     except OSError as error:
