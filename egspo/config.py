@@ -366,6 +366,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "schedule": "per_step",
             "stop_at_eos": True,
         },
-        "generation": {"policy": "low_confidence"},
+        "generation": {"policy": "low_confidence", "early_exit": False},
     },
 }

@@ -29,7 +29,8 @@ from egspo.scoring import Scorer, Scores, States
 from egspo.selection import candidate_limits, histogram, select
 from egspo.tasks import Reward
 from egspo.tokenization import decode_completions
-from egspo.trajectory import PromptBatch, Trajectory
+from egspo.trajectory import NEVER, PromptBatch, Trajectory
+from egspo.work import ModelCost, peak_memory
 from egspo_kernels import Surrogate
 
 Metrics = dict[str, Any]
@@ -67,6 +68,7 @@ class Iteration:
         self.config, self.data, self.denoiser = config, data, denoiser
         self.optimizer, self.reduce_gradients = optimizer, reduce_gradients
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
+        self.cost = ModelCost.of(denoiser.model)
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
 
@@ -82,27 +84,46 @@ class Iteration:
         """
         self.updated = False
         metrics: Metrics = {}
-        with _timed(metrics, "rollout"):
+        with self._phase(metrics, "rollout"):
             ids = first_sequence + torch.arange(len(prompt_index) * self._group_size)
             ids = ids.to(self.denoiser.device)
             trajectory = self._rollout(prompt_index, ids)
-        with _timed(metrics, "reward"):
+        with self._phase(metrics, "reward"):
             samples = self._reward(step, prompt_index, trajectory, metrics)
-        with _timed(metrics, "select"):
+        with self._phase(metrics, "select"):
             states, kept = self._select(samples, ids, metrics)
-        with _timed(metrics, "score"):
+        with self._phase(metrics, "score"):
             by_rank = self.config.algorithm.schedule == "per_step"
             groups = states.micro_batches(
                 self.config.micro_batch_size, ranks=self._ranks if by_rank else None
             )
             scores = self.scorer.replay(states, groups, complete=self.config.algorithm.stepwise)
             advantage = self._advantages(step, samples, kept, states, scores, metrics)
-        with _timed(metrics, "update"):
+        with self._phase(metrics, "update"):
             sequences = len(trajectory)
             metrics.update(self._update(step, states, groups, scores, advantage, sequences))
-        tokens = trajectory.tokens.numel()
+        tokens = int((trajectory.unmask_step != NEVER).sum())
         metrics["speed/tokens_per_second"] = tokens / max(metrics["time/rollout"], 1e-9)
+        metrics["memory/peak"] = peak_memory(self.denoiser.device)
         return metrics
+
+    @contextmanager
+    def _phase(self, metrics: Metrics, name: str) -> Iterator[None]:
+        """Time, FLOPs and, of the rollout, what else its forward passes took."""
+        start, before = time.perf_counter(), self.denoiser.work.copy()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        metrics[f"time/{name}"] = time.perf_counter() - start
+        work = self.denoiser.work - before
+        if self.cost is not None and name in ("rollout", "score", "update"):
+            count = self.cost.training if name == "update" else self.cost.forward
+            metrics[f"flops/{name}"] = Count(count(work))
+        if name == "rollout":
+            metrics["rollout/forwards"] = Count(work.forwards)
+            metrics["rollout/head_rows"] = Count(work.head_rows)
+            metrics["rollout/logits_bytes"] = Count(work.logits_bytes)
+            metrics["rollout/cache_bytes"] = Count(work.cache_bytes)
 
     @property
     def _group_size(self) -> int:
@@ -169,6 +190,7 @@ class Iteration:
         metrics["skipped/rewards"] = Count(scored.skipped)
         metrics["entropy/mean"] = part(trajectory.entropy)
         metrics["length/mean"] = part(trajectory.lengths)
+        metrics["rollout/saved"] = part(1 - trajectory.steps / trajectory.num_steps)
         step_rewards = intermediate_total(scored, task.rewards).view(shape)
         return Samples(prompt_index, trajectory, rewards, step_rewards)
 
@@ -344,12 +366,3 @@ def surrogate_metrics(
         "kl": part(of("kl")) if with_kl else None,
         "grad_norm": sum(norms) / len(norms) if norms else None,
     }
-
-
-@contextmanager
-def _timed(metrics: Metrics, name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    metrics[f"time/{name}"] = time.perf_counter() - start

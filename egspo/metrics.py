@@ -1,8 +1,8 @@
 """Metrics of a run: one JSON object per line and step, safe against a kill at any moment.
 
-Names have the form ``group/name``. What depends on the clock begins with ``time/`` (seconds) or
-``speed/``; the rest of a record is a function of recipe and seed. JSON has no NaN and no
-infinity: such values, and those that do not apply, are ``null``.
+Names have the form ``group/name``. What depends on the machine begins with ``time/`` (seconds),
+``speed/`` or ``memory/`` (bytes); the rest of a record is a function of recipe and seed. JSON has
+no NaN and no infinity: such values, and those that do not apply, are ``null``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-_CLOCK = ("time/", "speed/")
+_CLOCK = ("time/", "speed/", "memory/")
 
 
 class MetricsWriter:

@@ -51,9 +51,9 @@ def part(values: Tensor, how: How = "mean") -> Part:
 def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One record from those of all processes.
 
-    Parts are joined and counts added; so are lists (histograms), column by column. ``time/`` is the
-    slowest process's, ``speed/`` the sum. Anything else is the same in every process. A statistic
-    over no values is None.
+    Parts are joined and counts added; so are lists (histograms), column by column. ``time/`` and
+    ``memory/`` are the largest of a process, ``speed/`` the sum. Anything else is the same in every
+    process. A statistic over no values is None.
     """
     merged: dict[str, Any] = {}
     for name in {name: None for record in records for name in record}:
@@ -64,7 +64,7 @@ def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             merged[name] = sum(count.value for count in values)
         elif isinstance(values[0], list):
             merged[name] = [sum(column) for column in zip(*values, strict=True)]
-        elif name.startswith("time/"):
+        elif name.startswith(("time/", "memory/")):
             merged[name] = max(values)
         elif name.startswith("speed/"):
             merged[name] = sum(values)

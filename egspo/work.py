@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -43,20 +45,27 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ForwardCost:
-    """FLOPs of a model's forward pass, a multiplication and an addition counting as two.
+class ModelCost:
+    """FLOPs of a model's passes, a multiplication and an addition counting as two.
 
     Matrix products only, as :class:`torch.utils.flop_counter.FlopCounterMode` counts them.
     """
 
     per_token: int
-    """Of the linear layers, adapters included and the head left out."""
+    """Of the linear layers forward, adapters included and the head left out."""
+    per_token_backward: int
+    """Of the same: gradients of inputs, and of the weights that are trained."""
     per_pair: int
-    """Of attention."""
+    """Of attention forward."""
     per_head_row: int
+    head_trained: bool
+    checkpointed: bool
+    """Whether the backward pass runs the forward pass again."""
+    per_token_again: int
+    """Of the linear layers when it does: the last of a block has nothing behind it to serve."""
 
     @classmethod
-    def of(cls, model: Any) -> ForwardCost | None:
+    def of(cls, model: Any) -> ModelCost | None:
         """Of a transformer; None for a model that does not say its sizes."""
         config = getattr(model, "config", None)
         width = getattr(config, "hidden_size", None)
@@ -64,20 +73,56 @@ class ForwardCost:
         if width is None or layers is None:
             return None
         head = model.get_output_embeddings()
-        linear = [
-            module
-            for module in model.modules()
-            if isinstance(module, nn.Linear) and module is not head
-        ]
+        forward = backward = last = 0
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module is not head:
+                product = 2 * module.in_features * module.out_features
+                forward += product
+                backward += product * (2 if module.weight.requires_grad else 1)
+                down = module.in_features > width and module.out_features == width
+                last += product if down else 0
         return cls(
-            per_token=sum(2 * m.in_features * m.out_features for m in linear),
+            per_token=forward,
+            per_token_backward=backward,
             per_pair=4 * width * layers,
             per_head_row=2 * head.weight.shape[0] * head.weight.shape[1],
+            head_trained=head.weight.requires_grad,
+            checkpointed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
+            per_token_again=forward - last,
         )
 
-    def flops(self, work: Work) -> int:
+    def forward(self, work: Work) -> int:
+        """FLOPs of ``work`` without gradients."""
         return (
             work.tokens * self.per_token
             + work.pairs * self.per_pair
             + work.head_rows * self.per_head_row
         )
+
+    def training(self, work: Work) -> int:
+        """FLOPs of ``work`` and its backward pass, which makes the logits again."""
+        # Attention's backward pass makes the scores again: five products for two.
+        attention = self.per_pair * work.pairs
+        head = self.per_head_row * work.head_rows
+        flops = (
+            work.tokens * (self.per_token + self.per_token_backward)
+            + attention * 7 // 2
+            + head * (4 if self.head_trained else 3)
+        )
+        if self.checkpointed:
+            flops += work.tokens * self.per_token_again + attention
+        return flops
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes allocated on a GPU so far, or resident in a process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024

@@ -282,7 +282,10 @@ def test_a_skipped_sample_stays_out_of_the_update(
 
     monkeypatch.setattr(Scorer, "replay", spy)
     changes = {"task": {"name": "letters", "on_reward_error": "skip", "options": None}}
-    algorithm = {"algorithm": {"beta": 0.1, "stop_at_eos": False, "stepwise": False}}
+    algorithm = {
+        "algorithm": {"beta": 0.1, "stop_at_eos": False, "stepwise": False},
+        "generation": {"early_exit": False},
+    }
     train(runs.config(tmp_path, LETTERS, changes, algorithm, {"steps": 1}))
     assert rows == [[1, 2, 3, 5, 6, 7]]
     record = read_metrics(tmp_path)[1]

@@ -136,4 +136,6 @@ def test_completions_take_the_rest_from_the_pass_that_made_the_cache(cache: str)
         )
         if cache == "dual":
             assert context.built is not None
-            assert torch.equal(completions[row, start + BLOCK :], context.built[row, start + BLOCK :])
+            assert torch.equal(
+                completions[row, start + BLOCK :], context.built[row, start + BLOCK :]
+            )

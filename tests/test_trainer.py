@@ -35,6 +35,8 @@ EVERY_STEP = {
     *("advantage/mean", "advantage/std", "advantage/max"),
     *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped"),
     *("clip/low", "clip/high", "kl", "grad_norm", "lr", "speed/tokens_per_second"),
+    *("flops/rollout", "flops/score", "flops/update", "memory/peak", "rollout/forwards"),
+    *("rollout/saved", "rollout/head_rows", "rollout/logits_bytes", "rollout/cache_bytes"),
     *(f"time/{phase}" for phase in ("rollout", "reward", "select", "score", "update", "step")),
 }
 EVALUATED = {"eval/reward", "eval/cell_accuracy", "eval/solved", "eval/skipped", "time/eval"}
@@ -210,6 +212,7 @@ def test_a_punished_token_goes_away(tmp_path: Path, no_plots: None, letters: lis
         "prompts_per_step": 4,
         "task": {**LETTERS["task"], "reward_weights": {"ones": -1.0}},
         "algorithm": {"group_size": 8, "stop_at_eos": False},
+        "generation": {"early_exit": False},
     }
     train(runs.config(tmp_path, changes))
     records = read_metrics(tmp_path)[1:]
@@ -325,6 +328,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path, no_plots: None) -> None:
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
+            if name.startswith(("flops/", "rollout/")):  # padding depends on what shares a batch
+                continue
             exact = value is None or isinstance(value, int | list)
             expected = value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)
             assert b[name] == expected, (a["step"], name)
