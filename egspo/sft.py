@@ -34,7 +34,7 @@ from egspo.optimization import (
 from egspo.progress import RunProgress
 from egspo.state import TrainingState, termination_raises
 from egspo.tasks.base import Example
-from egspo.tokenization import encode_prompts
+from egspo.tokenization import encode_prompts, end_of_turn
 from egspo.trajectory import PromptBatch
 from egspo_kernels import counter_uniform, linear_token_stats
 
@@ -61,11 +61,15 @@ class SupervisedData:
         length: int,
         denoiser: Denoiser,
     ) -> SupervisedData:
-        """Tokenise; raises ValueError for a missing target, or one longer than ``length``."""
-        rows = [
-            tokens + [denoiser.eos_id] * (length - len(tokens))
-            for tokens in encode_targets(tokenizer, examples, length)
-        ]
+        """Tokenise; raises ValueError for a missing target, or one longer than ``length``.
+
+        Behind a target stands the end of turn of the chat template, where there is room.
+        """
+        end = end_of_turn(tokenizer)
+        filler = [] if end is None or end == denoiser.eos_id else [end]
+        filler += [denoiser.eos_id] * length
+        targets = encode_targets(tokenizer, examples, length)
+        rows = [(tokens + filler)[:length] for tokens in targets]
         encoded = encode_prompts(tokenizer, [example.prompt for example in examples])
         prompts = PromptBatch.from_lists(encoded, denoiser.pad_id, denoiser.device)
         return cls(prompts, torch.tensor(rows, device=denoiser.device))

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from egspo.config import GenerationConfig
+from egspo.denoiser import Denoiser
 from egspo.generation import generate
 from egspo.models import (
     DreamConfig,
@@ -30,6 +31,8 @@ from egspo.models import (
     new_model,
     special_token_ids,
 )
+from egspo.sft import SupervisedData
+from egspo.tasks import Example
 from egspo.tokenization import decode_completions, encode_prompts, end_of_turn
 
 # Field for field what the published config.json has, at a small size.
@@ -320,6 +323,17 @@ def test_a_completion_ends_with_its_turn_or_with_eos(tokenizer: PreTrainedTokeni
     ]
     texts = decode_completions(tokenizer, completions, eos_id=EOS)
     assert texts == ["a", "a", "a", "abca", ""]
+
+
+def test_supervised_targets_end_as_the_chat_template_has_it(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = load_model(tmp_path / "hub", dtype=torch.float32)
+    denoiser = Denoiser(model, mask_id=MASK, eos_id=EOS, pad_id=EOS)
+    prompt = [{"role": "user", "content": "c"}]
+    examples = [Example(prompt, {}, target) for target in ("ab", "cccc", "ccc")]
+    data = SupervisedData.encode(tokenizer, examples, 4, denoiser)
+    assert data.completions.tolist() == [[AB, IM_END, EOS, EOS], [2, 2, 2, 2], [2, 2, 2, IM_END]]
 
 
 def test_generation_end_to_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
