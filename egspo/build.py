@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,8 +46,17 @@ def build_tokenizer(config: ModelConfig, characters: str | None) -> PreTrainedTo
 
 def build_data(config: TrainConfig) -> Data:
     """Task and tokenised prompts; every prompt is tokenised now, so that a bad one fails now."""
-    task = configured_task(named_task(config.task, config.task.options), config.task)
-    tokenizer = build_tokenizer(config.model, task.characters)
+    task = recipe_task(config)
+    return tokenised(config, task, build_tokenizer(config.model, task.characters))
+
+
+def recipe_task(config: TrainConfig) -> Task:
+    """The task of the recipe, with the rewards as the recipe wants them."""
+    return configured_task(named_task(config.task, config.task.options), config.task)
+
+
+def tokenised(config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """``task`` with its prompts as tokens."""
     held_out = task.validation or task.test
     train, chosen = (
         PromptSet(examples, encode_prompts(tokenizer, [example.prompt for example in examples]))
@@ -117,6 +127,13 @@ def fresh_model(
     Raises:
         ValueError: the tokenizer has no mask or end-of-text token, or ``model.config`` is wrong.
     """
+    model = new_model(fresh_fields(config, tokenizer), seed=seed)
+    model.set_attn_implementation(config.attn_implementation)
+    return on_device(model, device, weights_dtype(config, device))
+
+
+def fresh_fields(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """``model.config`` with what the tokenizer decides; raises as :func:`fresh_model`."""
     assert config.config is not None
     for name in ("mask", "eos"):
         if getattr(tokenizer, f"{name}_token_id") is None:
@@ -124,17 +141,14 @@ def fresh_model(
                 f"the tokenizer {tokenizer.name_or_path!r} (model.tokenizer) has no {name} token: "
                 "a new model takes its special tokens from it"
             )
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
-        "embedding_size": len(tokenizer),
         "mask_token_id": tokenizer.mask_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         **config.config,
     }
-    model = new_model(fields, seed=seed)
-    model.set_attn_implementation(config.attn_implementation)
-    return on_device(model, device, weights_dtype(config, device))
+    return fields
 
 
 def base_model(config: ModelConfig, source: str, device: torch.device) -> PreTrainedModel:
@@ -210,6 +224,16 @@ def plain_denoiser(
     )
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse trackers that are not installed, which accelerate leaves out without a word."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in config.trackers:
+        if tracker not in available:
+            raise ValueError(
+                f"trackers has {tracker!r}, which is not installed: pip install 'egspo[{tracker}]'"
+            )
+
+
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """bfloat16 where the recipe, or a GPU that has it, says so."""
     if config.mixed_precision == "bf16":
@@ -224,16 +248,21 @@ def check_data(config: TrainConfig, data: Data, context: int | None) -> None:
     Raises:
         ValueError: naming the prompt, the reward or the option that is in the way.
     """
-    if not data.task.rewards:
-        raise ValueError(f"task {data.task.name} has no reward function")
-    for reward in data.task.rewards:
-        if reward.name in _METRIC_NAMES:
-            raise ValueError(f"a reward may not be called {reward.name!r}: a metric has that name")
-    if config.algorithm.stepwise and not any(r.intermediate for r in data.task.rewards):
-        raise ValueError(
-            "algorithm.stepwise (EGSPO-SA) needs a reward that scores one-step completions, and "
-            f"task {data.task.name} has none with task.intermediate_rewards="
-            f"{config.task.intermediate_rewards}"
-        )
+    check_task(config, data.task)
     for prompts in (data.train, data.held_out):
         check_context(prompts.token_ids, config.generation, context)
+
+
+def check_task(config: TrainConfig, task: Task) -> None:
+    """Rewards must serve the algorithm; raises as :func:`check_data`."""
+    if not task.rewards:
+        raise ValueError(f"task {task.name} has no reward function")
+    for reward in task.rewards:
+        if reward.name in _METRIC_NAMES:
+            raise ValueError(f"a reward may not be called {reward.name!r}: a metric has that name")
+    if config.algorithm.stepwise and not any(r.intermediate for r in task.rewards):
+        raise ValueError(
+            "algorithm.stepwise (EGSPO-SA) needs a reward that scores one-step completions, and "
+            f"task {task.name} has none with task.intermediate_rewards="
+            f"{config.task.intermediate_rewards}"
+        )

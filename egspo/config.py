@@ -43,9 +43,11 @@ class ModelConfig:
     """Which model is trained: a checkpoint (``path``) or a new one (``config``)."""
 
     path: str | None = None
-    """Local folder or hub name, for example ``GSAI-ML/LLaDA-8B-Instruct``."""
+    """Local folder or hub name, for example ``GSAI-ML/LLaDA-8B-Instruct`` or
+    ``Dream-org/Dream-v0-Instruct-7B``."""
     config: dict[str, Any] | None = None
-    """Fields of a LLaDA configuration for a new model; the vocabulary comes from the tokenizer."""
+    """Fields of a configuration for a new model, LLaDA's unless ``model_type: Dream`` is among
+    them; the vocabulary comes from the tokenizer."""
     tokenizer: str | None = None
     """Folder or hub name; None takes ``path``'s, or the character tokenizer for a new model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

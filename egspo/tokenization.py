@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -108,9 +110,31 @@ def _check_known(
 def decode_completions(
     tokenizer: PreTrainedTokenizerBase, completions: Sequence[Sequence[int]], eos_id: int
 ) -> list[str]:
-    """Texts of completions up to their first EOS, special tokens left out."""
-    kept = [list(ids[: ids.index(eos_id)] if eos_id in ids else ids) for ids in completions]
+    """Texts of completions up to their first EOS or end of turn, special tokens left out."""
+    ends = {eos_id, end_of_turn(tokenizer)}
+    kept = [list(takewhile(lambda token: token not in ends, ids)) for ids in completions]
     texts: list[str] = tokenizer.batch_decode(
         kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return texts
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an answer, None if it puts none.
+
+    It is ``<|im_end|>`` for Dream and ``<|eot_id|>`` for LLaDA, neither of which is the EOS that
+    fills the rest of a completion.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    answer = "\u241e"  # to be found again: in no template
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except TemplateError:  # of prompts only
+        return None
+    behind: list[int] = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    if not behind:
+        return None
+    token = tokenizer.added_tokens_decoder.get(behind[0])
+    return behind[0] if token is not None and token.special else None

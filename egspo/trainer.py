@@ -9,11 +9,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from egspo.build import base_model, build_data, build_denoiser, check_data, fresh_model
+from egspo.build import (
+    base_model,
+    build_data,
+    build_denoiser,
+    check_data,
+    check_trackers,
+    fresh_model,
+)
 from egspo.checkpoint import (
     CHECKPOINTS,
     check_unclaimed,
@@ -70,7 +76,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: Path | None = None) -> None:
         self.config, self.output = config, Path(config.output_dir)
-        self._check_trackers()
+        check_trackers(config)
         # Precision is the denoiser's business, in rollout, scoring and update alike.
         self.accelerator = Accelerator(
             mixed_precision="no",
@@ -269,16 +275,6 @@ class Trainer:
                 f"prompts_per_step ({self.config.prompts_per_step}) must be a multiple of the "
                 f"{processes} processes"
             )
-
-    def _check_trackers(self) -> None:
-        """Accelerate leaves out trackers that are not installed without a word."""
-        available = [str(tracker) for tracker in get_available_trackers()]
-        for tracker in self.config.trackers:
-            if tracker not in available:
-                raise ValueError(
-                    f"trackers has {tracker!r}, which is not installed: pip install "
-                    f"'egspo[{tracker}]'"
-                )
 
 
 def _world_size() -> int:

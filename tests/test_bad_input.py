@@ -110,7 +110,7 @@ def test_what_does_not_fit_together(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found with a warm start in the recipe too, and before it is trained."""
-    monkeypatch.setattr("egspo.trainer.get_available_trackers", list)
+    monkeypatch.setattr("egspo.build.get_available_trackers", list)
     # (The adapter is made after the warm start, which is kept.)
     for more in ({},) if "target_modules" in message else ({}, SFT):
         with pytest.raises(ValueError, match=message):
