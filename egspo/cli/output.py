@@ -97,10 +97,10 @@ class TextWriter:
         if completion.step_map is not None:
             from rich.console import Console
 
-            from egspo.inspection.terminal import step_map_view
+            from egspo.inspection.terminal import StepMapView
 
             console = Console(file=self.stream, highlight=False)
-            console.print(step_map_view(completion.step_map))
+            console.print(StepMapView(completion.step_map))
 
     def _write(self, text: str) -> None:
         self.stream.write(text)
