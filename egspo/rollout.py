@@ -7,8 +7,9 @@ as soon as their text has ended, and are replaced from the queue.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,10 +26,23 @@ logger = logging.getLogger("egspo")
 # their own.
 _MAX_PADDING = 1 / 8
 
-BlockListener = Callable[[list[int], Trajectory], None]
+
+@dataclass(frozen=True)
+class RolloutBlock:
+    """A rollout after a block of a batch."""
+
+    rows: list[int]
+    """Sequences of the batch."""
+    finished: list[int]
+    """Those of them that retired."""
+    run: _Rollout
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """All B sequences as they are now; the next block changes it."""
+        return self.run.trajectory()
 
 
-@torch.no_grad()
 def rollout(
     denoiser: Denoiser,
     prompts: PromptBatch,
@@ -39,7 +53,6 @@ def rollout(
     entropy_over: EntropyOver = "revealed",
     entropy_reduce: EntropyReduce = "mean",
     entropy_temperature: float = 1.0,
-    on_block: BlockListener | None = None,
 ) -> Trajectory:
     """Denoise one completion for every prompt, at most ``config.batch_size`` at a time.
 
@@ -56,8 +69,6 @@ def rollout(
             masked positions of the active ``block``, or all ``masked`` positions.
         entropy_reduce: ``mean`` or ``sum`` over that set.
         entropy_temperature: temperature of that entropy.
-        on_block: called as ``f(finished, trajectory)`` after every block of a batch, with the rows
-            of the batch that retired and all B trajectories as they are now.
 
     Returns:
         :class:`Trajectory` of B sequences, in the order of ``prompts``.
@@ -67,17 +78,23 @@ def rollout(
         ValueError: ``generation.steps`` does not fit an int16, or ``generation.cuda_graphs`` is
             asked for without a GPU.
     """
-    if config.steps >= NEVER:
-        raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
     recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
     run = _Rollout(denoiser, prompts, config, recording, sequence_ids)
-    with denoiser.graphed() if config.cuda_graphs else nullcontext():
-        while run.pending:
-            rows = run.next_batch()
-            finished = run.denoise(rows)
-            if on_block is not None:
-                on_block(finished, run.trajectory())
+    for _ in run.blocks():
+        pass
     return run.trajectory()
+
+
+def rollout_blocks(
+    denoiser: Denoiser,
+    prompts: PromptBatch,
+    config: GenerationConfig,
+    *,
+    seed: int,
+    sequence_ids: Tensor,
+) -> Iterator[RolloutBlock]:
+    """:func:`rollout` block by block, for who takes completions as they come."""
+    return _Rollout(denoiser, prompts, config, Recording(seed), sequence_ids).blocks()
 
 
 class _Rollout:
@@ -91,6 +108,12 @@ class _Rollout:
         recording: Recording,
         sequence_ids: Tensor,
     ) -> None:
+        if config.steps >= NEVER:
+            raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
+        if config.cuda_graphs and denoiser.device.type != "cuda":
+            raise ValueError(
+                f"generation.cuda_graphs needs a GPU, the model is on {denoiser.device.type!r}"
+            )
         self.denoiser, self.prompts, self.config = denoiser, prompts, config
         self.recording, self.sequence_ids = recording, sequence_ids
         self.decoder = Decoder(denoiser, config.block_length, config.cache, config.guidance)
@@ -112,9 +135,14 @@ class _Rollout:
         self.running: list[int] = []
         self.batch_size = config.batch_size
 
-    @property
-    def pending(self) -> bool:
-        return bool(self.queue or self.running)
+    @torch.no_grad()
+    def blocks(self) -> Iterator[RolloutBlock]:
+        """Denoise everything."""
+        while self.queue or self.running:
+            rows = self.next_batch()
+            with self.denoiser.graphed() if self.config.cuda_graphs else nullcontext():
+                finished = self.denoise(rows)
+            yield RolloutBlock(rows, finished, self)
 
     def next_batch(self) -> list[int]:
         """The running sequences, and from the queue what fits beside them."""
