@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from egspo.evaluation import PromptSet
 from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
-from egspo.tasks import Example, Task, build_task
-from egspo.tokenization import character_tokenizer, encode_prompts
+from egspo.tasks import Example, Task, build_task, load_task_file
+from egspo.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
 
 # Taken in ``reward/NAME`` and ``eval/NAME``.
 _METRIC_NAMES = ("mean", "std", "reward", "solved", "skipped")
@@ -32,32 +32,44 @@ class Data:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     train: PromptSet
-    test: PromptSet
+    held_out: PromptSet
+    """What training is evaluated on: the validation split, or the test split of a task without."""
 
 
-def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer named in the recipe, the checkpoint's, or the character tokenizer."""
+def build_tokenizer(config: ModelConfig, characters: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer named in the recipe, the checkpoint's, or one of the task's ``characters``."""
     source = config.tokenizer or config.path
-    return character_tokenizer() if source is None else load_tokenizer(source)
+    if source is not None:
+        return load_tokenizer(source)
+    return character_tokenizer(characters or SUDOKU_CHARACTERS)
 
 
 def build_data(config: TrainConfig) -> Data:
     """Task and tokenised prompts; every prompt is tokenised now, so that a bad one fails now."""
-    return tokenised(config, recipe_task(config), build_tokenizer(config.model))
+    task = recipe_task(config)
+    return tokenised(config, task, build_tokenizer(config.model, task.characters))
 
 
 def recipe_task(config: TrainConfig) -> Task:
     """The task of the recipe, with the rewards as the recipe wants them."""
-    return configured_task(build_task(config.task.name, **config.task.options), config.task)
+    return configured_task(named_task(config.task, config.task.options), config.task)
 
 
 def tokenised(config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> Data:
     """``task`` with its prompts as tokens."""
-    train, test = (
+    held_out = task.validation or task.test
+    train, chosen = (
         PromptSet(examples, encode_prompts(tokenizer, [example.prompt for example in examples]))
-        for examples in (task.train, task.test[: config.eval.examples])
+        for examples in (task.train, held_out[: config.eval.examples])
     )
-    return Data(task, tokenizer, train, test)
+    return Data(task, tokenizer, train, chosen)
+
+
+def named_task(config: TaskConfig, options: Mapping[str, Any]) -> Task:
+    """The task of the recipe, registered by the package or by ``task.file``."""
+    if config.file is not None:
+        load_task_file(config.file)
+    return build_task(config.name, **options)
 
 
 def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:
@@ -70,8 +82,8 @@ def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:
     if not config.sft.task_options:
         return data.task.train
     options = {**config.task.options, **config.sft.task_options}
-    examples = build_task(config.task.name, **options).train
-    held_out = {repr(example.prompt) for example in data.task.test}
+    examples = named_task(config.task, options).train
+    held_out = {repr(e.prompt) for e in (*data.task.validation, *data.task.test)}
     for number, example in enumerate(examples):
         if repr(example.prompt) in held_out:
             raise ValueError(
@@ -97,6 +109,7 @@ def configured_task(task: Task, config: TaskConfig) -> Task:
         replace(
             reward,
             weight=weights.get(reward.name, reward.weight),
+            timeout=config.reward_timeout,
             intermediate=reward.intermediate
             if intermediate is None
             else reward.name in intermediate,
@@ -236,7 +249,7 @@ def check_data(config: TrainConfig, data: Data, context: int | None) -> None:
         ValueError: naming the prompt, the reward or the option that is in the way.
     """
     check_task(config, data.task)
-    for prompts in (data.train, data.test):
+    for prompts in (data.train, data.held_out):
         check_context(prompts.token_ids, config.generation, context)
 
 

@@ -58,7 +58,7 @@ def test_a_new_model_is_known_entirely(tmp_path: Path) -> None:
         *("trackers", "sampling", "tokenizer", "task", "prompts", "sft", "model"),
         *("special tokens", "context", "weights"),
     }
-    assert "7 training and 5 held-out examples" in detail(report, "task")
+    assert "7 training, 0 validation, 5 test examples" in detail(report, "task")
     assert "cell_accuracy x 1" in detail(report, "task")
     assert report.prompts_known and report.prompt_tokens == 18
     assert report.memory
