@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from egspo.sandbox.processes import INSIDE, Command, bootstrap, run_tests
+from egspo.sandbox.processes import Command, run_tests
 from egspo.sandbox.seccomp import filter_program
 from egspo.sandbox.verdict import Limits, SandboxError, SandboxUnavailable, Verdict
 
@@ -25,7 +25,6 @@ INSTALL_HINT = (
     "install it (Debian, Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap), or "
     "use sandbox: http with a url; sandbox: unsafe runs programs without protection"
 )
-_MOUNT_POINT = "/opt/egspo"
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/lib32", "/usr/share/zoneinfo", "/etc/ld.so.cache")
 _LINKS = {"/lib": "usr/lib", "/lib64": "usr/lib64"}
 # Users for root to become: an empty part of the whole range, or, where a container has only 65536,
@@ -65,7 +64,9 @@ class Bubblewrap:
             ) from error
         if verdict.passed != 1:
             reason = verdict.error or verdict.cases[0].error
-            raise SandboxUnavailable(f"bubblewrap runs, but a correct program fails in it: {reason}")
+            raise SandboxUnavailable(
+                f"bubblewrap runs, but a correct program fails in it: {reason}"
+            )
 
     def run(self, code: str, tests: str) -> Verdict:
         return run_tests(self._command, code, tests, self._limits)
@@ -78,8 +79,7 @@ class Bubblewrap:
             seccomp.write(filter_program())
             seccomp.seek(0)
             arguments = [*self._namespaces(), "--seccomp", str(seccomp.fileno()), *self._files()]
-            interpreter = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
-            argv = [self._bwrap, *arguments, "--", *interpreter, "-c", bootstrap(_MOUNT_POINT)]
+            argv = [self._bwrap, *arguments, "--", os.path.realpath(sys.executable)]
             uid = None
             if self._uids is not None:
                 first, count = self._uids
@@ -96,7 +96,6 @@ class Bubblewrap:
 
     def _files(self) -> list[str]:
         binds = [(path, path) for path in (*_SYSTEM, *_interpreter_paths()) if os.path.exists(path)]
-        binds.append((str(INSIDE), f"{_MOUNT_POINT}/inside"))
         links = {link: target for link, target in _LINKS.items() if os.path.islink(link)}
         binds += [(link, link) for link in _LINKS if link not in links and os.path.exists(link)]
         arguments: list[str] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import marshal
 import os
 import select
 import socket
@@ -21,7 +23,7 @@ INSIDE = Path(__file__).parent / "inside"
 MAX_RESULTS = 2**20
 """Bytes of results that are read: about a thousand tests."""
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,58 @@ class Command:
     """How to start an interpreter that runs the launcher."""
 
     argv: Sequence[str]
-    """Without the descriptor of the job, which comes last."""
+    """The interpreter and its options; what it runs is appended."""
     files: Sequence[IO[bytes]] = ()
     """Inherited by the process, closed here once it runs."""
     uid: int | None = None
     """User to become, inside."""
+    hide: bool = False
+    """Whether both sides have one user, so that the tests must hide from the program."""
 
 
 class CommandMaker(Protocol):
     def __call__(self) -> contextlib.AbstractContextManager[Command]: ...
 
 
-def bootstrap(folder: str) -> str:
-    """Python source that runs the launcher; ``folder`` is where the package ``inside`` lies."""
-    return (
-        f"import sys; sys.path.insert(0, {folder!r}); "
-        "from inside import launcher; launcher.main(int(sys.argv[1]))"
+# Finds the modules of the package ``inside`` in the dictionary ``codes``.
+IMPORTER = """
+import sys
+from importlib.machinery import ModuleSpec
+class Importer:
+    def find_spec(self, name, path=None, target=None):
+        if name in codes:
+            return ModuleSpec(name, self, is_package=name == "inside")
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        exec(codes[module.__name__], module.__dict__)
+sys.meta_path.insert(0, Importer())
+"""
+_BOOTSTRAP = f"""
+import marshal, sys
+stream = open(int(sys.argv[1]), "rb")
+codes = marshal.load(stream)
+{IMPORTER}
+from inside import launcher
+launcher.main(stream)
+"""
+
+
+def inside_sources() -> dict[str, str]:
+    """The modules of the package ``inside`` by name."""
+    files = sorted(INSIDE.glob("*.py"))
+    names = ["inside" if f.stem == "__init__" else f"inside.{f.stem}" for f in files]
+    return {name: file.read_text("utf-8") for name, file in zip(names, files, strict=True)}
+
+
+@functools.cache
+def bundle() -> bytes:
+    """The package ``inside``, compiled: the sandbox runs the same interpreter."""
+    return marshal.dumps(
+        {
+            name: compile(source, name, "exec", dont_inherit=True)
+            for name, source in inside_sources().items()
+        }
     )
 
 
@@ -74,7 +112,7 @@ def run_tests(command: CommandMaker, code: str, tests: str, limits: Limits) -> V
             reason = "ended at once" if ended else f"no sign of life in {limits.wall_seconds:g} s"
             errors = "; ".join(filter(None, map(_errors, (program, checker))))
             raise SandboxError(f"the sandbox did not start ({reason}): {errors or 'no message'}")
-    return _verdict(lines[1:], limits)
+    return read_verdict(lines[1:], limits)
 
 
 @contextlib.contextmanager
@@ -86,12 +124,13 @@ def _process(
         made = stack.enter_context(command())
         files = [stack.enter_context(file) for file in made.files]
         payload = stack.enter_context(tempfile.TemporaryFile())
-        text = json.dumps({**job, **descriptors, "uid": made.uid})
+        text = json.dumps({**job, **descriptors, "uid": made.uid, "hide": made.hide})
+        payload.write(bundle())
         payload.write(text.encode("utf-8", "surrogatepass"))
         payload.seek(0)
         kept = [*descriptors.values(), payload.fileno(), *(file.fileno() for file in files)]
         process = subprocess.Popen(
-            [*made.argv, str(payload.fileno())],
+            [*made.argv, "-I", "-S", "-B", "-c", _BOOTSTRAP, str(payload.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -145,7 +184,7 @@ def _lines(descriptor: int, deadline: float) -> Iterator[dict[str, Any]]:
                 return
 
 
-def _verdict(lines: list[dict[str, Any]], limits: Limits) -> Verdict:
+def read_verdict(lines: list[dict[str, Any]], limits: Limits) -> Verdict:
     results = [line for line in lines if "name" in line]
     cases = tuple(CaseResult(line["name"], line["passed"], line["error"]) for line in results)
     total = results[0]["of"] if results else 0

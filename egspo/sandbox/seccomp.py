@@ -1,7 +1,7 @@
 """System calls that programs of coding tasks have no use for, and sandboxes are broken with.
 
 A classic BPF program in the layout that the kernel and ``bwrap --seccomp`` take. Denied are new
-namespaces and mounts, tracing other processes, keys, BPF, io_uring and performance counters, sockets
+namespaces and mounts, tracing other processes, keys, BPF, io_uring, performance counters, sockets
 other than local ones, and memory that belongs to no process and so is in no limit (shared memory
 segments, memory files).
 """

@@ -49,24 +49,30 @@ class _Deadline:
         raise _Timeout(f"longer than {self._seconds:g} s")
 
 
-def run(tests: str, control: socket.socket, results: int, test_seconds: float) -> None:
+def run(
+    tests: str, control: socket.socket, results: int, test_seconds: float, prefix: str = ""
+) -> None:
     """Every test in ``tests``, each with a fresh process of the program.
 
     Writes to ``results`` lines of JSON: ``{"started"}`` once both sides run, for each test
     ``{"name", "of": number of tests, "passed", "error", "timeout"}``, and at last ``{"end": why
-    there are no more, or None}``.
+    there are no more, or None}``. ``prefix`` begins each.
     """
     linecache.cache[_FILE] = (len(tests), None, tests.splitlines(keepends=True), _FILE)
     if control.recv(1) != b"S":
         return  # the other sandbox could not be set up, and says why
-    _write(results, {"started": True})
+
+    def write(line: dict[str, Any]) -> None:
+        os.write(results, f"{prefix}{json.dumps(line)}\n".encode())
+
+    write({"started": True})
     control.settimeout(test_seconds)
     try:
         loaded = control.recv(1) == b"L"
     except OSError:
         loaded = False
     if not loaded:
-        _write(results, {"end": f"the program ended, or took {test_seconds:g} s, while it loaded"})
+        write({"end": f"the program ended, or took {test_seconds:g} s, while it loaded"})
         return
     number, end = 0, None
     while True:
@@ -74,15 +80,11 @@ def run(tests: str, control: socket.socket, results: int, test_seconds: float) -
         if case["name"] is None:
             end = case["error"]
             break
-        _write(results, case)
+        write(case)
         number += 1
         if number == case["of"]:
             break
-    _write(results, {"end": end})
-
-
-def _write(results: int, line: dict[str, Any]) -> None:
-    os.write(results, json.dumps(line).encode() + b"\n")
+    write({"end": end})
 
 
 def _run_case(

@@ -1,6 +1,6 @@
 """Process 1 of a sandbox: limits itself, starts the program or the tests, and ends with its host.
 
-Run by ``python -I -S -c`` with the number of a file descriptor that holds the job as JSON. Standard
+Standard
 input is the lifeline: when the host closes it, or ends, this process exits, and with it, as it is
 process 1 of its namespace, every process in the sandbox.
 """
@@ -17,19 +17,21 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, BinaryIO
 
 _PR_SET_DUMPABLE = 4
 
 
-def main(job_fd: int) -> None:
-    with open(job_fd, encoding="utf-8", errors="surrogatepass") as stream:
-        job = json.load(stream)
+def main(stream: BinaryIO) -> None:
+    """Do the job that ``stream`` holds, as JSON."""
+    with stream:
+        job = json.loads(stream.read())
     if job["uid"] is not None:
         os.setgroups([])
         os.setresgid(*[job["uid"]] * 3)
         os.setresuid(*[job["uid"]] * 3)
-    _hide_memory()
+    if job["hide"]:
+        hide_memory()
     set_limits(job["limits"])
     wakeup_read, wakeup_write = os.pipe()
     os.set_blocking(wakeup_write, False)
@@ -46,9 +48,11 @@ def main(job_fd: int) -> None:
         if descriptor is not None:
             os.close(descriptor)
     _reap_until_the_end(child, wakeup_read)
+    if os.getpid() != 1:  # without a namespace nothing else would end what the program started
+        os.killpg(0, signal.SIGKILL)
 
 
-def _hide_memory() -> None:
+def hide_memory() -> None:
     """Other processes of the same user cannot read or trace this one, nor what it forks."""
     import ctypes
 
@@ -96,15 +100,15 @@ def _reap_until_the_end(child: int, wakeup: int) -> None:
     while True:
         readable, _, _ = select.select([0, wakeup], [], [])
         if 0 in readable and not os.read(0, 1):
-            os._exit(0)
+            return
         if wakeup in readable:
             os.read(wakeup, 512)
         while True:
             try:
                 ended, _ = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                os._exit(0)
+                return
             if ended == child:
-                os._exit(0)
+                return
             if ended == 0:
                 break

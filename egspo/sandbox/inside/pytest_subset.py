@@ -31,7 +31,9 @@ class ExceptionInfo:
     value: BaseException
 
     def match(self, pattern: str) -> bool:
-        assert re.search(pattern, str(self.value)), f"{pattern!r} does not match {self.value!s:.200}"
+        assert re.search(pattern, str(self.value)), (
+            f"{pattern!r} does not match {self.value!s:.200}"
+        )
         return True
 
 
@@ -59,11 +61,15 @@ def raises(expected: Any, *args: Any, match: str | None = None, **kwargs: Any) -
     return info
 
 
-class approx:  # noqa: N801
+class approx:
     """Equal up to ``rel`` (1e-6) of the expected number or ``abs`` (1e-12), the larger one."""
 
     def __init__(
-        self, expected: Any, rel: float | None = None, abs: float | None = None, nan_ok: bool = False
+        self,
+        expected: Any,
+        rel: float | None = None,
+        abs: float | None = None,
+        nan_ok: bool = False,
     ) -> None:
         self._expected, self._rel, self._abs, self._nan_ok = expected, rel, abs, nan_ok
 
@@ -189,8 +195,9 @@ class _Case:
         self._open: list[Iterator[Any]] = []
 
     def __call__(self) -> None:
-        instance = None if self._owner is None else self._owner()
-        if instance is not None:
+        instance = None
+        if self._owner is not None:
+            instance = self._owner()
             self._hook(instance, "setup_class")
             self._hook(instance, "setup_method")
         self._values = {} if instance is None else {"self": instance}

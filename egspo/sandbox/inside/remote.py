@@ -182,7 +182,7 @@ class Session(Peer):
             return self._exception_class(parts[0])
         if kind == "named":
             number, name, fields, *values = parts
-            base = collections.namedtuple(str(name), fields)  # type: ignore[misc]  # noqa: PYI024
+            base = collections.namedtuple(str(name), fields)  # type: ignore[misc]
             named = type(base.__name__, (base,), {})(*map(self.decode, values))
             named._egspo_remote = self.remote(number)
             return named
@@ -212,7 +212,7 @@ class Remote:
         return self._egspo_session.request("call", self._egspo_number, args=args, kwargs=kwargs)
 
     def __contains__(self, item: object) -> bool:
-        return any(item is other or item == other for other in self)
+        return any(item is other or item == other for other in iter(self))
 
     def __bool__(self) -> bool:
         return _operate(self, "bool") is True

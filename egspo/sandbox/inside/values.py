@@ -87,7 +87,7 @@ class Codec:
         if kind == "deque":
             return collections.deque(map(self.decode, parts[1:]), parts[0])
         if kind in ("bytes", "bytearray"):
-            return _TYPES[kind].fromhex(parts[0])  # type: ignore[attr-defined]
+            return (bytes if kind == "bytes" else bytearray).fromhex(parts[0])
         if kind == "complex":
             return complex(*parts)
         if kind == "range":
