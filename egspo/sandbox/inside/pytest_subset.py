@@ -222,7 +222,7 @@ class _Case:
         return self._values[name]
 
     def _make(self, name: str) -> Any:
-        function = getattr(self._owner, name, None) or self._namespace.get(name)
+        function: Any = getattr(self._owner, name, None) or self._namespace.get(name)
         if not hasattr(function, _ATTRIBUTE + "_fixture"):
             raise Unsupported(f"the fixture {name!r}")
         made = function(**{key: self._value(key) for key in _parameters(function)})
