@@ -121,7 +121,8 @@ def f(x):
 import gc, socket
 def f(x):
     for s in [o for o in gc.get_objects() if isinstance(o, socket.socket)]:
-        for message in (b"\\xff" * 40, b"[" * 100000, b'["return",["named",0,"a b",["import os"],1]]'):
+        named = b'["return",["named",0,"a b",["import os"],1]]'
+        for message in (b"\\xff" * 40, b"[" * 100000, named):
             try: s.sendall(len(message).to_bytes(4, "big") + message)
             except OSError: pass
 """,
@@ -233,7 +234,7 @@ def f(x):
 """,
     "crash": "import ctypes\ndef f(x): ctypes.string_at(0)",
     "recursion": "def f(x): return [f(x)]",
-    "nested without end": "def f(x):\n    a = []\n    for _ in range(10 ** 5): a = [a]\n    return a",
+    "nested without end": "def f(x):\n    for _ in range(10 ** 5): x = [x]\n    return x",
     "contains itself": "def f(x):\n    a = []\n    a.append(a)\n    return a",
     "a large answer": "def f(x): return 'x' * (2 ** 26)",
     "an iterator without end": "import itertools\ndef f(x): return itertools.count()",
@@ -263,7 +264,7 @@ import os
 def f():
     reached = []
     for path in ("/etc/shadow", "/etc/passwd", "/etc/hostname", "/home", "/var", "/sys", "/mnt",
-                 os.path.expanduser("~/.ssh"), "/run", "/usr/bin", "/srv", "/boot", "/lost+found"):
+                 os.path.expanduser("~/.ssh"), "/run", "/usr/bin/sh", "/srv", "/boot"):
         if os.path.exists(path): reached.append(path)
     return reached
 """,
@@ -282,11 +283,12 @@ def f():
 import os
 def f():
     reached = []
-    for number, target in enumerate(("/etc/shadow", "/../../../../etc/shadow", "/proc/1/root/root")):
+    for number, target in enumerate(("/etc/shadow", "/../../../etc/shadow", "/proc/1/root/root")):
         link = f"/tmp/link{number}"
         os.symlink(target, link)
         try:
-            if os.listdir(link) if os.path.isdir(link) else open(link).read(1): reached.append(target)
+            found = os.listdir(link) if os.path.isdir(link) else open(link).read(1)
+            if found: reached.append(target)
         except OSError: pass
     return reached
 """,
@@ -324,7 +326,8 @@ def f():
     status = dict(line.split(":", 1) for line in open("/proc/thread-self/status"))
     reached = [os.getuid()] if os.getuid() == 0 or os.getgroups() else []
     if int(status["CapEff"], 16) or int(status["CapPrm"], 16): reached.append("capabilities")
-    if status["NoNewPrivs"].strip() != "1" or status["Seccomp"].strip() != "2": reached.append("new")
+    if status["NoNewPrivs"].strip() != "1": reached.append("new privileges")
+    if status["Seccomp"].strip() != "2": reached.append("no filter")
     for change in (lambda: os.setuid(0), lambda: os.setgid(0), lambda: os.chroot("/tmp")):
         try: change()
         except OSError: continue
