@@ -1,6 +1,6 @@
 """Tasks by name; importing this module registers the built-in ones."""
 
-from egspo.tasks import sudoku_task  # noqa: F401  (registers itself)
+from egspo.tasks import humaneval, kodcode, mbpp, sudoku_task  # noqa: F401  (they register)
 from egspo.tasks.base import (
     Example,
     Reward,

@@ -51,7 +51,13 @@ def leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     assert sandboxed_processes() <= processes
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert not list(tmp_path.iterdir())
-    for folder in ("/", "/dev", "/dev/shm", "/root", "/tmp"):  # where attacks write, and their names
+    for folder in (
+        "/",
+        "/dev",
+        "/dev/shm",
+        "/root",
+        "/tmp",
+    ):  # where attacks write, and their names
         assert not [p for p in os.listdir(folder) if p.isdigit() or p == "egspo-escaped"]
 
 
