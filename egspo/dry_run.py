@@ -139,8 +139,11 @@ class _Report:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether ``error`` only says that the hub cannot be reached, not that something is wrong."""
-    cause: BaseException | None = error
+    """Whether ``error`` only says that the hub cannot be reached, not that something is wrong.
+
+    An unreachable sandbox is wrong: it raises a ``RuntimeError``.
+    """
+    cause: BaseException | None = None if isinstance(error, RuntimeError) else error
     while cause is not None:
         if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
             return True

@@ -15,6 +15,7 @@ from egspo.dry_run import dry_run
 from egspo.models import DreamConfig, LLaDAConfig
 from egspo.recipe import load_config
 from tests.chatml import EOS, MASK, write_tokenizer
+from tests.sandbox.conftest import require_bubblewrap
 
 FOLDER = Path(egspo.__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -24,7 +25,7 @@ HUB = {
     "dream_7b": "Dream-org/Dream-v0-Instruct-7B",
 }
 PARAMETERS = {"llada_8b": 8_015_581_184, "dream_7b": 7_615_616_512}
-TASKS = ("countdown", "gsm8k", "math", "sudoku")
+TASKS = ("code", "countdown", "gsm8k", "math", "sudoku")
 
 # arXiv 2603.12554 and its code, for LLaDA-8B-Instruct.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -124,6 +125,24 @@ def math(folder: Path) -> list[str]:
     ]
 
 
+def code(folder: Path) -> list[str]:
+    require_bubblewrap()
+    rows = [
+        {
+            "question": f"Write a function that adds {i}.",
+            "solution": f"def add(x):\n    return x + {i}\n",
+            "test": f"from solution import add\n\ndef test_add():\n    assert add(1) == {i + 1}\n",
+            "test_info": [{"function_declaration": "def add(x):"}],
+        }
+        for i in range(9)
+    ]
+    return [
+        f"task.options.train={lines(folder / 'train.jsonl', rows)}",
+        "task.options.validation_examples=2",
+        "task.options.test_examples=2",
+    ]
+
+
 def countdown(folder: Path) -> list[str]:
     return ["task.options.train=null", "task.options.train_examples=50"]
 
@@ -133,6 +152,7 @@ def sudoku(folder: Path) -> list[str]:
 
 
 DATA: dict[str, Callable[[Path], list[str]]] = {
+    "code": code,
     "countdown": countdown,
     "gsm8k": gsm8k,
     "math": math,

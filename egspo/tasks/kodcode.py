@@ -96,7 +96,9 @@ def build_kodcode(
         examples = {name: _verified(rows, runner) for name, rows in examples.items()}
     return Task(
         name="kodcode",
-        **examples,
+        train=examples["train"],
+        validation=examples["validation"],
+        test=examples["test"],
         rewards=runner.rewards(),
         solved=runner.solved,
         extract=extract_program,
