@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from egspo.graphs import GraphReplay, Inputs
 from egspo.models import reference_mode
 from egspo.models.cache import KeyValueCache
 from egspo.work import Work
@@ -52,6 +53,9 @@ class Denoiser:
         self._reference = None if reference is None else reference.eval().requires_grad_(False)
         self._autocast = autocast
         self._use_reference = False
+        self._replaying = False
+        self.graphs = GraphReplay()
+        """Of the passes made inside :meth:`graphed`."""
         self.work = Work()
         """Forward passes so far, of the policy and of the reference."""
 
@@ -93,11 +97,7 @@ class Denoiser:
             attention_mask: bool [B, S], False at padding; None where nothing is padded.
         """
         self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
-        output = self._active(
-            input_ids=input_ids, attention_mask=attention_mask, compute_logits=False
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return self._forward({"input_ids": input_ids, "attention_mask": attention_mask}, None)
 
     def hidden_states_and_cache(
         self, input_ids: Tensor, attention_mask: Tensor | None
@@ -131,16 +131,13 @@ class Denoiser:
             live: bool [B, N], False where the cache is to be kept.
         """
         self.work.add(input_ids.shape[0], input_ids.shape[1], cache.length)
-        output = self._active(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            compute_logits=False,
-            cache=cache,
-            columns=columns,
-            live=live,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "columns": columns,
+            "live": live,
+        }
+        return self._forward(inputs, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V] of hidden states [N, D]."""
@@ -163,6 +160,45 @@ class Denoiser:
                 yield
         else:
             raise RuntimeError("this model has neither adapters to switch off nor a frozen copy")
+
+    @contextmanager
+    def graphed(self) -> Iterator[None]:
+        """Inside, passes without gradients are replayed as CUDA graphs.
+
+        Graphs are kept for the next time. They read the weights where they are: parameters may
+        change in place, but not be replaced.
+
+        Raises:
+            ValueError: the model is not on a GPU.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"generation.cuda_graphs needs a GPU, the model is on {self.device.type!r}"
+            )
+        self._replaying = True
+        try:
+            yield
+        finally:
+            self._replaying = False
+
+    def _forward(self, inputs: Inputs, cache: KeyValueCache | None) -> Tensor:
+        if not self._replaying or self._use_reference or torch.is_grad_enabled():
+            return self._hidden(inputs, cache)
+
+        def uncached(inputs: Inputs, cache: KeyValueCache | None) -> Tensor:
+            # A graph must cast weights itself: those that autocast caches are freed with it.
+            if self._autocast is None:
+                return self._hidden(inputs, cache)
+            with torch.autocast(self.device.type, self._autocast, cache_enabled=False):
+                return self._hidden(inputs, cache)
+
+        return self.graphs.run(uncached, inputs, cache)
+
+    def _hidden(self, inputs: Inputs, cache: KeyValueCache | None) -> Tensor:
+        given = {} if cache is None else {"cache": cache}
+        output = self._active(**inputs, **given, compute_logits=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     @property
     def _active(self) -> nn.Module:

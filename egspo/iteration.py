@@ -95,7 +95,9 @@ class Iteration:
         with self._phase(metrics, "score"):
             by_rank = self.config.algorithm.schedule == "per_step"
             groups = states.micro_batches(
-                self.config.micro_batch_size, ranks=self._ranks if by_rank else None
+                self.config.micro_batch_size,
+                ranks=self._ranks if by_rank else None,
+                by_trajectory=self.config.generation.cache != "none",
             )
             scores = self.scorer.replay(states, groups, complete=self.config.algorithm.stepwise)
             advantage = self._advantages(step, samples, kept, states, scores, metrics)

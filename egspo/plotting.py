@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -62,6 +62,8 @@ class ComparisonRow:
     solved: float | None
     """None where the task has no notion of solved."""
     solved_interval: float | None
+    tflops: float | None
+    """Of rollout, scoring and update together, mean over seeds; None where not counted."""
 
 
 def plot_run(run: PathLike, png_path: PathLike) -> Path:
@@ -96,7 +98,11 @@ def plot_run(run: PathLike, png_path: PathLike) -> Path:
 
 
 def plot_comparison(
-    groups: Mapping[str, Sequence[PathLike]], png_path: PathLike, *, title: str = ""
+    groups: Mapping[str, Sequence[PathLike]],
+    png_path: PathLike,
+    *,
+    title: str = "",
+    x: Literal["step", "flops"] = "step",
 ) -> list[ComparisonRow]:
     """Draw held-out reward per method: the mean over seeds and its 95% t-interval.
 
@@ -104,6 +110,8 @@ def plot_comparison(
         groups: runs (folders or metrics files) by method, one for each seed.
         png_path: written atomically.
         title: of the figure.
+        x: what rewards are drawn against: RL steps, or the FLOPs of rollout, scoring and update up
+            to there, for which methods may end at different steps.
 
     Returns:
         The results at the last step, in the order of ``groups``.
@@ -115,7 +123,9 @@ def plot_comparison(
     if not groups or not all(groups.values()):
         raise ValueError(f"every method needs at least one run, got {dict(groups)}")
     loaded = {method: [read_metrics(run) for run in runs] for method, runs in groups.items()}
-    _check_same_end(groups, loaded)
+    together = [groups] if x == "step" else [{method: runs} for method, runs in groups.items()]
+    for compared in together:
+        _check_same_end(compared, loaded)
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH * 0.7, 4.4), dpi=_DPI, layout="constrained")
         axes = figure.add_subplot()
@@ -124,10 +134,14 @@ def plot_comparison(
             colour = _COLOURS[number % len(_COLOURS)]
             seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
             label = f"{method} ({seeds})"
-            axes.plot(steps, mean, color=colour, **_marker(steps), label=label)
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            places = [float(step) for step in steps]
+            if x == "flops":
+                spent = [_tflops(records) for records in runs]
+                places = [statistics.fmean(run[step] for run in spent) for step in steps]
+            axes.plot(places, mean, color=colour, **_marker(steps), label=label)
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_ylabel("held-out reward, mean and 95% interval")
-        _finish(axes, title, mean)
+        _finish(axes, title, mean, xlabel="RL step" if x == "step" else "TFLOP")
         axes.legend(loc="best")
         _save(figure, Path(png_path))
     return [_row(method, runs) for method, runs in loaded.items()]
@@ -135,14 +149,15 @@ def plot_comparison(
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> str:
     """``rows`` as a Markdown table."""
-    lines = ["| Method | Seeds | Held-out reward | Solved |", "|---|--:|--:|--:|"]
+    lines = ["| Method | Seeds | TFLOP | Held-out reward | Solved |", "|---|--:|--:|--:|--:|"]
     for row in rows:
+        spent = "-" if row.tflops is None else f"{row.tflops:.3g}"
         reward = _plus_minus(row.reward, row.reward_interval, 3)
         solved = "-"
         if row.solved is not None:
             half = None if row.solved_interval is None else 100 * row.solved_interval
             solved = f"{_plus_minus(100 * row.solved, half, 1)} %"
-        lines.append(f"| {row.method} | {row.seeds} | {reward} | {solved} |")
+        lines.append(f"| {row.method} | {row.seeds} | {spent} | {reward} | {solved} |")
     return "\n".join(lines) + "\n"
 
 
@@ -295,7 +310,19 @@ def _row(method: str, runs: Sequence[Records]) -> ComparisonRow:
     reward, reward_interval = mean_interval([_series(r, "eval/reward")[1][-1] for r in runs])
     last = [values[-1] for _, values in (_series(r, "eval/solved") for r in runs) if values]
     solved, solved_interval = mean_interval(last) if len(last) == len(runs) else (None, None)
-    return ComparisonRow(method, len(runs), reward, reward_interval, solved, solved_interval)
+    counted = all("flops/rollout" in records[-1] for records in runs)
+    spent = statistics.fmean(max(_tflops(r).values()) for r in runs) if counted else None
+    return ComparisonRow(method, len(runs), reward, reward_interval, solved, solved_interval, spent)
+
+
+def _tflops(records: Records) -> dict[int, float]:
+    """TFLOP of rollout, scoring and update up to each step."""
+    total, spent = 0.0, {}
+    for record in records:
+        phases = [record.get(f"flops/{phase}") for phase in ("rollout", "score", "update")]
+        total += sum(value for value in phases if value is not None) / 1e12
+        spent[int(record["step"])] = total
+    return spent
 
 
 def _check_same_end(

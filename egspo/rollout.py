@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -63,17 +64,19 @@ def rollout(
 
     Raises:
         FloatingPointError: if the model gives NaN logits.
-        ValueError: ``generation.steps`` does not fit an int16.
+        ValueError: ``generation.steps`` does not fit an int16, or ``generation.cuda_graphs`` is
+            asked for without a GPU.
     """
     if config.steps >= NEVER:
         raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
     recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
     run = _Rollout(denoiser, prompts, config, recording, sequence_ids)
-    while run.pending:
-        rows = run.next_batch()
-        finished = run.denoise(rows)
-        if on_block is not None:
-            on_block(finished, run.trajectory())
+    with denoiser.graphed() if config.cuda_graphs else nullcontext():
+        while run.pending:
+            rows = run.next_batch()
+            finished = run.denoise(rows)
+            if on_block is not None:
+                on_block(finished, run.trajectory())
     return run.trajectory()
 
 

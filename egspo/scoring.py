@@ -40,14 +40,20 @@ class States:
     def __len__(self) -> int:
         return self.row.shape[0]
 
-    def micro_batches(self, size: int, *, ranks: int | None) -> list[list[Tensor]]:
+    def micro_batches(
+        self, size: int, *, ranks: int | None, by_trajectory: bool = False
+    ) -> list[list[Tensor]]:
         """Groups of micro-batches of state indices; one optimizer step per group.
 
         Args:
             size: states in a micro-batch, at most.
             ranks: None for a single group; otherwise one group per rank in [0, ranks).
+            by_trajectory: keep the states of a trajectory together, in the order of their steps,
+                so that those of a block share the pass that makes its cache.
         """
         index = torch.arange(len(self), device=self.row.device)
+        if by_trajectory:
+            index = (self.row * self.trajectory.num_steps + self.step).argsort()
         groups = [index] if ranks is None else [index[self.rank == r] for r in range(ranks)]
         return [list(torch.split(group, size)) if group.numel() else [] for group in groups]
 

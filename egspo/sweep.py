@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from egspo.checkpoint import CHECKPOINTS, list_checkpoints
 from egspo.config import TrainConfig
@@ -35,6 +36,8 @@ class Sweep:
     """Of all variants."""
     output_dir: str = "runs/sweep"
     title: str = ""
+    x: Literal["step", "flops"] = "step"
+    """What held-out rewards are drawn against. With ``flops`` variants may have different steps."""
 
     def __post_init__(self) -> None:
         for name in ("variants", "seeds"):
@@ -131,7 +134,7 @@ def run_sweep(sweep: Sweep, *, jobs: int = 1) -> Path:
         variant: [run.folder for run in runs if run.variant == variant]
         for variant in sweep.variants
     }
-    rows = plot_comparison(groups, output / PLOT, title=sweep.title)
+    rows = plot_comparison(groups, output / PLOT, title=sweep.title, x=sweep.x)
     (output / TABLE).write_text(comparison_table(rows), encoding="utf-8")
     return output
 

@@ -86,6 +86,11 @@ class Trainer:
             project_dir=config.output_dir,
         )
         self._check_processes()
+        if config.generation.cuda_graphs and self.accelerator.device.type != "cuda":
+            raise ValueError(
+                "generation.cuda_graphs needs a GPU, this process trains on "
+                f"{self.accelerator.device.type!r}"
+            )
         check_writable(self.output, 0)
         checkpoint = None if resume is None else find_checkpoint(resume)
         check_unclaimed(self._checkpoints, checkpoint)

@@ -162,6 +162,19 @@ def test_replay_is_bitwise_the_rollout_at_equal_shapes(cache: Any) -> None:
         assert torch.equal(scores.old_log_prob, sampled.log_prob[:, step].double())
 
 
+def test_micro_batches_keep_the_states_of_a_trajectory_together() -> None:
+    config = replace(GENERATION, cache="dual", early_exit=False)
+    prompts = prompts_of([5, 5, 5])
+    sampled = rollout(small_denoiser(), prompts, config, seed=1, sequence_ids=torch.arange(3))
+    selected = torch.tensor([[5, 0, 1], [2, 3, -1], [4, 1, 5]])
+    states = States.from_selection(sampled, selected)
+    (group,) = states.micro_batches(3, ranks=None, by_trajectory=True)
+    order = torch.cat(group)
+    assert [len(index) for index in group] == [3, 3, 2]
+    assert states.row[order].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert states.step[order].tolist() == [0, 1, 5, 2, 3, 1, 4, 5]
+
+
 def test_states_of_a_block_share_its_cache() -> None:
     """Two steps of one block of one trajectory: one pass builds the cache of both."""
     config = replace(GENERATION, cache="dual", early_exit=False)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
-from egspo.denoising import block_plan
+from egspo.denoising import BlockDenoising, block_plan
 from egspo.rollout import rollout
 from egspo.trajectory import NEVER, PromptBatch, Trajectory
 from tests.test_scoring import EOS, MASK, PAD, prompts_of, small_denoiser
@@ -284,3 +284,29 @@ def test_invariants(data: st.DataObject) -> None:
         ]
     if eos == -50.0:
         assert sampled.lengths.tolist() == [config.max_new_tokens] * len(lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"guidance": 1.0}], ids=str)
+def test_no_step_waits_for_the_gpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any synchronisation inside a step is an error."""
+    denoiser = small_denoiser()
+    denoiser.model.cuda()
+    prompts = prompts_of([5, 5, 3])
+    prompts = PromptBatch(prompts.ids.cuda(), prompts.mask.cuda())
+    ids = torch.arange(3, device="cuda")
+    config = replace(CONFIG, **options)
+    rollout(denoiser, prompts, config, seed=0, sequence_ids=ids)  # what is made once
+    advance = BlockDenoising._advance
+
+    def strict(self: BlockDenoising, *arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(BlockDenoising, "_advance", strict)
+    rollout(denoiser, prompts, config, seed=1, sequence_ids=ids)

@@ -28,8 +28,15 @@ class KeyValueCache:
         """The sequences at int64 ``rows``, which may repeat."""
         return KeyValueCache([k[rows] for k in self.keys], [v[rows] for v in self.values])
 
-    def detach(self) -> KeyValueCache:
-        return KeyValueCache([k.detach() for k in self.keys], [v.detach() for v in self.values])
+    def clone(self) -> KeyValueCache:
+        return KeyValueCache([k.clone() for k in self.keys], [v.clone() for v in self.values])
+
+    def copy_(self, other: KeyValueCache) -> None:
+        """Overwrite everything with a cache of the same shape."""
+        for mine, theirs in zip(
+            (*self.keys, *self.values), (*other.keys, *other.values), strict=True
+        ):
+            mine.copy_(theirs)
 
     @property
     def length(self) -> int:
