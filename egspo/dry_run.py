@@ -85,8 +85,11 @@ def dry_run(config: TrainConfig) -> DryRun:
     report.check("trackers", lambda: _trackers(config))
     report.check("sampling", lambda: _sampling(config))
     task = report.check("task", lambda: _task(config))
-    characters = None if task is None else task.characters
-    tokenizer = report.check("tokenizer", lambda: _tokenizer(config, characters))
+    tokenizer = None
+    if task is None and config.model.path is None and config.model.tokenizer is None:
+        report.skip("tokenizer", "needs the task, whose characters it knows")
+    else:
+        tokenizer = report.check("tokenizer", lambda: _tokenizer(config, task))
     data = None
     if task is not None and tokenizer is not None:
         data = report.check("prompts", lambda: _prompts(config, task, tokenizer, report.found))
@@ -94,7 +97,11 @@ def dry_run(config: TrainConfig) -> DryRun:
         report.skip("prompts", "needs the tokenizer and the task")
     if config.sft is not None and data is not None:
         report.check("sft", lambda: _sft(config, data))
-    model_config = report.check("model", lambda: _model_config(config, tokenizer))
+    model_config = None
+    if tokenizer is None and config.model.path is None:
+        report.skip("model", "needs the tokenizer, which decides its vocabulary")
+    else:
+        model_config = report.check("model", lambda: _model_config(config, tokenizer))
     if model_config is None:
         report.skip("context", "needs the model's configuration")
         return report.found
@@ -118,9 +125,11 @@ class _Report:
         """What ``look`` gives, with a detail to show; None where it raised."""
         try:
             result, detail = look()
-        except (ValueError, TypeError, OSError, ImportError) as error:
+        except Exception as error:
+            if not _is_expected(error):
+                raise
             status: Status = "not checked" if is_unreachable(error) else "failed"
-            self.found.checks.append(Check(name, status, _first_lines(error)))
+            self.found.checks.append(Check(name, status, _one_line(error)))
             return None
         self.found.checks.append(Check(name, "ok", detail))
         return result
@@ -130,8 +139,11 @@ class _Report:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether ``error`` only says that the hub cannot be reached, not that something is wrong."""
-    cause: BaseException | None = error
+    """Whether ``error`` only says that the hub cannot be reached, not that something is wrong.
+
+    An unreachable sandbox is wrong: it raises a ``RuntimeError``.
+    """
+    cause: BaseException | None = None if isinstance(error, RuntimeError) else error
     while cause is not None:
         if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
             return True
@@ -139,7 +151,13 @@ def is_unreachable(error: BaseException) -> bool:
     return False
 
 
-def _first_lines(error: Exception) -> str:
+def _is_expected(error: Exception) -> bool:
+    """Whether the message alone says what is wrong; anything else is a defect, with traceback."""
+    own = type(error).__module__.partition(".")[0] == "egspo"
+    return own or isinstance(error, ValueError | TypeError | OSError | ImportError)
+
+
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -158,8 +176,8 @@ def _sampling(config: TrainConfig) -> tuple[None, str]:
     )
 
 
-def _tokenizer(config: TrainConfig, characters: str | None) -> tuple[PreTrainedTokenizerBase, str]:
-    tokenizer = build_tokenizer(config.model, characters)
+def _tokenizer(config: TrainConfig, task: Task | None) -> tuple[PreTrainedTokenizerBase, str]:
+    tokenizer = build_tokenizer(config.model, None if task is None else task.characters)
     if tokenizer.chat_template is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template")
     source = tokenizer.name_or_path or "characters"
@@ -171,7 +189,8 @@ def _task(config: TrainConfig) -> tuple[Task, str]:
     check_task(config, task)
     rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in task.rewards)
     columns = ", ".join(task.train[0].columns) or "none"
-    counts = f"{len(task.train):,} training and {len(task.test):,} held-out examples"
+    splits = (("training", task.train), ("validation", task.validation), ("test", task.test))
+    counts = ", ".join(f"{len(examples):,} {name}" for name, examples in splits) + " examples"
     return task, f"{task.name}: {counts}; columns {columns}; rewards {rewards}"
 
 
@@ -196,10 +215,9 @@ def _model_config(
 ) -> tuple[PretrainedConfig, str]:
     if config.model.path is not None:
         found, source = load_config(config.model.path), config.model.path
-    elif tokenizer is not None:
-        found, source = new_config(fresh_fields(config.model, tokenizer)), "a new model"
     else:
-        raise ValueError("a new model needs the tokenizer, which decides its vocabulary")
+        assert tokenizer is not None
+        found, source = new_config(fresh_fields(config.model, tokenizer)), "a new model"
     return found, f"{source}: {found.model_type}"
 
 
@@ -227,12 +245,13 @@ def _weights(config: TrainConfig, model_config: PretrainedConfig) -> tuple[nn.Mo
     nn.Module.to(base, weights_dtype(config.model, torch.device("cuda")))
     total = base.num_parameters()
     model: Any = base
-    if config.model.adapter is None:
-        model = trainable_model(config.model, base, config.seed)
-    else:
-        model = PeftModel(base, PeftConfig.from_pretrained(config.model.adapter))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora_" in name)
+    with torch.device("meta"):  # of the adapter too
+        if config.model.adapter is None:
+            model = trainable_model(config.model, base, config.seed)
+        else:
+            model = PeftModel(base, PeftConfig.from_pretrained(config.model.adapter))
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     detail = f"{total:,} parameters in {str(base.dtype)[6:]}, {trained:,} trained"
     adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]

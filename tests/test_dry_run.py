@@ -15,6 +15,7 @@ from egspo.cli import main
 from egspo.dry_run import ASSUMED_PROMPT_TOKENS, DryRun, dry_run
 from egspo.models import LLaDAConfig, add_lora, load_model, new_model
 from egspo.recipe import config_to_dict
+from egspo.sandbox import SandboxUnavailable
 from egspo.tokenization import character_tokenizer
 from tests.runs import MODEL, config
 
@@ -58,7 +59,7 @@ def test_a_new_model_is_known_entirely(tmp_path: Path) -> None:
         *("trackers", "sampling", "tokenizer", "task", "prompts", "sft", "model"),
         *("special tokens", "context", "weights"),
     }
-    assert "7 training and 5 held-out examples" in detail(report, "task")
+    assert "7 training, 0 validation, 5 test examples" in detail(report, "task")
     assert "cell_accuracy x 1" in detail(report, "task")
     assert report.prompts_known and report.prompt_tokens == 18
     assert report.memory
@@ -146,6 +147,24 @@ def test_trackers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     report = dry_run(config(tmp_path / "run", {"trackers": ["wandb"]}))
     assert "pip install 'egspo[wandb]'" in detail(report, "trackers")
     assert [check.name for check in report.failed] == ["trackers"]
+
+
+def test_only_the_hub_may_be_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(error: type[Exception]) -> Any:
+        def build(config: Any) -> Any:
+            raise error("gone") from ConnectionError("refused")
+
+        return build
+
+    for error, status in ((OSError, "not checked"), (SandboxUnavailable, "failed")):
+        monkeypatch.setattr("egspo.dry_run.recipe_task", raising(error))
+        report = dry_run(config(tmp_path / "run"))
+        assert statuses(report)["task"] == status
+        # The alphabet of a new model's tokenizer is the task's.
+        assert statuses(report)["tokenizer"] == statuses(report)["model"] == "not checked"
+    monkeypatch.setattr("egspo.dry_run.recipe_task", raising(KeyError))
+    with pytest.raises(KeyError):  # a defect keeps its traceback
+        dry_run(config(tmp_path / "run"))
 
 
 def test_without_prompts_the_estimate_says_what_it_assumes(tmp_path: Path) -> None:

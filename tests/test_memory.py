@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from egspo.config import TrainConfig
 from egspo.memory import MemoryItem, Sizes, estimate_memory, peak_bytes
 from egspo.models import add_lora, new_config, new_model
 from egspo.models.loading import model_on_meta
@@ -76,14 +76,16 @@ def test_activations_are_what_autograd_keeps(
     assert a_layer == pytest.approx(expected, rel=0.01)
 
 
-LLADA_8B = new_config({"model_type": "llada"})
-DREAM_7B = new_config({"model_type": "Dream"})
+@functools.cache
+def described(model_type: str, lora: bool) -> Any:
+    """A model of the published size, with adapters of rank 8 or without."""
+    model: Any = model_on_meta(new_config({"model_type": model_type})).to(torch.bfloat16)
+    with torch.device("meta"):
+        return add_lora(model, rank=8, alpha=8, dropout=0.0, seed=0) if lora else model
 
 
-def estimate(
-    folder: Path, model_config: Any = LLADA_8B, **changes: Any
-) -> tuple[dict[str, MemoryItem], TrainConfig]:
-    """Of LLaDA-8B with adapters of rank 8, 8 states and 32 sequences of 200 + 256 tokens."""
+def estimate(folder: Path, model_type: str = "llada", **changes: Any) -> dict[str, MemoryItem]:
+    """With adapters of rank 8, 8 states and 32 sequences of 200 + 256 tokens."""
     lora = {"rank": 8, "alpha": 8, "dropout": 0.0}
     tree: dict[str, Any] = {
         "model": {"config": None, "path": "some/model", "lora": lora},
@@ -93,14 +95,12 @@ def estimate(
         "micro_batch_size": 8,
     }
     run = config(folder, tree, changes)
-    model: Any = model_on_meta(model_config).to(torch.bfloat16)
-    if run.model.lora is not None:
-        model = add_lora(model, rank=8, alpha=8, dropout=0.0, seed=0)
-    return {item.name: item for item in estimate_memory(run, model, 200)}, run
+    model = described(model_type, run.model.lora is not None)
+    return {item.name: item for item in estimate_memory(run, model, 200)}
 
 
 def test_weights_adapters_and_optimizer(tmp_path: Path) -> None:
-    parts, _ = estimate(tmp_path)
+    parts = estimate(tmp_path)
     adapters = 8 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 12288))
     assert parts["frozen weights"].bytes == 2 * 8_015_581_184
     assert parts["adapters"].bytes == 4 * adapters  # PEFT keeps them in float32
@@ -109,16 +109,16 @@ def test_weights_adapters_and_optimizer(tmp_path: Path) -> None:
     assert parts["weights in bfloat16"].bytes == 2 * adapters
     assert "reference policy" not in parts
 
-    parts, _ = estimate(tmp_path, model={"lora": None}, algorithm={"beta": 0.04})
+    parts = estimate(tmp_path, model={"lora": None}, algorithm={"beta": 0.04})
     assert parts["weights"].bytes == parts["reference policy"].bytes == 2 * 8_015_581_184
     assert "frozen weights" not in parts and "adapters" not in parts
-    parts, _ = estimate(tmp_path, model={"lora": None})
+    parts = estimate(tmp_path, model={"lora": None})
     assert "reference policy" not in parts
 
 
 def test_checkpointing_and_its_alternative(tmp_path: Path) -> None:
-    without, _ = estimate(tmp_path)
-    with_it, _ = estimate(tmp_path, model={"gradient_checkpointing": True})
+    without = estimate(tmp_path)
+    with_it = estimate(tmp_path, model={"gradient_checkpointing": True})
     tokens, inputs = 8 * 456, 32 * 4096 * 2
     assert without["activations"].bytes == with_it["activations without checkpointing"].bytes
     assert with_it["activations"].bytes == without["activations with checkpointing"].bytes
@@ -130,25 +130,25 @@ def test_checkpointing_and_its_alternative(tmp_path: Path) -> None:
 
 
 def test_rollout_caches_and_guidance(tmp_path: Path) -> None:
-    plain, _ = estimate(tmp_path)
+    plain = estimate(tmp_path)
     assert plain["rollout logits"].bytes == 32 * 32 * 126464 * 2
     assert "block cache" not in plain
-    cached, _ = estimate(tmp_path, generation={"cache": "dual"})
+    cached = estimate(tmp_path, generation={"cache": "dual"})
     assert cached["block cache"].bytes == 32 * 456 * 2 * 32 * 4096 * 2
     assert cached["activations"].bytes / plain["activations"].bytes == (456 + 32) / 456
-    prefix, _ = estimate(tmp_path, generation={"cache": "prefix"})
+    prefix = estimate(tmp_path, generation={"cache": "prefix"})
     assert prefix["activations"].bytes / plain["activations"].bytes == (456 + 256) / 456
-    guided, _ = estimate(tmp_path, generation={"guidance": 1.0})
+    guided = estimate(tmp_path, generation={"guidance": 1.0})
     assert guided["activations"].bytes == 2 * plain["activations"].bytes
     assert guided["rollout activations"].bytes == 2 * plain["rollout activations"].bytes
     assert guided["rollout logits"].bytes == plain["rollout logits"].bytes
 
-    dream, _ = estimate(tmp_path, DREAM_7B, generation={"cache": "dual"})
+    dream = estimate(tmp_path, "Dream", generation={"cache": "dual"})
     assert dream["block cache"].bytes == 32 * 456 * 2 * 28 * (4 * 128) * 2
 
 
 def test_the_peak_is_the_larger_phase(tmp_path: Path) -> None:
-    parts, _ = estimate(tmp_path)
+    parts = estimate(tmp_path)
     items = list(parts.values())
     held = sum(item.bytes for item in items if item.phase == "always")
     update = sum(item.bytes for item in items if item.phase == "update")
