@@ -20,6 +20,10 @@ from typing import IO, Any, Protocol
 from egspo.sandbox.verdict import CaseResult, Limits, SandboxError, Verdict
 
 INSIDE = Path(__file__).parent / "inside"
+# Nothing of the user's or of installed packages, and no folder of the program's, is imported from.
+INTERPRETER_OPTIONS = ("-P", "-s", "-S", "-B")
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+"""The same order of sets in every run: a verdict that is asked for again is the same."""
 MAX_RESULTS = 2**20
 """Bytes of results that are read: about a thousand tests."""
 
@@ -130,13 +134,13 @@ def _process(
         payload.seek(0)
         kept = [*descriptors.values(), payload.fileno(), *(file.fileno() for file in files)]
         process = subprocess.Popen(
-            [*made.argv, "-I", "-S", "-B", "-c", _BOOTSTRAP, str(payload.fileno())],
+            [*made.argv, *INTERPRETER_OPTIONS, "-c", _BOOTSTRAP, str(payload.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=kept,
             start_new_session=True,
-            env={},
+            env=ENVIRONMENT,
             cwd="/",
         )
     with process:

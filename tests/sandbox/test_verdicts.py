@@ -295,6 +295,14 @@ def test_the_deadline_of_the_run_keeps_what_was_reached() -> None:
     assert "1.5 s" in str(verdict.error)
 
 
+def test_sets_have_one_order(sandbox: Bubblewrap) -> None:
+    program = "def f(): return list(set('abcdefghij')), hash('egspo')"
+    tests = "from solution import f\ndef test_it(): assert f() == 0, f()\n"
+    verdicts = {sandbox.run(program, tests).cases[0].error for _ in range(3)}
+    assert len(verdicts) == 1
+    assert "'j'" in str(verdicts)
+
+
 @pytest.mark.parametrize("field", Limits.__dataclass_fields__)
 @pytest.mark.parametrize("value", [0, -1, float("nan"), "5", None, True])
 def test_limits_are_checked(field: str, value: object) -> None:
