@@ -18,7 +18,7 @@ from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
 from egspo.tasks import Example, Task, build_task, load_task_file
-from egspo.tokenization import character_tokenizer, encode_prompts
+from egspo.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
 
 # Taken in ``reward/NAME`` and ``eval/NAME``.
 _METRIC_NAMES = ("mean", "std", "reward", "solved", "skipped")
@@ -35,16 +35,18 @@ class Data:
     """What training is evaluated on: the validation split, or the test split of a task without."""
 
 
-def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer named in the recipe, the checkpoint's, or the character tokenizer."""
+def build_tokenizer(config: ModelConfig, characters: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer named in the recipe, the checkpoint's, or one of the task's ``characters``."""
     source = config.tokenizer or config.path
-    return character_tokenizer() if source is None else load_tokenizer(source)
+    if source is not None:
+        return load_tokenizer(source)
+    return character_tokenizer(characters or SUDOKU_CHARACTERS)
 
 
 def build_data(config: TrainConfig) -> Data:
     """Task and tokenised prompts; every prompt is tokenised now, so that a bad one fails now."""
-    tokenizer = build_tokenizer(config.model)
-    task = configured_task(_named_task(config.task, config.task.options), config.task)
+    task = configured_task(named_task(config.task, config.task.options), config.task)
+    tokenizer = build_tokenizer(config.model, task.characters)
     held_out = task.validation or task.test
     train, chosen = (
         PromptSet(examples, encode_prompts(tokenizer, [example.prompt for example in examples]))
@@ -53,7 +55,7 @@ def build_data(config: TrainConfig) -> Data:
     return Data(task, tokenizer, train, chosen)
 
 
-def _named_task(config: TaskConfig, options: Mapping[str, Any]) -> Task:
+def named_task(config: TaskConfig, options: Mapping[str, Any]) -> Task:
     """The task of the recipe, registered by the package or by ``task.file``."""
     if config.file is not None:
         load_task_file(config.file)
@@ -70,7 +72,7 @@ def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:
     if not config.sft.task_options:
         return data.task.train
     options = {**config.task.options, **config.sft.task_options}
-    examples = _named_task(config.task, options).train
+    examples = named_task(config.task, options).train
     held_out = {repr(e.prompt) for e in (*data.task.validation, *data.task.test)}
     for number, example in enumerate(examples):
         if repr(example.prompt) in held_out:
@@ -97,7 +99,7 @@ def configured_task(task: Task, config: TaskConfig) -> Task:
         replace(
             reward,
             weight=weights.get(reward.name, reward.weight),
-            timeout=config.reward_timeout,
+            timeout=config.reward_timeout or reward.timeout,
             intermediate=reward.intermediate
             if intermediate is None
             else reward.name in intermediate,

@@ -68,6 +68,17 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return from_mapping(TrainConfig, tree, str(path), problems)
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of ``dotted.path=value`` pairs alone; raises ConfigError if one is malformed."""
+    tree: dict[str, Any] = {}
+    problems: list[str] = []
+    for text in overrides:
+        _override(tree, text, problems)
+    if problems:
+        raise ConfigError("command line", problems)
+    return tree
+
+
 def from_mapping(
     cls: type[T], tree: Mapping[str, Any], source: str, problems: Sequence[str] = ()
 ) -> T:
