@@ -99,16 +99,19 @@ def run_tests(command: CommandMaker, code: str, tests: str, limits: Limits) -> V
     deadline = time.monotonic() + limits.wall_seconds
     common = {"limits": limits.for_launcher()}
     with contextlib.ExitStack() as stack:
-        theirs, ours = (stack.enter_context(end) for end in socket.socketpair())
-        read_end, write_end = (stack.enter_context(os.fdopen(fd, "wb")) for fd in os.pipe())
+        control = [stack.enter_context(end) for end in socket.socketpair()]
+        read_end, write_end = os.pipe()
+        results = stack.enter_context(os.fdopen(read_end, "rb"))
+        written = stack.enter_context(os.fdopen(write_end, "wb"))
         job: dict[str, Any] = {**common, "role": "candidate", "code": code}
-        program = stack.enter_context(_process(command, job, {"control": theirs.fileno()}))
+        program = stack.enter_context(_process(command, job, {"control": control[0].fileno()}))
         job = {**common, "role": "checker", "tests": tests}
-        descriptors = {"control": ours.fileno(), "results": write_end.fileno()}
+        descriptors = {"control": control[1].fileno(), "results": write_end}
         checker = stack.enter_context(_process(command, job, descriptors))
-        for end in (theirs, ours, write_end):
+        written.close()  # now only the processes hold these
+        for end in control:
             end.close()
-        lines = list(_lines(read_end.fileno(), deadline))
+        lines = list(_lines(results.fileno(), deadline))
         if not lines:
             ended = time.monotonic() < deadline
             for process in (program, checker):
@@ -192,7 +195,7 @@ def read_verdict(lines: list[dict[str, Any]], limits: Limits) -> Verdict:
     results = [line for line in lines if "name" in line]
     cases = tuple(CaseResult(line["name"], line["passed"], line["error"]) for line in results)
     total = results[0]["of"] if results else 0
-    timed_out = any(line["timeout"] for line in results)
+    timed_out = any(line["timeout"] for line in lines)
     if not lines or "end" not in lines[-1]:
         error = f"no result for every test within {limits.wall_seconds:g} s"
         return Verdict(cases, total, error, timed_out=True)
