@@ -109,7 +109,7 @@ def configured_task(task: Task, config: TaskConfig) -> Task:
         replace(
             reward,
             weight=weights.get(reward.name, reward.weight),
-            timeout=config.reward_timeout,
+            timeout=config.reward_timeout or reward.timeout,
             intermediate=reward.intermediate
             if intermediate is None
             else reward.name in intermediate,

@@ -85,14 +85,15 @@ class TaskConfig:
     the task itself says."""
     on_reward_error: Literal["raise", "skip"] = "raise"
     """``skip`` leaves the sample out of the update, counts it and reports it."""
-    reward_timeout: float | None = 300.0
-    """Seconds that one call of a reward function may take before it counts as failed; null for
-    any."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function may take before it counts as failed; null keeps
+    each function's own limit (300 unless the task says otherwise)."""
 
     def __post_init__(self) -> None:
         _require(
             self.reward_timeout is None or self.reward_timeout > 0,
-            f"task.reward_timeout must be > 0, or null for any, got {self.reward_timeout}",
+            "task.reward_timeout must be > 0, or null for each reward's own, "
+            f"got {self.reward_timeout}",
         )
 
 

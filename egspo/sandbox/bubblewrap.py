@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from egspo.sandbox.processes import Command, run_tests
+from egspo.sandbox.processes import ENVIRONMENT, Command, run_tests
 from egspo.sandbox.seccomp import filter_program
 from egspo.sandbox.verdict import Limits, SandboxError, SandboxUnavailable, Verdict
 
@@ -90,6 +90,8 @@ class Bubblewrap:
         arguments = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
         arguments += ["--unshare-cgroup-try", "--as-pid-1", "--new-session", "--die-with-parent"]
         arguments += ["--clearenv", "--hostname", "sandbox"]
+        for name, value in ENVIRONMENT.items():
+            arguments += ["--setenv", name, value]
         if self._root:
             return [*arguments, "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
         return [*arguments, "--unshare-user", "--uid", "65534", "--gid", "65534"]

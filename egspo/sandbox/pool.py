@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from types import TracebackType
 
 from egspo.sandbox.verdict import Backend, Verdict
@@ -43,7 +44,10 @@ class SandboxPool:
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, Verdict] = OrderedDict()
         self._running: dict[bytes, Future[Verdict]] = {}
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
+        self._queue: queue.SimpleQueue[tuple[Future[Verdict], str, str] | None]
+        self._queue = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
 
     def run(self, code: str, tests: str) -> Verdict:
         """Test one program.
@@ -84,10 +88,32 @@ class SandboxPool:
             running = self._running.get(key)
             if running is not None and not running.cancelled():
                 return running
-            future = self._executor.submit(self.backend.run, code, tests)
+            future: Future[Verdict] = Future()
+            self._start_threads()
             self._running[key] = future
         future.add_done_callback(lambda ended: self._keep(key, ended))
+        self._queue.put((future, code, tests))
         return future
+
+    def _start_threads(self) -> None:
+        if self._closed:
+            raise RuntimeError("the sandbox pool is closed")
+        # Daemons: a training run that is interrupted must not wait for what is queued. What runs
+        # ends with this process.
+        while len(self._threads) < self.workers:
+            name = f"sandbox-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            future, code, tests = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self.backend.run(code, tests))
+            except BaseException as error:
+                future.set_exception(error)
 
     def _keep(self, key: bytes, ended: Future[Verdict]) -> None:
         with self._lock:
@@ -106,8 +132,16 @@ class SandboxPool:
         return hashlib.sha256(b"\n".join([sizes, identity, *parts])).digest()
 
     def close(self) -> None:
-        """Wait for what runs, drop what waits."""
-        self._executor.shutdown(cancel_futures=True)
+        """Wait for what runs, drop what waits; no program can be run any more."""
+        with self._lock:
+            self._closed = True
+            waiting = list(self._running.values())
+        for future in waiting:
+            future.cancel()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> SandboxPool:
         return self

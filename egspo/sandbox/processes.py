@@ -20,6 +20,10 @@ from typing import IO, Any, Protocol
 from egspo.sandbox.verdict import CaseResult, Limits, SandboxError, Verdict
 
 INSIDE = Path(__file__).parent / "inside"
+# Nothing of the user's or of installed packages, and no folder of the program's, is imported from.
+INTERPRETER_OPTIONS = ("-P", "-s", "-S", "-B")
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+"""The same order of sets in every run: a verdict that is asked for again is the same."""
 MAX_RESULTS = 2**20
 """Bytes of results that are read: about a thousand tests."""
 
@@ -95,16 +99,19 @@ def run_tests(command: CommandMaker, code: str, tests: str, limits: Limits) -> V
     deadline = time.monotonic() + limits.wall_seconds
     common = {"limits": limits.for_launcher()}
     with contextlib.ExitStack() as stack:
-        theirs, ours = (stack.enter_context(end) for end in socket.socketpair())
-        read_end, write_end = (stack.enter_context(os.fdopen(fd, "wb")) for fd in os.pipe())
+        control = [stack.enter_context(end) for end in socket.socketpair()]
+        read_end, write_end = os.pipe()
+        results = stack.enter_context(os.fdopen(read_end, "rb"))
+        written = stack.enter_context(os.fdopen(write_end, "wb"))
         job: dict[str, Any] = {**common, "role": "candidate", "code": code}
-        program = stack.enter_context(_process(command, job, {"control": theirs.fileno()}))
+        program = stack.enter_context(_process(command, job, {"control": control[0].fileno()}))
         job = {**common, "role": "checker", "tests": tests}
-        descriptors = {"control": ours.fileno(), "results": write_end.fileno()}
+        descriptors = {"control": control[1].fileno(), "results": write_end}
         checker = stack.enter_context(_process(command, job, descriptors))
-        for end in (theirs, ours, write_end):
+        written.close()  # now only the processes hold these
+        for end in control:
             end.close()
-        lines = list(_lines(read_end.fileno(), deadline))
+        lines = list(_lines(results.fileno(), deadline))
         if not lines:
             ended = time.monotonic() < deadline
             for process in (program, checker):
@@ -130,13 +137,13 @@ def _process(
         payload.seek(0)
         kept = [*descriptors.values(), payload.fileno(), *(file.fileno() for file in files)]
         process = subprocess.Popen(
-            [*made.argv, "-I", "-S", "-B", "-c", _BOOTSTRAP, str(payload.fileno())],
+            [*made.argv, *INTERPRETER_OPTIONS, "-c", _BOOTSTRAP, str(payload.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=kept,
             start_new_session=True,
-            env={},
+            env=ENVIRONMENT,
             cwd="/",
         )
     with process:
@@ -188,7 +195,7 @@ def read_verdict(lines: list[dict[str, Any]], limits: Limits) -> Verdict:
     results = [line for line in lines if "name" in line]
     cases = tuple(CaseResult(line["name"], line["passed"], line["error"]) for line in results)
     total = results[0]["of"] if results else 0
-    timed_out = any(line["timeout"] for line in results)
+    timed_out = any(line["timeout"] for line in lines)
     if not lines or "end" not in lines[-1]:
         error = f"no result for every test within {limits.wall_seconds:g} s"
         return Verdict(cases, total, error, timed_out=True)

@@ -81,7 +81,9 @@ class _Worker:
         self.process: subprocess.Popen[str] | None = None
 
     def decide(self, pair: tuple[str, str]) -> bool:
-        process = self.process or self._start()
+        process = self.process
+        if process is None or process.poll() is not None:
+            process = self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(pair) + "\n")
@@ -89,16 +91,17 @@ class _Worker:
             line = process.stdout.readline()
         except BrokenPipeError:  # it was ended in between, by whomever
             line = ""
-        if not line:
-            process.kill()
-            process.wait()
-            self.process = None
-        return bool(line) and bool(json.loads(line))
+        if line.endswith("\n"):
+            return bool(json.loads(line))
+        process.kill()
+        process.wait()
+        self.process = None
+        return False
 
     def _start(self) -> subprocess.Popen[str]:
-        path = os.pathsep.join(entry for entry in sys.path if entry)
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "egspo.tasks.math_worker", *self.limits],
+            [sys.executable, "-P", "-m", "egspo.tasks.math_worker", *self.limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -27,6 +27,7 @@ _COLUMNS = {"question": str, "answer": str}
 _INTEGER = re.compile(r"-?[0-9]{1,64}")
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,64}(?:\.[0-9]{0,64})?|\.[0-9]{1,64})")
 _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
+_ANY_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -51,6 +52,25 @@ def correctness(
     """1.0 where the extracted answer is the number ``answer``."""
     pairs = zip(completions, answer, strict=True)
     return [float(number(extract_answer(text)) == number(gold)) for text, gold in pairs]
+
+
+def solved(
+    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any
+) -> list[float]:
+    """1.0 where the extracted answer, or the last number in it (``18 dollars``), is ``answer``.
+
+    More lenient than the reward, as the published evaluation is.
+    """
+    pairs = zip(completions, answer, strict=True)
+    return [float(_last_number(extract_answer(text)) == number(gold)) for text, gold in pairs]
+
+
+def _last_number(text: str | None) -> Fraction | None:
+    whole = number(text)
+    if whole is not None or text is None or len(text) > 1000:
+        return whole
+    found = _ANY_NUMBER.findall(text)
+    return number(found[-1]) if found else None
 
 
 def integer(completions: Sequence[str], **_: Any) -> list[float]:
@@ -105,7 +125,7 @@ def build_gsm8k(
             Reward("soft_format", soft_format, weight=0.5),
             Reward("xml_count", xml_count),
         ],
-        solved=correctness,
+        solved=solved,
         extract=extract_answer,
     )
 

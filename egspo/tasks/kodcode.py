@@ -88,17 +88,19 @@ def build_kodcode(
     if left_out:
         shown = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(5))
         logger.warning("%d rows are left out: %s", left_out.total(), shown)
-    examples = {
-        name: [_example(row, instruction) for row in getattr(splits, name)]
-        for name in ("train", "validation", "test")
-    }
+    train_set, validation_set, test_set = (
+        [_example(row, instruction) for row in rows]
+        for rows in (splits.train, splits.validation, splits.test)
+    )
     if verify_solutions:
-        examples = {name: _verified(rows, runner) for name, rows in examples.items()}
+        train_set, validation_set, test_set = (
+            _verified(examples, runner) for examples in (train_set, validation_set, test_set)
+        )
     return Task(
         name="kodcode",
-        train=examples["train"],
-        validation=examples["validation"],
-        test=examples["test"],
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
         rewards=runner.rewards(),
         solved=runner.solved,
         extract=extract_program,

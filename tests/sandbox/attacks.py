@@ -314,7 +314,7 @@ def f():
 """,
     "environment": """
 import os
-def f(): return sorted(set(os.environ) - {"PWD", "LC_CTYPE"})
+def f(): return sorted(set(os.environ) - {"PWD", "LC_CTYPE", "PYTHONHASHSEED"})
 """,
     "other processes": """
 import os

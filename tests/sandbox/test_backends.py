@@ -171,6 +171,36 @@ def test_time_limits_and_errors_are_not_cached(verdict: Verdict | Exception) -> 
         assert backend.runs >= 2
 
 
+def test_a_closed_pool_drops_what_waits() -> None:
+    backend = Counting(PASSED)
+    backend.gate.clear()
+    pool = SandboxPool(backend, workers=1)
+    first, second = pool.submit("a", "t"), pool.submit("b", "t")
+    assert _wait_for(first.running)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    assert _wait_for(second.cancelled)
+    backend.gate.set()
+    closing.join()
+    assert first.result() == PASSED
+    assert backend.runs == 1
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.run("c", "t")
+
+
+def test_an_interrupted_host_does_not_wait_for_what_is_queued() -> None:
+    program = (
+        "import time\n"
+        "from egspo.sandbox import SandboxPool, Unsafe\n"
+        "pool = SandboxPool(Unsafe(), workers=1)\n"
+        "for n in range(50): pool.submit(f'import time; time.sleep(60)  # {n}', '')\n"
+        "time.sleep(0.5)\n"
+    )
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert time.monotonic() - start < 10
+
+
 @pytest.mark.parametrize("options", [{"workers": 0}, {"cache_size": -1}])
 def test_pool_options_are_checked(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

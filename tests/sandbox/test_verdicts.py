@@ -192,6 +192,20 @@ def test_a_failure_says_why(sandbox: Bubblewrap, program: str, test: str, error:
     assert error in str(verdict.cases[0].error)
 
 
+@pytest.mark.parametrize(
+    ("program", "error", "timed_out"),
+    [
+        ("import os; os._exit(0)", "the program ended while it loaded", False),
+        ("while True: pass", "loading took longer than 1 s", True),
+    ],
+)
+def test_a_program_that_does_not_load(
+    sandbox: Bubblewrap, program: str, error: str, timed_out: bool
+) -> None:
+    verdict = sandbox.run(program, "def test_it(): pass")
+    assert (verdict.total, verdict.error, verdict.timed_out) == (0, error, timed_out)
+
+
 def test_the_share_of_tests_passed(sandbox: Bubblewrap) -> None:
     tests = "import pytest\nfrom solution import f\n"
     tests += "@pytest.mark.parametrize('n', range(8))\ndef test_it(n): assert f(n) == n\n"
@@ -293,6 +307,14 @@ def test_the_deadline_of_the_run_keeps_what_was_reached() -> None:
     assert verdict.total == 7
     assert verdict.timed_out
     assert "1.5 s" in str(verdict.error)
+
+
+def test_sets_have_one_order(sandbox: Bubblewrap) -> None:
+    program = "def f(): return list(set('abcdefghij')), hash('egspo')"
+    tests = "from solution import f\ndef test_it(): assert f() == 0, f()\n"
+    verdicts = {sandbox.run(program, tests).cases[0].error for _ in range(3)}
+    assert len(verdicts) == 1
+    assert "'j'" in str(verdicts)
 
 
 @pytest.mark.parametrize("field", Limits.__dataclass_fields__)

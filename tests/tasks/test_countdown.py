@@ -24,7 +24,6 @@ from egspo.tasks.countdown import (
 )
 from egspo.tasks.countdown_task import extract_expression, score, whole_expression
 from egspo.tokenization import character_tokenizer, encode_prompts
-from tests import runs
 from tests.tasks.hostile import HUGE, SMALL
 
 
@@ -238,18 +237,3 @@ def test_problems_of_a_source(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_task("countdown", **options)
-
-
-def test_a_small_model_trains_on_it(tmp_path: Path) -> None:
-    from egspo.metrics import read_metrics
-    from egspo.trainer import train
-
-    options = {"prompt_style": "digits", "largest": 9, "train_examples": 20, "test_examples": 4}
-    task = {"name": "countdown", "options": {**options, "validation_examples": 3}}
-    change = {"task": None}, {"task": task, "steps": 1}
-    train(
-        runs.config(tmp_path, *change, {"generation": {"max_new_tokens": 10, "block_length": 10}})
-    )
-    record = read_metrics(tmp_path)[-1]
-    assert 0 <= record["reward/expression"] <= 1
-    assert "eval/solved" in record

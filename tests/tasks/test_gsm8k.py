@@ -13,7 +13,7 @@ import pytest
 from egspo.rewards import score_completions
 from egspo.tasks import Task, build_task
 from egspo.tasks.answers import in_format
-from egspo.tasks.gsm8k import correctness, integer, number
+from egspo.tasks.gsm8k import correctness, integer, number, solved
 from tests.tasks.hostile import HUGE, SMALL
 
 ROWS = [
@@ -81,8 +81,26 @@ def test_the_published_values(folder: Path, completion: str, reward: float) -> N
     task = build(folder)
     assert total(task, completion) == pytest.approx(reward)
     assert task.solved is not None
-    solved = task.solved(prompts=["?"], completions=[completion], answer=["7"])
-    assert solved == [float(reward > 2)]
+    (is_solved,) = task.solved(prompts=["?"], completions=[completion], answer=["7"])
+    assert is_solved == (reward > 2)
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("<answer>7 apples</answer>", 1.0),
+        ("<answer>$7.00 is left</answer>", 1.0),
+        ("<answer>3 + 4 = 7</answer>", 1.0),
+        ("<answer>7, not 8</answer>", 0.0),
+        ("<answer>1,007</answer>", 0.0),
+        ("<answer>-7</answer>", 0.0),
+        ("<answer>seven</answer>", 0.0),
+        ("7", 0.0),
+    ],
+)
+def test_the_metric_is_more_lenient_than_the_reward(completion: str, right: float) -> None:
+    assert solved(["?"], [completion], ["7"]) == [right]
+    assert correctness(["?"], [completion], ["7"]) == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +139,8 @@ def test_hostile_completions_are_paid_nothing() -> None:
         start = time.process_time()
         values = correctness(["?"] * len(texts), list(texts.values()), ["42"] * len(texts))
         assert values == [0.0] * len(texts)
+        fooled = solved(["?"] * len(texts), list(texts.values()), ["42"] * len(texts))
+        assert not any(fooled)
         paid = dict(zip(texts, integer(list(texts.values())), strict=True))
         assert [name for name, value in paid.items() if value] in (
             [],

@@ -87,6 +87,10 @@ def test_a_worker_that_is_killed_is_replaced() -> None:
     assert worker.process is not None
     os.kill(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
+    assert worker.decide(("1", "2/2"))
+    os.kill(worker.process.pid, signal.SIGSTOP)  # so that it dies with a question
+    kill = threading.Timer(0.2, worker.process.kill)
+    kill.start()
     assert not worker.decide(("1", "2/2"))
     assert worker.decide(("1", "2/2"))
 

@@ -1,6 +1,6 @@
 """What runs inside the sandbox: both ends of the conversation between tests and program.
 
-These modules are bound into the sandbox and run there by a bare interpreter (``-I -S``), so they
+These modules are bound into the sandbox and run there by a bare interpreter (``-P -s -S``), so they
 import one another relatively, take nothing from outside this folder but the standard library, and
 little of that: importing ``typing`` would double the time that a run takes to start.
 

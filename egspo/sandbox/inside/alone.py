@@ -41,12 +41,13 @@ def main(script: str, prelude: str, job: dict[str, Any]) -> None:
             f"{prelude}\nfrom inside import launcher\nlauncher.main(open({payload.fileno()}, 'rb'))"
         )
         program = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", source],
+            [sys.executable, "-P", "-s", "-S", "-B", "-c", source],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), payload.fileno()),
             start_new_session=True,
+            env={"PYTHONHASHSEED": "0"},
         )
     theirs.close()
     results = os.dup(1)

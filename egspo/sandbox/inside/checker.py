@@ -46,7 +46,7 @@ class _Deadline:
         if not self._running:
             return
         self.passed = True
-        raise _Timeout(f"longer than {self._seconds:g} s")
+        raise _Timeout
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
 
     Writes to ``results`` lines of JSON: ``{"started"}`` once both sides run, for each test
     ``{"name", "of": number of tests, "passed", "error", "timeout"}``, and at last ``{"end": why
-    there are no more, or None}``. ``prefix`` begins each.
+    there are no more, or None, "timeout"}``. ``prefix`` begins each.
     """
     linecache.cache[_FILE] = (len(tests), None, tests.splitlines(keepends=True), _FILE)
     if control.recv(1) != b"S":
@@ -66,25 +66,33 @@ def run(
         os.write(results, f"{prefix}{json.dumps(line)}\n".encode())
 
     write({"started": True})
+    write(_run_all(tests, control, test_seconds, write))
+
+
+def _run_all(
+    tests: str,
+    control: socket.socket,
+    test_seconds: float,
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Write a line for every test, and return the last one."""
     control.settimeout(test_seconds)
     try:
-        loaded = control.recv(1) == b"L"
-    except OSError:
-        loaded = False
-    if not loaded:
-        write({"end": f"the program ended, or took {test_seconds:g} s, while it loaded"})
-        return
-    number, end = 0, None
+        if control.recv(1) != b"L":
+            return {"end": "the program ended while it loaded", "timeout": False}
+    except TimeoutError:
+        return {"end": f"loading took longer than {test_seconds:g} s", "timeout": True}
+    except ConnectionError:
+        return {"end": "the program ended while it loaded", "timeout": False}
+    number = 0
     while True:
         case = _run_case(tests, number, control, test_seconds)
         if case["name"] is None:
-            end = case["error"]
-            break
+            return {"end": case["error"], "timeout": case["timeout"]}
         write(case)
         number += 1
         if number == case["of"]:
-            break
-    write({"end": end})
+            return {"end": None, "timeout": False}
 
 
 def _run_case(
