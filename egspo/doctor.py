@@ -14,7 +14,10 @@ from rich.table import Table
 
 import egspo
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn")
+PACKAGES = (
+    *("torch", "triton", "transformers", "accelerate", "peft", "datasets"),
+    *("flash-attn", "math-verify"),  # optional
+)
 
 
 def diagnose() -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from egspo.tasks.answers import FORMAT, extract_answer
-from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.base import SPLITS, Example, Reward, Task, register_task
 from egspo.tasks.countdown import (
     Problem,
     careless_expression,
@@ -70,7 +70,7 @@ def build_countdown(
     validation_examples: int = 128,
     test_examples: int = 256,
     numbers: int = 3,
-    largest: int = 99,
+    largest: int | None = None,
     targets: list[int] | None = None,
     seed: int = 0,
     prompt_style: Literal["digits", "instruct"] = "instruct",
@@ -85,7 +85,7 @@ def build_countdown(
         train_examples: how many to make (None for 10,000), or to read at most (None for all).
         validation_examples, test_examples: distinct ones to hold out.
         numbers: in a problem; others of a source are left out.
-        largest: of the numbers of made problems.
+        largest: of the numbers of made problems; None for 99.
         targets: least and greatest target of made problems; None for [1, 99].
         seed: of the problems and splits, independent of the training seed.
         prompt_style: ``digits``: ``3,5,7=26`` in, ``3*7+5`` out, for models of single characters;
@@ -97,15 +97,30 @@ def build_countdown(
         OSError: a source cannot be read.
         ValueError: naming the option, or the source and column, that is wrong.
     """
-    if prompt_style not in ("digits", "instruct"):
-        raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
-    if not 0.0 <= careless <= 1.0:
-        raise ValueError(f"careless must lie in [0, 1], got {careless!r}")
-    if type(numbers) is not int or not 2 <= numbers <= 6:
-        raise ValueError(f"numbers must lie in [2, 6], got {numbers!r}")
-    if train is not None:
-        if careless:
-            raise ValueError("careless needs made problems: those of a source have no solution")
+    _check(prompt_style, careless, numbers)
+    if train is None:
+        if test is not None:
+            raise ValueError("test needs train: without a source, test problems are made too")
+        counts = (
+            10_000 if train_examples is None else train_examples,
+            validation_examples,
+            test_examples,
+        )
+        bounds = [1, 99] if targets is None else targets
+        made = _made(counts, numbers, 99 if largest is None else largest, bounds, seed)
+        parts = {
+            name: [_made_example(problem, prompt_style) for problem in problems]
+            for name, problems in made.items()
+        }
+        parts["train"] = [
+            _made_example(problem, prompt_style, careless, random.Random(f"{seed}-careless-{i}"))
+            for i, problem in enumerate(made["train"])
+        ]
+    else:
+        made_only = {"largest": largest, "targets": targets, "careless": careless or None}
+        for name, value in made_only.items():
+            if value is not None:
+                raise ValueError(f"{name} is of made problems: it has no effect with train={train}")
         splits = load_splits(
             train,
             test,
@@ -117,27 +132,27 @@ def build_countdown(
             test_examples=test_examples,
             seed=seed,
         )
-        rows = splits.train, splits.validation, splits.test
-        parts = [[_example(row, prompt_style) for row in part] for part in rows]
-    else:
-        if test is not None:
-            raise ValueError("test needs train: without a source, test problems are made too")
-        counts = 10_000 if train_examples is None else train_examples, validation_examples
-        made = _made((*counts, test_examples), numbers, largest, targets, seed)
-        parts = [
-            [
-                _made_example(p, prompt_style, _draw(seed, i), careless if name == "train" else 0)
-                for i, p in enumerate(made[name])
-            ]
-            for name in ("train", "validation", "test")
-        ]
+        parts = {
+            name: [_example(row, prompt_style) for row in getattr(splits, name)] for name in SPLITS
+        }
+    return _task(parts, prompt_style)
+
+
+def _check(prompt_style: str, careless: float, numbers: int) -> None:
+    if prompt_style not in ("digits", "instruct"):
+        raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    if not 0.0 <= careless <= 1.0:
+        raise ValueError(f"careless must lie in [0, 1], got {careless!r}")
+    if type(numbers) is not int or not 2 <= numbers <= 6:
+        raise ValueError(f"numbers must lie in [2, 6], got {numbers!r}")
+
+
+def _task(parts: Mapping[str, Sequence[Example]], prompt_style: str) -> Task:
     tagged = prompt_style == "instruct"
     extract = extract_expression if tagged else whole_expression
     return Task(
         name="countdown",
-        train=parts[0],
-        validation=parts[1],
-        test=parts[2],
+        **parts,
         rewards=[Reward("expression", _reward(extract))],
         solved=_solved(extract),
         extract=extract,
@@ -172,7 +187,7 @@ def _made(
     examples: tuple[int, int, int],
     numbers: int,
     largest: int,
-    targets: list[int] | None,
+    bounds: list[int],
     seed: int,
 ) -> dict[str, list[Problem]]:
     """Problems by split, made in the order test, validation, train."""
@@ -182,10 +197,9 @@ def _made(
             raise ValueError(f"{name}_examples must be a whole number >= {minimum}, got {count!r}")
     if type(largest) is not int or largest < 1:
         raise ValueError(f"largest must be a whole number >= 1, got {largest!r}")
-    bounds = [1, 99] if targets is None else targets
     valid = isinstance(bounds, list) and len(bounds) == 2 and all(type(b) is int for b in bounds)
     if not valid or bounds[0] > bounds[1]:
-        raise ValueError(f"targets must be [least, greatest], got {targets!r}")
+        raise ValueError(f"targets must be [least, greatest], got {bounds!r}")
     made: dict[str, list[Problem]] = {}
     taken: set[str] = set()
     for name, count in reversed(list(zip(least, examples, strict=True))):
@@ -204,13 +218,13 @@ def _made(
     return made
 
 
-def _draw(seed: int, number: int) -> random.Random:
-    return random.Random(f"{seed}-careless-{number}")
-
-
-def _made_example(problem: Problem, style: str, rng: random.Random, careless: float) -> Example:
-    is_careless = rng.random() < careless
-    answer = careless_expression(problem.nums, rng) if is_careless else problem.solution
+def _made_example(
+    problem: Problem, style: str, careless: float = 0.0, rng: random.Random | None = None
+) -> Example:
+    """With a target that, with probability ``careless``, looks at the numbers alone."""
+    answer = problem.solution
+    if rng is not None and rng.random() < careless:
+        answer = careless_expression(problem.nums, rng)
     target = answer if style == "digits" else f"<answer>\n{answer}\n</answer>"
     return _example({"nums": list(problem.nums), "target": problem.target}, style, target)
 
