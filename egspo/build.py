@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from egspo.evaluation import PromptSet
 from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
-from egspo.tasks import Example, Task, build_task
+from egspo.tasks import Example, Task, build_task, load_task_file
 from egspo.tokenization import character_tokenizer, encode_prompts
 
 # Taken in ``reward/NAME`` and ``eval/NAME``.
@@ -31,7 +31,8 @@ class Data:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     train: PromptSet
-    test: PromptSet
+    held_out: PromptSet
+    """What training is evaluated on: the validation split, or the test split of a task without."""
 
 
 def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -43,12 +44,20 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def build_data(config: TrainConfig) -> Data:
     """Task and tokenised prompts; every prompt is tokenised now, so that a bad one fails now."""
     tokenizer = build_tokenizer(config.model)
-    task = configured_task(build_task(config.task.name, **config.task.options), config.task)
-    train, test = (
+    task = configured_task(_named_task(config.task, config.task.options), config.task)
+    held_out = task.validation or task.test
+    train, chosen = (
         PromptSet(examples, encode_prompts(tokenizer, [example.prompt for example in examples]))
-        for examples in (task.train, task.test[: config.eval.examples])
+        for examples in (task.train, held_out[: config.eval.examples])
     )
-    return Data(task, tokenizer, train, test)
+    return Data(task, tokenizer, train, chosen)
+
+
+def _named_task(config: TaskConfig, options: Mapping[str, Any]) -> Task:
+    """The task of the recipe, registered by the package or by ``task.file``."""
+    if config.file is not None:
+        load_task_file(config.file)
+    return build_task(config.name, **options)
 
 
 def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:
@@ -61,8 +70,8 @@ def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:
     if not config.sft.task_options:
         return data.task.train
     options = {**config.task.options, **config.sft.task_options}
-    examples = build_task(config.task.name, **options).train
-    held_out = {repr(example.prompt) for example in data.task.test}
+    examples = _named_task(config.task, options).train
+    held_out = {repr(e.prompt) for e in (*data.task.validation, *data.task.test)}
     for number, example in enumerate(examples):
         if repr(example.prompt) in held_out:
             raise ValueError(
@@ -88,6 +97,7 @@ def configured_task(task: Task, config: TaskConfig) -> Task:
         replace(
             reward,
             weight=weights.get(reward.name, reward.weight),
+            timeout=config.reward_timeout,
             intermediate=reward.intermediate
             if intermediate is None
             else reward.name in intermediate,
@@ -223,5 +233,5 @@ def check_data(config: TrainConfig, data: Data, context: int | None) -> None:
             f"task {data.task.name} has none with task.intermediate_rewards="
             f"{config.task.intermediate_rewards}"
         )
-    for prompts in (data.train, data.test):
+    for prompts in (data.train, data.held_out):
         check_context(prompts.token_ids, config.generation, context)

@@ -72,6 +72,9 @@ class TaskConfig:
     """The task by registered name; ``options`` go to its builder."""
 
     name: str = "sudoku"
+    file: str | None = None
+    """Python file that registers the task; like every path of a recipe, relative to the working
+    directory. A run keeps a copy, and only continues with the same content."""
     options: dict[str, Any] = field(default_factory=dict)
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Weights by reward name; rewards not named keep the task's."""
@@ -80,6 +83,15 @@ class TaskConfig:
     the task itself says."""
     on_reward_error: Literal["raise", "skip"] = "raise"
     """``skip`` leaves the sample out of the update, counts it and reports it."""
+    reward_timeout: float | None = 300.0
+    """Seconds that one call of a reward function may take before it counts as failed; null for
+    any."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.reward_timeout is None or self.reward_timeout > 0,
+            f"task.reward_timeout must be > 0, or null for any, got {self.reward_timeout}",
+        )
 
 
 @dataclass

@@ -7,10 +7,18 @@ from typing import Any, Literal
 
 from egspo.checkpoint import CheckpointError
 from egspo.config import TrainConfig
-from egspo.recipe import config_to_dict, load_config
+from egspo.recipe import TASK_COPY, config_to_dict, load_config, task_content
 
 # What may differ without changing what the steps already made would have been.
-_FREE = ("output_dir", "steps", "eval", "checkpoint", "trackers")
+_FREE = (
+    "output_dir",
+    "steps",
+    "eval",
+    "checkpoint",
+    "trackers",
+    "task.file",  # its content is compared instead
+    "task.reward_timeout",
+)
 _FREE_SFT = (
     *_FREE,
     "seed",
@@ -56,6 +64,9 @@ def check_continuation(config: TrainConfig, run: Path, command: Literal["train",
             f"{steps} was {saved[steps]}, now {new[steps]}, which {schedule}={new[schedule]} "
             "depends on"
         )
+    content, copied = task_content(config, run)
+    if content != copied:
+        changed.append(f"task.file={config.task.file} differs from the copy {run / TASK_COPY}")
     if changed:
         raise CheckpointError(
             f"the configuration differs from the one {run} was started with: " + "; ".join(changed)

@@ -23,6 +23,9 @@ from egspo.config import PRESETS, TrainConfig
 
 T = TypeVar("T")
 
+TASK_COPY = "task.py"
+"""Copy of ``task.file`` in the folder of a run."""
+
 
 class ConfigError(ValueError):
     """What is wrong with a configuration.
@@ -94,14 +97,36 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
-    """Write the effective configuration, which loads back as an equal one."""
+    """Write the effective configuration, which loads back as an equal one.
+
+    Beside it a copy of ``task.file``, if there is one, as :data:`TASK_COPY`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if config.task.file is not None:
+        _write(path.with_name(TASK_COPY), Path(config.task.file).expanduser().read_bytes())
     # In ASCII: PyYAML writes some line breaks of Unicode as they are, and reads them as others.
     text = yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def task_content(config: TrainConfig, run: Path) -> tuple[bytes | None, bytes | None]:
+    """What the task files say of ``config`` and of the run in the folder ``run``; None for none.
+
+    Raises:
+        FileNotFoundError: there is no file ``task.file``.
+    """
+    file, copy = config.task.file, run / TASK_COPY
+    return (
+        None if file is None else Path(file).expanduser().read_bytes(),
+        copy.read_bytes() if copy.is_file() else None,
+    )
 
 
 class _Loader(yaml.SafeLoader):

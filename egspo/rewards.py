@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import functools
-import inspect
 import math
-import os
-import threading
-from collections.abc import Mapping, Sequence, Set
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from egspo.reward_calls import RewardCall, RewardTimeout
 from egspo.tasks.base import Reward
 
 
@@ -46,9 +43,11 @@ def score_completions(
 ) -> ScoredRewards:
     """Call every reward function as ``f(prompts=, completions=, **columns)`` and add up.
 
-    A value of None does not apply to its sample and adds nothing; a sample to which nothing
-    applies is skipped. A function that raises, returns another number of values, or a value that
-    is not a finite number, is a failure. No function is called for no completions.
+    The functions run at the same time, each in a thread, and see every distinct sample (prompt,
+    completion and columns) once. A value of None does not apply to its sample and adds nothing; a
+    sample to which nothing applies is skipped. A function that raises, takes longer than its
+    ``timeout``, returns another number of values, or a value that is not a finite number, is a
+    failure. No function is called for no completions.
 
     Args:
         rewards: the functions, of distinct names; those of ``async def`` share an event loop of
@@ -59,27 +58,81 @@ def score_completions(
 
     Raises:
         RewardError: naming the function, the sample and the value; its cause is the exception of
-            the function, if that raised.
+            the function, if that raised. Of several failures, that of the first in ``rewards``.
         ValueError: if ``prompts`` or a column has not N values, a column cannot be passed on by
             its name, or ``on_error`` is unknown.
     """
     _check_arguments(prompts, completions, columns, on_error)
+    samples = _Samples.distinct(prompts, completions, columns)
+    calls = [RewardCall(reward, samples.arguments()) for reward in rewards if completions]
+    outcomes = [_outcome(call, samples) for call in calls] or [_nothing(0) for _ in rewards]
     scored = ScoredRewards(torch.zeros(len(completions), dtype=torch.float64), {})
     applies = torch.zeros(len(completions), dtype=torch.bool)
     failed = torch.zeros(len(completions), dtype=torch.bool)
-    for reward in rewards:
-        checked, bad, errors = _score(reward, prompts, completions, columns)
+    for reward, (distinct, bad, errors) in zip(rewards, outcomes, strict=True):
         if errors and on_error == "raise":
             raise errors[0]
+        checked = distinct[samples.place]
         scored.errors += map(str, errors)
         scored.per_function[reward.name] = checked
-        failed |= bad
+        failed |= bad[samples.place]
         applies |= ~checked.isnan()
         scored.total += reward.weight * checked.nan_to_num(nan=0.0)
     skipped = failed | ~applies
     scored.total[skipped] = math.nan
     scored.skipped = int(skipped.sum())
     return scored
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The D distinct ones of N samples."""
+
+    prompts: list[Any]
+    completions: list[str]
+    columns: dict[str, list[Any]]
+    first: list[int]
+    """Number of the first of the N that each of the D is."""
+    place: Tensor
+    """int64 [N], which of the D each of the N is."""
+
+    @classmethod
+    def distinct(
+        cls,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> _Samples:
+        keys = [
+            _key(index, prompts[index], completion, [column[index] for column in columns.values()])
+            for index, completion in enumerate(completions)
+        ]
+        first_of: dict[Any, int] = {}
+        for index, key in enumerate(keys):
+            first_of.setdefault(key, index)
+        places = {key: place for place, key in enumerate(first_of)}
+        first = list(first_of.values())
+        return cls(
+            [prompts[i] for i in first],
+            [completions[i] for i in first],
+            {name: [values[i] for i in first] for name, values in columns.items()},
+            first,
+            torch.tensor([places[key] for key in keys], dtype=torch.int64),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Copies, so that a function that changes its arguments changes nothing of ours."""
+        return copy.deepcopy(
+            {"prompts": self.prompts, "completions": self.completions, **self.columns}
+        )
+
+
+def _key(index: int, prompt: Any, completion: str, columns: list[Any]) -> Any:
+    """Equal for equal samples only. What cannot be pickled counts as unlike everything else."""
+    try:
+        return completion, pickle.dumps((prompt, columns))
+    except Exception:  # each class raises its own
+        return index
 
 
 def _check_arguments(
@@ -100,31 +153,35 @@ def _check_arguments(
             )
 
 
-def _score(
-    reward: Reward,
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> tuple[Tensor, Tensor, list[RewardError]]:
-    """Values float64 [N], NaN for None and for failures; which failed, bool [N]; and why."""
-    checked = torch.full((len(completions),), math.nan, dtype=torch.float64)
-    bad = torch.zeros(len(completions), dtype=torch.bool)
-    if not completions:
-        return checked, bad, []
-    name = f"reward function {reward.name!r}"
+_Outcome = tuple[Tensor, Tensor, list[RewardError]]
+"""Values float64 [D], NaN for None and for failures; which failed, bool [D]; and why."""
+
+
+def _nothing(count: int) -> _Outcome:
+    values = torch.full((count,), math.nan, dtype=torch.float64)
+    return values, torch.zeros(count, dtype=torch.bool), []
+
+
+def _outcome(call: RewardCall, samples: _Samples) -> _Outcome:
+    """Wait for the call, and check what it returned."""
+    count = len(samples.completions)
+    checked, bad, errors = _nothing(count)
+    name = f"reward function {call.reward.name!r}"
     try:
-        values = _call(reward, prompts, completions, columns)
-    except Exception as error:
+        values = call.result()
+    except RewardTimeout as error:
+        return checked, ~bad, [RewardError(f"{name} {error}")]
+    except (Exception, SystemExit) as error:
         failure = RewardError(f"{name} raised {type(error).__name__}: {error}")
         failure.__cause__ = error
         return checked, ~bad, [failure]
     if not isinstance(values, list):
         problem = f"{name} returned {type(values).__name__}, expected a list of numbers"
         return checked, ~bad, [RewardError(problem)]
-    if len(values) != len(completions):
-        problem = f"{name} returned {len(values)} values for {len(completions)} completions"
+    if len(values) != count:
+        repeated = " distinct" if count < len(samples.place) else ""
+        problem = f"{name} returned {len(values)} values for {count}{repeated} completions"
         return checked, ~bad, [RewardError(problem)]
-    errors = []
     for index, value in enumerate(values):
         number = None if value is None else _number(value)
         if number is None:
@@ -135,59 +192,11 @@ def _score(
             bad[index] = True
             errors.append(
                 RewardError(
-                    f"{name} returned {value!r} for completion {index}, "
+                    f"{name} returned {value!r} for completion {samples.first[index]}, "
                     "expected a finite number or None"
                 )
             )
     return checked, bad, errors
-
-
-def _call(
-    reward: Reward,
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> Any:
-    """What the function returns: a list, or else what cannot be made one."""
-    # Copies, so that a function that changes its arguments changes nothing of ours.
-    arguments = copy.deepcopy(
-        {
-            "prompts": list(prompts),
-            "completions": list(completions),
-            **{name: list(values) for name, values in columns.items()},
-        }
-    )
-    result = reward.function(**arguments)
-    if inspect.isawaitable(result):
-        result = asyncio.run_coroutine_threadsafe(_wait(result), _event_loop(os.getpid())).result()
-    # The items of these are no list of values, although `list` takes them.
-    if isinstance(result, str | bytes | Mapping | Set) or not _is_iterable(result):
-        return result
-    return list(result)
-
-
-async def _wait(result: Any) -> Any:
-    return await result
-
-
-@functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """An event loop in a thread: the caller's thread may run one already, as notebooks do.
-
-    It is kept, because clients of network services are bound to the loop they were made in; but
-    ``process`` is part of the key, because threads do not survive a fork.
-    """
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name=f"rewards-{process}", daemon=True).start()
-    return loop
-
-
-def _is_iterable(value: Any) -> bool:
-    try:
-        iter(value)
-    except TypeError:  # also a tensor without dimensions
-        return False
-    return True
 
 
 def _number(value: Any) -> float:

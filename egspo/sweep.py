@@ -16,7 +16,7 @@ from typing import Literal
 from egspo.checkpoint import CHECKPOINTS, list_checkpoints
 from egspo.config import TrainConfig
 from egspo.plotting import comparison_table, plot_comparison
-from egspo.recipe import ConfigError, from_mapping, load_config, read_yaml
+from egspo.recipe import ConfigError, from_mapping, load_config, read_yaml, task_content
 
 logger = logging.getLogger("egspo")
 
@@ -158,7 +158,8 @@ def _execute(run: Run, environment: Mapping[str, str]) -> int:
 def _check_same(config: TrainConfig, folder: Path) -> None:
     saved = load_config(folder / "config.yaml")
     saved.output_dir = config.output_dir
-    if saved != config:
+    content, copied = task_content(config, folder)
+    if saved != config or content != copied:
         raise ConfigError(
             str(folder),
             ["the finished run here has another configuration: give another output_dir"],

@@ -172,11 +172,11 @@ class Trainer:
             self.denoiser,
             self.data.tokenizer,
             self.data.task,
-            self.data.test,
+            self.data.held_out,
             self.config.generation,
             temperature=self.config.eval.temperature,
             seed=self.config.seed ^ _EVAL_STREAM,
-            index=range(rank, len(self.data.test), processes),
+            index=range(rank, len(self.data.held_out), processes),
             on_error=self.config.task.on_reward_error,
         )
         means = average(gather_object(records))

@@ -17,6 +17,9 @@ length. None means that the function does not apply to that sample.
 """
 
 
+SPLITS = ("train", "validation", "test")
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt."""
@@ -27,6 +30,8 @@ class Example:
     """Passed to reward functions, as lists over the batch."""
     target: str | None = None
     """Reference completion, for supervised training."""
+    question: str | None = None
+    """What is asked, without instructions: what tells whether two splits overlap."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,19 @@ class Reward:
     weight: float = 1.0
     intermediate: bool = True
     """Whether it also scores the one-step completions of EGSPO-SA."""
+    timeout: float | None = 300.0
+    """Seconds that a call may take before it counts as failed; None for any."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of reward {self.name!r} must be finite: {self.weight}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"the timeout of reward {self.name!r} must be > 0: {self.timeout}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """Training and held-out prompts, which must share no answer, and how completions are scored.
+    """Training and held-out prompts, which must share no question, and how completions are scored.
 
     Every example has the same columns: reward functions get them as lists over a batch.
     """
@@ -56,14 +65,19 @@ class Task:
     test: Sequence[Example]
     rewards: Sequence[Reward]
     solved: RewardFunction | None = None
-    """1.0 or 0.0 for each completion; a metric, not a reward."""
+    """The evaluation metric: 1.0 or 0.0 for each completion. Not a reward."""
+    extract: Callable[[str], str | None] | None = None
+    """The answer in a completion, or None where there is none: for records of evaluations."""
+    validation: Sequence[Example] = ()
+    """What training evaluates on, so that no checkpoint is chosen on ``test``; where there is
+    none, ``test``."""
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
             if not getattr(self, split):
                 raise ValueError(f"task {self.name} has no {split} examples")
         columns = self.train[0].columns.keys()
-        for split in ("train", "test"):
+        for split in SPLITS:
             for number, example in enumerate(getattr(self, split)):
                 if example.columns.keys() != columns:
                     raise ValueError(
@@ -89,6 +103,16 @@ def register_task(name: str) -> Callable[[TaskBuilder], TaskBuilder]:
         return builder
 
     return register
+
+
+def registered_tasks() -> list[str]:
+    """Names of all tasks known now."""
+    return sorted(_BUILDERS)
+
+
+def unregister_task(name: str) -> None:
+    """Forget the task of that name."""
+    del _BUILDERS[name]
 
 
 def build_task(name: str, /, **options: Any) -> Task:

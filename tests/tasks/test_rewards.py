@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
@@ -309,6 +310,141 @@ def test_no_thread_is_left_per_call() -> None:
     for _ in range(3):
         score(Reward("f", lengths))
     assert threading.active_count() == before
+
+
+# --- threads, time limits, duplicates
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_function_that_exits_has_failed(on_error: Any) -> None:
+    def f(**_: Any) -> list[float]:
+        raise SystemExit(3)
+
+    if on_error == "raise":
+        with pytest.raises(RewardError, match="'f' raised SystemExit: 3"):
+            score(Reward("f", f))
+    else:
+        assert score(Reward("f", f), on_error="skip").skipped == 3
+
+
+def test_functions_run_at_the_same_time() -> None:
+    barrier = threading.Barrier(3, timeout=10)
+
+    def meet(completions: Sequence[str], **_: Any) -> list[float]:
+        barrier.wait()
+        return [1.0] * len(completions)
+
+    async def meet_later(completions: Sequence[str], **_: Any) -> list[float]:
+        await asyncio.to_thread(barrier.wait)
+        return [2.0] * len(completions)
+
+    scored = score(Reward("a", meet), Reward("b", meet_later), Reward("c", meet))
+    assert same(scored.total, [4, 4, 4])
+    assert list(scored.per_function) == ["a", "b", "c"]
+
+
+def test_a_function_that_hangs_has_failed() -> None:
+    over = threading.Event()
+
+    def hang(**_: Any) -> list[float]:
+        over.wait(60)
+        return [9.0] * 3
+
+    rewards = [Reward("slow", hang, timeout=0.05), returns([1, 2, 3], "quick")]
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"^reward function 'slow' did not return within 0.05 s$"):
+        score(*rewards)
+    scored = score(*rewards, on_error="skip")
+    assert time.monotonic() - start < 5
+    over.set()
+    assert same(scored.total, [NAN] * 3)
+    assert same(scored.per_function["quick"], [1, 2, 3])
+    assert scored.skipped == 3
+
+
+def test_a_coroutine_that_hangs_is_cancelled() -> None:
+    cancelled = threading.Event()
+
+    async def hang(**_: Any) -> list[float]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        return []
+
+    assert score(Reward("f", hang, timeout=0.05), on_error="skip").skipped == 3
+    assert cancelled.wait(5)
+    assert same(score(Reward("f", lengths)).total, [1, 2, 3])
+
+
+def test_a_coroutine_that_blocks_its_loop_blocks_no_other() -> None:
+    over = threading.Event()
+
+    async def block(**_: Any) -> list[float]:
+        over.wait(60)
+        return []
+
+    assert score(Reward("f", block, timeout=0.05), on_error="skip").skipped == 3
+    assert same(score(Reward("f", lengths, timeout=5)).total, [1, 2, 3])
+    over.set()
+
+
+def test_a_timeout_of_the_function_is_its_own() -> None:
+    def f(**_: Any) -> list[float]:
+        raise TimeoutError("the judge is busy")
+
+    with pytest.raises(RewardError, match="'f' raised TimeoutError: the judge is busy"):
+        score(Reward("f", f))
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, NAN])
+def test_bad_time_limits(timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout of reward 'f' must be > 0"):
+        Reward("f", lengths, timeout=timeout)
+
+
+def test_duplicates_are_scored_once() -> None:
+    seen = []
+
+    def f(prompts: Any, completions: Any, gold: Any) -> list[float]:
+        seen.append(list(zip(prompts, completions, gold, strict=True)))
+        return [float(len(seen[-1]) - i) for i in range(len(completions))]
+
+    prompts = ["p", "p", "q", "p", "p", "p"]
+    texts = ["a", "b", "a", "a", "a", "b"]
+    gold = [[1], [1], [1], [1], [2], [1]]
+    scored = score_completions([Reward("f", f)], prompts, texts, {"gold": gold})
+    assert seen == [[("p", "a", [1]), ("p", "b", [1]), ("q", "a", [1]), ("p", "a", [2])]]
+    assert same(scored.total, [4, 3, 2, 4, 1, 3])
+
+
+def test_what_cannot_be_compared_is_no_duplicate() -> None:
+    unlike = [np.array([1.0, 2.0]), np.array([1.0, 3.0]), np.array([1.0, 2.0])]
+    locks = [threading.Lock()] * 3  # cannot be pickled, nor copied
+    assert same(rows_seen(unlike), [2, 2, 2])
+    with pytest.raises(TypeError, match="pickle"):
+        rows_seen(locks)
+    assert same(rows_seen([lambda: 1] * 3), [3, 3, 3])
+
+
+def rows_seen(column: Sequence[Any]) -> torch.Tensor:
+    def f(completions: Sequence[str], **_: Any) -> list[float]:
+        return [len(completions)] * len(completions)
+
+    texts = ["same"] * len(column)
+    return score_completions([Reward("f", f)], texts, texts, {"x": column}).total
+
+
+def test_failures_of_duplicates() -> None:
+    scored = score(returns([1.0, NAN]), texts=["a", "b", "b"], on_error="skip")
+    assert same(scored.total, [1.0, NAN, NAN])
+    assert scored.skipped == 2
+    assert len(scored.errors) == 1
+    with pytest.raises(RewardError, match="for completion 2,"):
+        score(returns([1.0, NAN]), texts=["a", "a", "b"])
+    with pytest.raises(RewardError, match="returned 3 values for 2 distinct completions"):
+        score(returns([1.0, 1.0, 1.0]), texts=["a", "b", "b"])
 
 
 def test_an_async_generator_is_no_list() -> None:
