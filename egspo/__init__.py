@@ -15,34 +15,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from egspo.completion import Completion, TextDelta, TokenStep
     from egspo.config import TrainConfig
     from egspo.denoiser import Denoiser
-    from egspo.generation import generate
+    from egspo.generation import complete, generate, stream
     from egspo.recipe import load_config
     from egspo.rollout import rollout
     from egspo.trainer import train
     from egspo.trajectory import PromptBatch, Trajectory
 
 _HOME = {
+    "Completion": "completion",
     "Denoiser": "denoiser",
     "PromptBatch": "trajectory",
+    "TextDelta": "completion",
+    "TokenStep": "completion",
     "TrainConfig": "config",
     "Trajectory": "trajectory",
+    "complete": "generation",
     "generate": "generation",
     "load_config": "recipe",
     "rollout": "rollout",
+    "stream": "generation",
     "train": "trainer",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "Completion",
     "Denoiser",
     "PromptBatch",
+    "TextDelta",
+    "TokenStep",
     "TrainConfig",
     "Trajectory",
+    "complete",
     "generate",
     "load_config",
     "rollout",
+    "stream",
     "train",
 ]
 

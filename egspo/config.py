@@ -281,7 +281,8 @@ class EvalConfig:
     """Greedy decoding of held-out prompts."""
 
     every: int = 10
-    """RL steps between evaluations; 0 evaluates at the start and the end only."""
+    """RL steps between evaluations; 0 evaluates at the start and the end only. A group of
+    trajectories of the same steps is kept for ``egspo inspect``."""
     examples: int | None = None
     """Held-out prompts; None for all of them."""
     temperature: float = 0.0
@@ -354,6 +355,10 @@ class TrainConfig:
             self.generation.temperature > 0,
             "generation.temperature must be > 0 for training: greedy rollouts have no gradient",
         )
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the RL step ``step``, from 1, is followed by an evaluation."""
+        return step == self.steps or bool(self.eval.every and step % self.eval.every == 0)
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from egspo.completion import Completion, TextDelta, TextStream, completions_of
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
-from egspo.models.loading import special_token_ids
-from egspo.rollout import rollout
-from egspo.tokenization import decode_completions, encode_prompts
+from egspo.models.loading import SpecialTokens, special_token_ids
+from egspo.rollout import RolloutBlock, rollout_blocks
+from egspo.tokenization import encode_prompts
 from egspo.trajectory import PromptBatch
 
 GENERATION_FILE = "egspo_generation.json"
@@ -28,7 +30,37 @@ def generate(
     *,
     seed: int = 0,
 ) -> list[str]:
-    """Denoise one completion per prompt and decode it up to the first EOS.
+    """Denoise one completion per prompt and decode it up to the first EOS; see :func:`stream`."""
+    return [c.text for c in _in_order(stream(model, tokenizer, prompts, config, seed=seed))]
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    config: GenerationConfig,
+    *,
+    seed: int = 0,
+) -> list[Completion]:
+    """The same completions with their tokens, finish reasons and step maps."""
+    events = stream(model, tokenizer, prompts, config, seed=seed, step_map=True)
+    return _in_order(events)
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
+    config: GenerationConfig,
+    *,
+    seed: int = 0,
+    skip: Container[int] = (),
+    step_map: bool = False,
+) -> Iterator[TextDelta | Completion]:
+    """Completions as they come: the text of every block, and the whole when it has ended.
+
+    Blocks of one completion come from left to right, and their texts add up to its text.
+    Completions come in no particular order: prompts of similar length share a batch.
 
     Args:
         model: a masked diffusion model, with or without adapter; left in evaluation mode.
@@ -37,23 +69,60 @@ def generate(
         config: how to denoise.
         seed: key of the noise. Each prompt has its own noise, by its place in ``prompts``: its
             completion does not depend on the other prompts or on ``config.batch_size``.
+        skip: places in ``prompts`` that are not answered.
+        step_map: also make the step map of every completion.
 
     Raises:
         ValueError: if there are no prompts, one is empty or does not fit the model's context, or
-            model and tokenizer do not agree on the special tokens.
+            model and tokenizer do not agree on the special tokens. Raised at once, not when the
+            first completion is asked for.
     """
-    tokens = special_token_ids(tokenizer, model.config)
-    denoiser = Denoiser(model, mask_id=tokens.mask, eos_id=tokens.eos, pad_id=tokens.pad)
+    special = special_token_ids(tokenizer, model.config)
+    denoiser = Denoiser(model, mask_id=special.mask, eos_id=special.eos, pad_id=special.pad)
     encoded = encode_prompts(tokenizer, list(prompts))
+    if not encoded:
+        raise ValueError("prompts must not be empty")
     check_context(encoded, config, getattr(model.config, "max_sequence_length", None))
-    trajectory = rollout(
-        denoiser,
-        PromptBatch.from_lists(encoded, denoiser.pad_id, denoiser.device),
-        config,
-        seed=seed,
-        sequence_ids=torch.arange(len(encoded), device=denoiser.device),
+    places = [i for i in range(len(encoded)) if i not in skip]
+    if not places:
+        return iter(())
+    batch = PromptBatch.from_lists([encoded[i] for i in places], denoiser.pad_id, denoiser.device)
+    ids = torch.tensor(places, device=denoiser.device)
+    blocks = rollout_blocks(denoiser, batch, config, seed=seed, sequence_ids=ids)
+    return _events(blocks, places, tokenizer, special, step_map=step_map)
+
+
+def _events(
+    blocks: Iterator[RolloutBlock],
+    places: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    *,
+    step_map: bool,
+) -> Iterator[TextDelta | Completion]:
+    """What each block brought; row r of the rollout is the prompt at ``places[r]``."""
+    streams: dict[int, TextStream] = defaultdict(
+        lambda: TextStream(tokenizer, special.mask, special.eos)
     )
-    return decode_completions(tokenizer, trajectory.tokens.tolist(), tokens.eos)
+    for block in blocks:
+        tokens = block.trajectory.tokens[block.rows].tolist()
+        for row, canvas in zip(block.rows, tokens, strict=True):
+            text = streams[row].advance(canvas)
+            if text:
+                yield TextDelta(places[row], text)
+        for row in block.finished:
+            del streams[row]
+        yield from completions_of(
+            block.trajectory.take(torch.tensor(block.finished, dtype=torch.int64)),
+            tokenizer,
+            indices=[places[row] for row in block.finished],
+            step_map=step_map,
+        )
+
+
+def _in_order(events: Iterator[TextDelta | Completion]) -> list[Completion]:
+    completions = [event for event in events if isinstance(event, Completion)]
+    return sorted(completions, key=lambda completion: completion.index)
 
 
 def check_context(

@@ -25,6 +25,7 @@ from egspo.optimization import NonFiniteError, apply_gradients, clip_gradients
 from egspo.reduction import Count, part
 from egspo.rewards import ScoredRewards, score_completions
 from egspo.rollout import rollout
+from egspo.samples import OneStepCompletions, TrajectoryRecord, sampled_group
 from egspo.scoring import Scorer, Scores, States
 from egspo.selection import candidate_limits, histogram, select
 from egspo.tasks import Reward
@@ -71,6 +72,8 @@ class Iteration:
         self.cost = ModelCost.of(denoiser.model)
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
+        self.group: list[TrajectoryRecord] = []
+        """A group of the last step with an evaluation, to look at."""
 
     def run(self, step: int, prompt_index: list[int], first_sequence: int) -> Metrics:
         """Rollout, select, score and update on the prompts given.
@@ -242,6 +245,7 @@ class Iteration:
         valid = torch.zeros(groups * self._group_size, self._ranks, dtype=torch.bool)
         valid[row, rank] = True
         rewards = samples.rewards[kept]
+        one_step = None
         if scores.completions is None:
             advantage = egspo_advantages(
                 rewards, valid.view(shape), scale_by_std=algorithm.scale_by_std
@@ -249,7 +253,9 @@ class Iteration:
         else:
             prompts = [samples.prompt_index[int(kept[i])] for i in row // self._group_size]
             intermediate = [reward for reward in self.data.task.rewards if reward.intermediate]
-            scored = self._score(step, intermediate, self._decode(scores.completions), prompts)
+            texts = self._decode(scores.completions)
+            scored = self._score(step, intermediate, texts, prompts)
+            one_step = OneStepCompletions(texts, scored.total)
             metrics["skipped/step_rewards"] = Count(scored.skipped)
             metrics["step_reward/mean"] = part(scored.total)
             values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
@@ -272,6 +278,10 @@ class Iteration:
         metrics["advantage/mean"] = part(result)
         metrics["advantage/std"] = part(result, "std")
         metrics["advantage/max"] = part(result.abs(), "max")
+        if self.config.evaluates_at(step):
+            self.group = sampled_group(
+                self.config, self.data, samples, kept, states, result, one_step
+            )
         return result.to(self.denoiser.device)
 
     def _update(

@@ -24,7 +24,7 @@ PathLike = str | os.PathLike[str]
 _BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#2f6db3", "#d9772b", "#3a9267", "#7e61a8", "#c0504d"
 _COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, "#4f9db0", "#8c6d4f", "#6b7280")
 _INK, _GREY = "#24292f", "#8b949e"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": _INK,
@@ -81,7 +81,7 @@ def plot_run(run: PathLike, png_path: PathLike) -> Path:
     records = read_metrics(run)
     if not records:
         raise ValueError(f"the metrics of {run} have no complete record yet")
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 5.8), dpi=_DPI, layout="constrained")
         _title(figure, run if run.is_dir() else run.parent)
         grid = figure.add_gridspec(2, 4, height_ratios=[1.25, 1])
@@ -94,7 +94,7 @@ def plot_run(run: PathLike, png_path: PathLike) -> Path:
         title = "KL and clipping" if any(_series(records, "kl")[1]) else "Clipped share"
         _curves(figure.add_subplot(grid[1, 2]), title, records, clipping)
         _curves(figure.add_subplot(grid[1, 3]), "Gradient norm", records, {"grad_norm": "norm"})
-        return _save(figure, Path(png_path))
+        return save_figure(figure, Path(png_path))
 
 
 def plot_comparison(
@@ -126,7 +126,7 @@ def plot_comparison(
     together = [groups] if x == "step" else [{method: runs} for method, runs in groups.items()]
     for compared in together:
         _check_same_end(compared, loaded)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH * 0.7, 4.4), dpi=_DPI, layout="constrained")
         axes = figure.add_subplot()
         for number, (method, runs) in enumerate(loaded.items()):
@@ -143,7 +143,7 @@ def plot_comparison(
         axes.set_ylabel("held-out reward, mean and 95% interval")
         _finish(axes, title, mean, xlabel="RL step" if x == "step" else "TFLOP")
         axes.legend(loc="best")
-        _save(figure, Path(png_path))
+        save_figure(figure, Path(png_path))
     return [_row(method, runs) for method, runs in loaded.items()]
 
 
@@ -345,7 +345,7 @@ def _plus_minus(value: float, half: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(temporary, format="png")

@@ -7,8 +7,9 @@ as soon as their text has ended, and are replaced from the queue.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +29,18 @@ _MAX_PADDING = 1 / 8
 BlockListener = Callable[[list[int], Trajectory], None]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class RolloutBlock:
+    """A rollout after a block of a batch."""
+
+    rows: list[int]
+    """Sequences of the batch."""
+    finished: list[int]
+    """Those of them that retired."""
+    trajectory: Trajectory
+    """All B sequences as they are now; the next block changes it."""
+
+
 def rollout(
     denoiser: Denoiser,
     prompts: PromptBatch,
@@ -67,17 +79,31 @@ def rollout(
         ValueError: ``generation.steps`` does not fit an int16, or ``generation.cuda_graphs`` is
             asked for without a GPU.
     """
-    if config.steps >= NEVER:
-        raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
+    _check_steps(config)
     recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
     run = _Rollout(denoiser, prompts, config, recording, sequence_ids)
-    with denoiser.graphed() if config.cuda_graphs else nullcontext():
-        while run.pending:
-            rows = run.next_batch()
-            finished = run.denoise(rows)
-            if on_block is not None:
-                on_block(finished, run.trajectory())
+    for block in run.blocks():
+        if on_block is not None:
+            on_block(block.finished, block.trajectory)
     return run.trajectory()
+
+
+def rollout_blocks(
+    denoiser: Denoiser,
+    prompts: PromptBatch,
+    config: GenerationConfig,
+    *,
+    seed: int,
+    sequence_ids: Tensor,
+) -> Iterator[RolloutBlock]:
+    """:func:`rollout` block by block, for who takes completions as they come."""
+    _check_steps(config)
+    return _Rollout(denoiser, prompts, config, Recording(seed), sequence_ids).blocks()
+
+
+def _check_steps(config: GenerationConfig) -> None:
+    if config.steps >= NEVER:
+        raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
 
 
 class _Rollout:
@@ -112,9 +138,14 @@ class _Rollout:
         self.running: list[int] = []
         self.batch_size = config.batch_size
 
-    @property
-    def pending(self) -> bool:
-        return bool(self.queue or self.running)
+    @torch.no_grad()
+    def blocks(self) -> Iterator[RolloutBlock]:
+        """Denoise everything."""
+        while self.queue or self.running:
+            rows = self.next_batch()
+            with self.denoiser.graphed() if self.config.cuda_graphs else nullcontext():
+                finished = self.denoise(rows)
+            yield RolloutBlock(rows, finished, self.trajectory())
 
     def next_batch(self) -> list[int]:
         """The running sequences, and from the queue what fits beside them."""

@@ -109,8 +109,43 @@ def decode_completions(
     tokenizer: PreTrainedTokenizerBase, completions: Sequence[Sequence[int]], eos_id: int
 ) -> list[str]:
     """Texts of completions up to their first EOS, special tokens left out."""
-    kept = [list(ids[: ids.index(eos_id)] if eos_id in ids else ids) for ids in completions]
+    return decode(
+        tokenizer, [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in completions]
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of token sequences, special tokens left out."""
     texts: list[str] = tokenizer.batch_decode(
-        kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        [list(ids) for ids in sequences],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
     )
     return texts
+
+
+def stable_text(text: str) -> str:
+    """``text`` without the characters at its end that a further token may still complete.
+
+    An incomplete UTF-8 sequence decodes as replacement characters.
+    """
+    return text.rstrip("\ufffd")
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What every token adds to the text, special tokens included.
+
+    Joined, they are the text, unless that has bytes that are no UTF-8: a character of several
+    tokens belongs to the last of them. (A token decoded alone would lose the space that
+    sentencepiece puts before it.)
+    """
+    ends = range(1, len(ids) + 1)
+    texts: list[str] = tokenizer.batch_decode(
+        [list(ids[:end]) for end in ends], clean_up_tokenization_spaces=False
+    )
+    pieces, shown = [], 0
+    for end, text in zip(ends, texts, strict=True):
+        text = text if end == len(ids) else stable_text(text)
+        pieces.append(text[shown:])
+        shown = max(shown, len(text))
+    return pieces

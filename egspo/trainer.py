@@ -34,6 +34,7 @@ from egspo.plotting import plot_run
 from egspo.progress import RunProgress
 from egspo.recipe import config_to_dict, save_config
 from egspo.reduction import merge
+from egspo.samples import write_group
 from egspo.state import TrainingState, termination_raises, trained_bytes
 from egspo.warm_start import save_model, warm_start
 
@@ -159,7 +160,9 @@ class Trainer:
         self._between_steps = False
         advance(self.state.scheduler)
         metrics = merge(gather_object([metrics]))
-        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+        if config.evaluates_at(step):
+            if self.accelerator.is_main_process:
+                write_group(self.output, step, self.iteration.group)
             metrics.update(self._evaluate())
         metrics["time/step"] = time.perf_counter() - start
         return {"step": step, **metrics}

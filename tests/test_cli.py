@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from egspo import __version__
 from egspo.checkpoint import CheckpointError
 from egspo.cli import main
+from egspo.completion import Completion
 from egspo.config import GenerationConfig, TrainConfig
 from egspo.metrics import MetricsWriter
 
@@ -275,13 +277,23 @@ class Generated(list[dict[str, Any]]):
     def eval(self) -> Any:
         return self
 
-    def generate(
-        self, model: Any, tokenizer: str, prompts: Any, config: GenerationConfig, *, seed: int
-    ) -> list[str]:
+    def stream(
+        self,
+        model: Any,
+        tokenizer: str,
+        prompts: Any,
+        config: GenerationConfig,
+        *,
+        seed: int,
+        skip: set[int],
+        step_map: bool,
+    ) -> Iterator[Completion]:
         assert model is self and tokenizer == self[-1]["tokenizer"]
         self[-1].update(config=config, seed=seed)
-        assert all(message["role"] == "user" for (message,) in prompts)
-        return [message["content"].upper() for (message,) in prompts]
+        assert not skip and not step_map
+        for index, (message,) in reversed(list(enumerate(prompts))):
+            assert message["role"] == "user"
+            yield Completion(index, message["content"].upper(), [], "eos")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from egspo import __version__
-from egspo.cli import generate, tools, training
+from egspo.cli import generate, inspect, tools, training
 
 _DESCRIPTION = """\
 Reinforcement learning for masked diffusion language models by entropy-guided
@@ -21,7 +21,8 @@ examples:
   egspo train recipes/sudoku_tiny.yaml
   egspo train recipes/sudoku_tiny.yaml algorithm.preset=uniform --output-dir runs/uniform
   egspo train recipes/sudoku_tiny.yaml --resume
-  egspo generate --model runs/sudoku_tiny/final --prompt "..."
+  egspo generate --model runs/sudoku_tiny --prompt "..."
+  egspo inspect runs/sudoku_tiny
 
 `egspo COMMAND --help` explains a command.
 """
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, overrides=[])
         return command
 
-    for module in (training, generate, tools):
+    for module in (training, generate, inspect, tools):
         module.add_commands(add)
     return parser
 

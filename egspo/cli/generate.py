@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from egspo.cli.common import AddCommand, hide_loading_bars
 from egspo.cli.model import (
@@ -13,15 +16,35 @@ from egspo.cli.model import (
     generation_config,
     named_model,
 )
+from egspo.cli.output import (
+    JsonlWriter,
+    TextWriter,
+    Writer,
+    answered,
+    check_output,
+    opened,
+)
+from egspo.cli.prompts import is_jsonl, read_prompts
+
+if TYPE_CHECKING:
+    from egspo.completion import Completion, TextDelta
 
 _GENERATE_EPILOG = """\
 examples:
-  egspo generate --model runs/sudoku_tiny/final --prompts puzzles.txt --output solved.txt
-  egspo generate --model GSAI-ML/LLaDA-8B-Instruct --adapter runs/gsm8k/final --prompt "..."
+  egspo generate --model runs/sudoku_tiny --temperature 0 --prompt 4000132400120140
+  egspo generate --model runs/sudoku_tiny --prompts puzzles.txt --output solved.jsonl
+  egspo generate --model runs/sudoku_tiny --prompts puzzles.txt --output solved.jsonl --resume
+  egspo generate --model GSAI-ML/LLaDA-8B-Instruct --adapter runs/gsm8k --prompt "..."
 
-Decoding options left out are those the model was trained with (egspo_generation.json beside
-the weights), or else those of a recipe that does not set them.
+prompts in JSONL: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}
+  per line; other keys are repeated in JSONL output.
+
+output: the text of one prompt appears block by block. Of several prompts, text comes in
+  their order, each under a line "### PROMPT"; JSONL comes as completions end, with the
+  prompt's index, and is on disk line by line: after an interrupt, --resume with the same
+  options answers the rest, to the same completions as without the interrupt.
 """
+_FORMATS = ("auto", "text", "jsonl")
 
 
 def add_commands(add: AddCommand) -> None:
@@ -35,43 +58,61 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_argument(parser)
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     add("--prompts", metavar="FILE", help="one prompt per line; - reads standard input")
+    for name, what in (("--prompts-format", "of FILE"), ("--format", "of the output")):
+        text = f"{what}: text or jsonl (default: jsonl where the name ends in .jsonl)"
+        add(name, choices=_FORMATS, default="auto", metavar="NAME", help=text)
     add("--output", type=Path, metavar="FILE", help="instead of standard output")
+    add("--resume", action="store_true", help="answer the prompts that FILE (JSONL) lacks")
+    add("--overwrite", action="store_true", help="start over where there is a FILE")
+    text = "also say when each token was revealed, how confidently, at which entropy"
+    add("--step-map", action="store_true", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of the sampling noise (default 0)")
     add_generation_arguments(parser)
 
 
 def _generate(args: argparse.Namespace) -> None:
-    prompts = _read_prompts(args)
-    from egspo.generation import generate
+    prompts = read_prompts(args)
+    file, jsonl = args.output, is_jsonl(args.format, args.output)
+    check_output(file, jsonl=jsonl, resume=args.resume, overwrite=args.overwrite)
+    done = answered(file, prompts) if args.resume else set()
+    if len(done) == len(prompts):
+        print(f"egspo: {file} has all {len(prompts)} answers", file=sys.stderr)
+        return
+    from egspo.generation import stream
 
     hide_loading_bars()
     chosen = named_model(args)
     config = generation_config(args, chosen.trained)
     model, tokenizer = chosen.load()
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    completions = generate(model, tokenizer, messages, config, seed=args.seed)
-    _write_completions(prompts, completions, args.output)
+    messages = [prompt.messages for prompt in prompts]
+    events = stream(
+        model, tokenizer, messages, config, seed=args.seed, skip=done, step_map=args.step_map
+    )
+    with opened(file, resume=args.resume, overwrite=args.overwrite) as out:
+        writer: Writer
+        writer = JsonlWriter(out, prompts, config) if jsonl else TextWriter(out, prompts)
+        with closing(writer):
+            _write(events, writer, len(done), len(prompts), progress=file is not None)
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = list(args.prompt)
-    if args.prompts is not None:
-        text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text("utf-8")
-        prompts += [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError("no prompts: give --prompt TEXT, or --prompts FILE with one per line")
-    return prompts
+def _write(
+    events: Iterator[TextDelta | Completion],
+    writer: Writer,
+    done: int,
+    total: int,
+    *,
+    progress: bool,
+) -> None:
+    """All events, with a bar on a terminal that shows nothing else."""
+    from egspo.completion import Completion
+    from egspo.progress import RunProgress, stderr_console
 
-
-def _write_completions(prompts: list[str], completions: list[str], file: Path | None) -> None:
-    """The completion alone, or each under a line with its prompt."""
-    if len(prompts) == 1:
-        text = f"{completions[0]}\n"
-    else:
-        pairs = zip(prompts, completions, strict=True)
-        text = "\n".join(f"### {prompt}\n{completion}\n" for prompt, completion in pairs)
-    if file is None:
-        sys.stdout.write(text)
-    else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+    shown = progress and stderr_console().is_terminal
+    with RunProgress(total, "generate", start=done, enabled=shown) as bar:
+        for event in events:
+            if isinstance(event, Completion):
+                writer.completion(event)
+                done += 1
+                bar.update(done, {})
+            else:
+                writer.delta(event)

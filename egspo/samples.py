@@ -1,0 +1,223 @@
+"""Trajectories to look at: what a run keeps of its rollouts, and what ``egspo inspect`` reads.
+
+A file has a JSON object per line and trajectory. ``egspo generate --step-map`` writes the same
+without what only training knows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from egspo.checkpoint import remove_partial
+from egspo.completion import FinishReason, TokenStep, completions_of
+from egspo.config import GenerationConfig, TrainConfig
+from egspo.recipe import from_mapping
+
+if TYPE_CHECKING:
+    from egspo.build import Data
+    from egspo.iteration import Samples
+    from egspo.scoring import States
+
+SAMPLES = "samples"
+"""Folder of a run that holds them."""
+
+
+@dataclass(frozen=True)
+class SelectedStep:
+    """A denoising step that was trained."""
+
+    rank: int
+    """Place in the selection, from 0: by entropy, where that selects."""
+    step: int
+    advantage: float | None
+    completion: str | None = None
+    """Greedy one-step completion of the state before the step (EGSPO-SA)."""
+    reward: float | None = None
+    """Of that completion."""
+
+
+@dataclass(frozen=True)
+class TrajectoryRecord:
+    """One trajectory with everything there is to show."""
+
+    index: int
+    """Of the prompt, or in the group of a training step."""
+    completion: str
+    finish_reason: FinishReason
+    tokens: int
+    """Before the first EOS."""
+    generation: GenerationConfig
+    step_map: list[TokenStep]
+    prompt: str | None = None
+    messages: list[dict[str, str]] | None = None
+    """The prompt as a chat."""
+    prompt_index: int | None = None
+    """In the training set."""
+    reward: float | None = None
+    step_reward: float | None = None
+    """What the rewards of one-step completions are compared with (EGSPO-SA)."""
+    step_entropy: list[float | None] | None = None
+    """In nats, as it was selected by; otherwise see :attr:`entropy`."""
+    selected: list[SelectedStep] = field(default_factory=list)
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        if self.messages is not None:
+            return self.messages
+        return [] if self.prompt is None else [{"role": "user", "content": self.prompt}]
+
+    @property
+    def steps(self) -> int:
+        """Taken."""
+        return 1 + max((token.step for token in self.step_map), default=-1)
+
+    @property
+    def entropy(self) -> list[float]:
+        """By step taken, in nats: the recorded step entropy, or the mean of the tokens revealed."""
+        if self.step_entropy is not None:
+            return [math.nan if value is None else value for value in self.step_entropy]
+        by_step: list[list[float]] = [[] for _ in range(self.steps)]
+        for token in self.step_map:
+            by_step[token.step].append(token.entropy)
+        return [statistics.fmean(values) if values else math.nan for values in by_step]
+
+    @property
+    def eos_id(self) -> int | None:
+        """Token that ended the completion."""
+        ends = (token.token_id for token in self.step_map if token.position == self.tokens)
+        return next(ends, None)
+
+
+@dataclass(frozen=True)
+class OneStepCompletions:
+    """Of M states."""
+
+    texts: list[str]
+    rewards: Tensor
+    """float64 [M], NaN where not scored."""
+
+    def at(self, state: int) -> tuple[str, float | None]:
+        return self.texts[state], _finite(self.rewards[state])
+
+
+def sampled_group(
+    config: TrainConfig,
+    data: Data,
+    samples: Samples,
+    kept: Tensor,
+    states: States,
+    advantage: Tensor,
+    one_step: OneStepCompletions | None,
+) -> list[TrajectoryRecord]:
+    """The first group of an iteration that has something to teach, or the first at all.
+
+    Args:
+        config, data: of the run.
+        samples: the rollout.
+        kept: int64 [P'], groups that are trained.
+        states: M selected states, of the P' * G trajectories of those groups.
+        advantage: float64 [M].
+        one_step: M completions; None for EGSPO.
+    """
+    size = config.algorithm.group_size
+    group = int(kept[0]) if len(kept) else 0
+    rows = torch.arange(group * size, (group + 1) * size, device=samples.trajectory.tokens.device)
+    trajectory = samples.trajectory.take(rows)
+    selected: list[list[SelectedStep]] = [[] for _ in range(size)]
+    of_group = (states.row < size).nonzero()[:, 0].tolist() if len(kept) else []
+    for m in of_group:
+        text, reward = (None, None) if one_step is None else one_step.at(m)
+        selected[int(states.row[m])].append(
+            SelectedStep(
+                int(states.rank[m]), int(states.step[m]), _finite(advantage[m]), text, reward
+            )
+        )
+    example = samples.prompt_index[group]
+    completions = completions_of(trajectory, data.tokenizer, indices=range(size), step_map=True)
+    return [
+        TrajectoryRecord(
+            index=completion.index,
+            completion=completion.text,
+            finish_reason=completion.finish_reason,
+            tokens=len(completion.token_ids),
+            generation=config.generation,
+            step_map=completion.step_map or [],
+            messages=data.train.examples[example].prompt,
+            prompt_index=example,
+            reward=_finite(samples.rewards[group, row]),
+            step_reward=_finite(samples.step_rewards[group, row]) if one_step else None,
+            step_entropy=[
+                _finite(value) for value in trajectory.entropy[row, : trajectory.steps[row]]
+            ],
+            selected=selected[row],
+        )
+        for row, completion in enumerate(completions)
+    ]
+
+
+def write_group(run: Path, step: int, group: Sequence[TrajectoryRecord]) -> Path:
+    """Write ``run/samples/step-<step>.jsonl``: complete, or not at all."""
+    folder = run / SAMPLES
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
+    file = folder / f"step-{step:06d}.jsonl"
+    partial = folder / f".partial-{file.name}-{os.getpid()}"
+    with partial.open("w", encoding="utf-8") as stream:
+        for record in group:
+            values = {k: v for k, v in asdict(record).items() if v is not None}
+            stream.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+    return partial.replace(file)
+
+
+def list_samples(run: Path) -> dict[int, Path]:
+    """Files of a run by training step, oldest first."""
+    found = (run / SAMPLES).glob("step-*.jsonl")
+    steps = {int(file.stem.removeprefix("step-")): file for file in found}
+    return dict(sorted(steps.items()))
+
+
+def read_trajectories(file: Path) -> list[TrajectoryRecord]:
+    """The trajectories of a file; keys that are not theirs are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a trajectory, which says why.
+    """
+    records = []
+    for number, line in enumerate(file.read_text("utf-8").split("\n"), start=1):
+        if line.strip():
+            records.append(_parse(line, f"{file}, line {number}"))
+    if not records:
+        raise ValueError(f"{file} has no trajectories")
+    return records
+
+
+def _parse(line: str, where: str) -> TrajectoryRecord:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(record, dict) or "step_map" not in record:
+        raise ValueError(
+            f"{where} has no step_map: it is not of a run's {SAMPLES} folder, or of "
+            "egspo generate --step-map with JSONL output"
+        )
+    names = {f.name for f in fields(TrajectoryRecord)}
+    known = {name: value for name, value in record.items() if name in names}
+    result: TrajectoryRecord = from_mapping(TrajectoryRecord, known, where)
+    return result
+
+
+def _finite(value: Tensor | float) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
