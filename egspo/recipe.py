@@ -187,6 +187,15 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return tree
 
 
+def parse_value(text: str, source: str) -> Any:
+    """A single YAML value, read as a recipe's; ``source`` begins the message of a ConfigError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        problem = f"the value is not valid YAML: {_yaml_problem(error)}"
+        raise ConfigError(source, [problem]) from error
+
+
 def _near_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (no folder {path.parent})"
