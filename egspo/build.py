@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
 from egspo.tasks import Example, Task, build_task, load_task_file
-from egspo.tokenization import character_tokenizer, encode_prompts
+from egspo.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
 
 # Taken in ``reward/NAME`` and ``eval/NAME``.
 _METRIC_NAMES = ("mean", "std", "reward", "solved", "skipped")
@@ -35,16 +36,27 @@ class Data:
     """What training is evaluated on: the validation split, or the test split of a task without."""
 
 
-def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer named in the recipe, the checkpoint's, or the character tokenizer."""
+def build_tokenizer(config: ModelConfig, characters: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer named in the recipe, the checkpoint's, or one of the task's ``characters``."""
     source = config.tokenizer or config.path
-    return character_tokenizer() if source is None else load_tokenizer(source)
+    if source is not None:
+        return load_tokenizer(source)
+    return character_tokenizer(characters or SUDOKU_CHARACTERS)
 
 
 def build_data(config: TrainConfig) -> Data:
     """Task and tokenised prompts; every prompt is tokenised now, so that a bad one fails now."""
-    tokenizer = build_tokenizer(config.model)
-    task = configured_task(_named_task(config.task, config.task.options), config.task)
+    task = recipe_task(config)
+    return tokenised(config, task, build_tokenizer(config.model, task.characters))
+
+
+def recipe_task(config: TrainConfig) -> Task:
+    """The task of the recipe, with the rewards as the recipe wants them."""
+    return configured_task(named_task(config.task, config.task.options), config.task)
+
+
+def tokenised(config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """``task`` with its prompts as tokens."""
     held_out = task.validation or task.test
     train, chosen = (
         PromptSet(examples, encode_prompts(tokenizer, [example.prompt for example in examples]))
@@ -53,7 +65,7 @@ def build_data(config: TrainConfig) -> Data:
     return Data(task, tokenizer, train, chosen)
 
 
-def _named_task(config: TaskConfig, options: Mapping[str, Any]) -> Task:
+def named_task(config: TaskConfig, options: Mapping[str, Any]) -> Task:
     """The task of the recipe, registered by the package or by ``task.file``."""
     if config.file is not None:
         load_task_file(config.file)
@@ -70,7 +82,7 @@ def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:
     if not config.sft.task_options:
         return data.task.train
     options = {**config.task.options, **config.sft.task_options}
-    examples = _named_task(config.task, options).train
+    examples = named_task(config.task, options).train
     held_out = {repr(e.prompt) for e in (*data.task.validation, *data.task.test)}
     for number, example in enumerate(examples):
         if repr(example.prompt) in held_out:
@@ -97,7 +109,7 @@ def configured_task(task: Task, config: TaskConfig) -> Task:
         replace(
             reward,
             weight=weights.get(reward.name, reward.weight),
-            timeout=config.reward_timeout,
+            timeout=config.reward_timeout or reward.timeout,
             intermediate=reward.intermediate
             if intermediate is None
             else reward.name in intermediate,
@@ -115,6 +127,13 @@ def fresh_model(
     Raises:
         ValueError: the tokenizer has no mask or end-of-text token, or ``model.config`` is wrong.
     """
+    model = new_model(fresh_fields(config, tokenizer), seed=seed)
+    model.set_attn_implementation(config.attn_implementation)
+    return on_device(model, device, weights_dtype(config, device))
+
+
+def fresh_fields(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """``model.config`` with what the tokenizer decides; raises as :func:`fresh_model`."""
     assert config.config is not None
     for name in ("mask", "eos"):
         if getattr(tokenizer, f"{name}_token_id") is None:
@@ -122,17 +141,14 @@ def fresh_model(
                 f"the tokenizer {tokenizer.name_or_path!r} (model.tokenizer) has no {name} token: "
                 "a new model takes its special tokens from it"
             )
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
-        "embedding_size": len(tokenizer),
         "mask_token_id": tokenizer.mask_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         **config.config,
     }
-    model = new_model(fields, seed=seed)
-    model.set_attn_implementation(config.attn_implementation)
-    return on_device(model, device, weights_dtype(config, device))
+    return fields
 
 
 def base_model(config: ModelConfig, source: str, device: torch.device) -> PreTrainedModel:
@@ -208,6 +224,16 @@ def plain_denoiser(
     )
 
 
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse trackers that are not installed, which accelerate leaves out without a word."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in config.trackers:
+        if tracker not in available:
+            raise ValueError(
+                f"trackers has {tracker!r}, which is not installed: pip install 'egspo[{tracker}]'"
+            )
+
+
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """bfloat16 where the recipe, or a GPU that has it, says so."""
     if config.mixed_precision == "bf16":
@@ -222,16 +248,21 @@ def check_data(config: TrainConfig, data: Data, context: int | None) -> None:
     Raises:
         ValueError: naming the prompt, the reward or the option that is in the way.
     """
-    if not data.task.rewards:
-        raise ValueError(f"task {data.task.name} has no reward function")
-    for reward in data.task.rewards:
-        if reward.name in _METRIC_NAMES:
-            raise ValueError(f"a reward may not be called {reward.name!r}: a metric has that name")
-    if config.algorithm.stepwise and not any(r.intermediate for r in data.task.rewards):
-        raise ValueError(
-            "algorithm.stepwise (EGSPO-SA) needs a reward that scores one-step completions, and "
-            f"task {data.task.name} has none with task.intermediate_rewards="
-            f"{config.task.intermediate_rewards}"
-        )
+    check_task(config, data.task)
     for prompts in (data.train, data.held_out):
         check_context(prompts.token_ids, config.generation, context)
+
+
+def check_task(config: TrainConfig, task: Task) -> None:
+    """Rewards must serve the algorithm; raises as :func:`check_data`."""
+    if not task.rewards:
+        raise ValueError(f"task {task.name} has no reward function")
+    for reward in task.rewards:
+        if reward.name in _METRIC_NAMES:
+            raise ValueError(f"a reward may not be called {reward.name!r}: a metric has that name")
+    if config.algorithm.stepwise and not any(r.intermediate for r in task.rewards):
+        raise ValueError(
+            "algorithm.stepwise (EGSPO-SA) needs a reward that scores one-step completions, and "
+            f"task {task.name} has none with task.intermediate_rewards="
+            f"{config.task.intermediate_rewards}"
+        )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from egspo.tokenization import decode, decode_completions, stable_text, token_pieces
+from egspo.tokenization import decode_completions
 from egspo.trajectory import NEVER, Trajectory
 
 FinishReason = Literal["eos", "length"]
@@ -60,19 +60,19 @@ class TextDelta:
 def completions_of(
     trajectory: Trajectory,
     tokenizer: PreTrainedTokenizerBase,
+    eos_id: int,
     *,
     indices: Sequence[int],
     step_map: bool = False,
 ) -> list[Completion]:
     """The B finished sequences of ``trajectory``, which are those of prompts ``indices``."""
     tokens, lengths = trajectory.tokens.tolist(), trajectory.lengths.tolist()
-    kept = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    texts = decode(tokenizer, kept)
+    texts = decode_completions(tokenizer, tokens, eos_id)
     return [
         Completion(
             index,
             texts[row],
-            kept[row],
+            tokens[row][: lengths[row]],
             "eos" if lengths[row] < len(tokens[row]) else "length",
             step_map_of(trajectory, row, tokenizer) if step_map else None,
         )
@@ -119,7 +119,34 @@ class TextStream:
         known = tokens[: tokens.index(self.mask_id)] if self.mask_id in tokens else tokens
         (text,) = decode_completions(self.tokenizer, [known], self.eos_id)
         if len(known) < len(tokens) and self.eos_id not in known:
-            text = stable_text(text)
+            text = _stable(text)
         delta = text[len(self.shown) :]
         self.shown += delta
         return delta
+
+
+def _stable(text: str) -> str:
+    """``text`` without the characters at its end that a further token may still complete.
+
+    An incomplete UTF-8 sequence decodes as replacement characters.
+    """
+    return text.rstrip("\ufffd")
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What every token adds to the text, special tokens included.
+
+    Joined, they are the text, unless that has bytes that are no UTF-8: a character of several
+    tokens belongs to the last of them. (A token decoded alone would lose the space that
+    sentencepiece puts before it.)
+    """
+    ends = range(1, len(ids) + 1)
+    texts: list[str] = tokenizer.batch_decode(
+        [list(ids[:end]) for end in ends], clean_up_tokenization_spaces=False
+    )
+    pieces, shown = [], 0
+    for end, text in zip(ends, texts, strict=True):
+        text = text if end == len(ids) else _stable(text)
+        pieces.append(text[shown:])
+        shown = max(shown, len(text))
+    return pieces

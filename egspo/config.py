@@ -43,9 +43,11 @@ class ModelConfig:
     """Which model is trained: a checkpoint (``path``) or a new one (``config``)."""
 
     path: str | None = None
-    """Local folder or hub name, for example ``GSAI-ML/LLaDA-8B-Instruct``."""
+    """Local folder or hub name, for example ``GSAI-ML/LLaDA-8B-Instruct`` or
+    ``Dream-org/Dream-v0-Instruct-7B``."""
     config: dict[str, Any] | None = None
-    """Fields of a LLaDA configuration for a new model; the vocabulary comes from the tokenizer."""
+    """Fields of a configuration for a new model, LLaDA's unless ``model_type: Dream`` is among
+    them; the vocabulary comes from the tokenizer."""
     tokenizer: str | None = None
     """Folder or hub name; None takes ``path``'s, or the character tokenizer for a new model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -83,14 +85,15 @@ class TaskConfig:
     the task itself says."""
     on_reward_error: Literal["raise", "skip"] = "raise"
     """``skip`` leaves the sample out of the update, counts it and reports it."""
-    reward_timeout: float | None = 300.0
-    """Seconds that one call of a reward function may take before it counts as failed; null for
-    any."""
+    reward_timeout: float | None = None
+    """Seconds that one call of a reward function may take before it counts as failed; null keeps
+    each function's own limit (300 unless the task says otherwise)."""
 
     def __post_init__(self) -> None:
         _require(
             self.reward_timeout is None or self.reward_timeout > 0,
-            f"task.reward_timeout must be > 0, or null for any, got {self.reward_timeout}",
+            "task.reward_timeout must be > 0, or null for each reward's own, "
+            f"got {self.reward_timeout}",
         )
 
 

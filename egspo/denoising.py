@@ -14,7 +14,7 @@ from egspo.unmasking import Candidates, Step, schedule, unmasking_policy
 from egspo_kernels import SampledTokens, linear_token_stats, sample_tokens
 
 # Bound on the logits alive at once: more rows are sampled in several parts.
-_LOGITS_BYTES = 2**30
+LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class BlockDenoising:
         """Samples and unmasking scores of hidden states [M, D], in parts where M is large."""
         denoiser, config = self.decoder.denoiser, self.config
         weight = denoiser.head_weight
-        part = max(1, _LOGITS_BYTES // (weight.shape[0] * weight.element_size()))
+        part = max(1, LOGITS_BYTES // (weight.shape[0] * weight.element_size()))
         samples, scores = [], []
         for begin in range(0, hidden.shape[0], part):
             piece = slice(begin, begin + part)

@@ -14,7 +14,10 @@ from rich.table import Table
 
 import egspo
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "flash-attn")
+PACKAGES = (
+    *("torch", "triton", "transformers", "accelerate", "peft", "datasets"),
+    *("flash-attn", "math-verify"),  # optional
+)
 
 
 def diagnose() -> dict[str, Any]:
@@ -25,7 +28,7 @@ def diagnose() -> dict[str, Any]:
         GiB. ``extension``, ``cuda_extension``: path of the compiled CPU and CUDA library, or why it
         is not used. ``kernels``: by device and function, the backend that ``auto`` picks and why
         others cannot run. ``attention``: by implementation, None if it can run or the reason
-        why not.
+        why not. ``sandbox``: ``{}`` if programs of coding tasks can run, or why not.
     """
     return {
         "versions": {
@@ -40,6 +43,7 @@ def diagnose() -> dict[str, Any]:
         "cuda_extension": _guarded(_cuda_extension),
         "kernels": _guarded(_kernels),
         "attention": _guarded(_attention),
+        "sandbox": _guarded(_sandbox),
     }
 
 
@@ -58,6 +62,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         console.print(f"[bold]Compiled {name} library[/]: {escape(found)}", soft_wrap=True)
     console.print()
     _print_kernels(report["kernels"], console)
+
+    sandbox = _error(report["sandbox"])
+    found = "can run" if sandbox is None else f"cannot run: {sandbox}"
+    console.print(f"[bold]Sandbox for programs[/] (bubblewrap): {found}\n", soft_wrap=True)
 
     attention = _table("Attention implementations", "name", "status")
     for name, reason in report["attention"].items():
@@ -161,6 +169,16 @@ def _attention() -> dict[str, str | None]:
         reason = "flash-attn is not installed" if missing else "flash-attn cannot run here"
         reason = reason if torch.cuda.is_available() else "needs a CUDA device"
     return {"sdpa": None, "eager": None, "flash_attention_2": reason}
+
+
+def _sandbox() -> dict[str, str]:
+    from egspo.sandbox import Bubblewrap, SandboxUnavailable
+
+    try:
+        Bubblewrap().check()
+    except SandboxUnavailable as error:
+        return {"error": str(error)}
+    return {}
 
 
 def _guarded(probe: Callable[[], Any]) -> Any:

@@ -115,6 +115,7 @@ def _events(
         yield from completions_of(
             block.trajectory.take(torch.tensor(block.finished, dtype=torch.int64)),
             tokenizer,
+            special.eos,
             indices=[places[row] for row in block.finished],
             step_map=step_map,
         )

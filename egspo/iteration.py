@@ -280,7 +280,14 @@ class Iteration:
         metrics["advantage/max"] = part(result.abs(), "max")
         if self.config.evaluates_at(step):
             self.group = sampled_group(
-                self.config, self.data, samples, kept, states, result, one_step
+                self.config,
+                self.data,
+                self.denoiser.eos_id,
+                samples,
+                kept,
+                states,
+                result,
+                one_step,
             )
         return result.to(self.denoiser.device)
 

@@ -68,6 +68,17 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return from_mapping(TrainConfig, tree, str(path), problems)
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree of ``dotted.path=value`` pairs alone; raises ConfigError if one is malformed."""
+    tree: dict[str, Any] = {}
+    problems: list[str] = []
+    for text in overrides:
+        _override(tree, text, problems)
+    if problems:
+        raise ConfigError("command line", problems)
+    return tree
+
+
 def from_mapping(
     cls: type[T], tree: Mapping[str, Any], source: str, problems: Sequence[str] = ()
 ) -> T:
@@ -185,15 +196,6 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(str(path), [f"expected sections (key: value), got {_shown(tree)}"])
     return tree
-
-
-def parse_value(text: str, source: str) -> Any:
-    """A single YAML value, read as a recipe's; ``source`` begins the message of a ConfigError."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        problem = f"the value is not valid YAML: {_yaml_problem(error)}"
-        raise ConfigError(source, [problem]) from error
 
 
 def _near_file(path: Path) -> str:

@@ -7,7 +7,7 @@ as soon as their text has ended, and are replaced from the queue.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -26,8 +26,6 @@ logger = logging.getLogger("egspo")
 # their own.
 _MAX_PADDING = 1 / 8
 
-BlockListener = Callable[[list[int], Trajectory], None]
-
 
 @dataclass(frozen=True)
 class RolloutBlock:
@@ -37,8 +35,12 @@ class RolloutBlock:
     """Sequences of the batch."""
     finished: list[int]
     """Those of them that retired."""
-    trajectory: Trajectory
-    """All B sequences as they are now; the next block changes it."""
+    run: _Rollout
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """All B sequences as they are now; the next block changes it."""
+        return self.run.trajectory()
 
 
 def rollout(
@@ -51,7 +53,6 @@ def rollout(
     entropy_over: EntropyOver = "revealed",
     entropy_reduce: EntropyReduce = "mean",
     entropy_temperature: float = 1.0,
-    on_block: BlockListener | None = None,
 ) -> Trajectory:
     """Denoise one completion for every prompt, at most ``config.batch_size`` at a time.
 
@@ -68,8 +69,6 @@ def rollout(
             masked positions of the active ``block``, or all ``masked`` positions.
         entropy_reduce: ``mean`` or ``sum`` over that set.
         entropy_temperature: temperature of that entropy.
-        on_block: called as ``f(finished, trajectory)`` after every block of a batch, with the rows
-            of the batch that retired and all B trajectories as they are now.
 
     Returns:
         :class:`Trajectory` of B sequences, in the order of ``prompts``.
@@ -79,12 +78,10 @@ def rollout(
         ValueError: ``generation.steps`` does not fit an int16, or ``generation.cuda_graphs`` is
             asked for without a GPU.
     """
-    _check_steps(config)
     recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
     run = _Rollout(denoiser, prompts, config, recording, sequence_ids)
-    for block in run.blocks():
-        if on_block is not None:
-            on_block(block.finished, block.trajectory)
+    for _ in run.blocks():
+        pass
     return run.trajectory()
 
 
@@ -97,13 +94,7 @@ def rollout_blocks(
     sequence_ids: Tensor,
 ) -> Iterator[RolloutBlock]:
     """:func:`rollout` block by block, for who takes completions as they come."""
-    _check_steps(config)
     return _Rollout(denoiser, prompts, config, Recording(seed), sequence_ids).blocks()
-
-
-def _check_steps(config: GenerationConfig) -> None:
-    if config.steps >= NEVER:
-        raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
 
 
 class _Rollout:
@@ -117,6 +108,12 @@ class _Rollout:
         recording: Recording,
         sequence_ids: Tensor,
     ) -> None:
+        if config.steps >= NEVER:
+            raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
+        if config.cuda_graphs and denoiser.device.type != "cuda":
+            raise ValueError(
+                f"generation.cuda_graphs needs a GPU, the model is on {denoiser.device.type!r}"
+            )
         self.denoiser, self.prompts, self.config = denoiser, prompts, config
         self.recording, self.sequence_ids = recording, sequence_ids
         self.decoder = Decoder(denoiser, config.block_length, config.cache, config.guidance)
@@ -145,7 +142,7 @@ class _Rollout:
             rows = self.next_batch()
             with self.denoiser.graphed() if self.config.cuda_graphs else nullcontext():
                 finished = self.denoise(rows)
-            yield RolloutBlock(rows, finished, self.trajectory())
+            yield RolloutBlock(rows, finished, self)
 
     def next_batch(self) -> list[int]:
         """The running sequences, and from the queue what fits beside them."""

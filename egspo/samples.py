@@ -113,6 +113,7 @@ class OneStepCompletions:
 def sampled_group(
     config: TrainConfig,
     data: Data,
+    eos_id: int,
     samples: Samples,
     kept: Tensor,
     states: States,
@@ -123,6 +124,7 @@ def sampled_group(
 
     Args:
         config, data: of the run.
+        eos_id: end of text.
         samples: the rollout.
         kept: int64 [P'], groups that are trained.
         states: M selected states, of the P' * G trajectories of those groups.
@@ -143,7 +145,9 @@ def sampled_group(
             )
         )
     example = samples.prompt_index[group]
-    completions = completions_of(trajectory, data.tokenizer, indices=range(size), step_map=True)
+    completions = completions_of(
+        trajectory, data.tokenizer, eos_id, indices=range(size), step_map=True
+    )
     return [
         TrajectoryRecord(
             index=completion.index,

@@ -34,7 +34,7 @@ from egspo.optimization import (
 from egspo.progress import RunProgress
 from egspo.state import TrainingState, termination_raises
 from egspo.tasks.base import Example
-from egspo.tokenization import encode_prompts
+from egspo.tokenization import encode_prompts, end_of_turn
 from egspo.trajectory import PromptBatch
 from egspo_kernels import counter_uniform, linear_token_stats
 
@@ -61,18 +61,15 @@ class SupervisedData:
         length: int,
         denoiser: Denoiser,
     ) -> SupervisedData:
-        """Tokenise; raises ValueError for a missing target, or one longer than ``length``."""
-        rows = []
-        for number, example in enumerate(examples):
-            if example.target is None:
-                raise ValueError(f"training example {number} has no target completion")
-            tokens = tokenizer(example.target, add_special_tokens=False)["input_ids"]
-            if len(tokens) > length:
-                raise ValueError(
-                    f"the target of training example {number} has {len(tokens)} tokens, "
-                    f"generation.max_new_tokens is {length}"
-                )
-            rows.append(tokens + [denoiser.eos_id] * (length - len(tokens)))
+        """Tokenise; raises ValueError for a missing target, or one longer than ``length``.
+
+        Behind a target stands the end of turn of the chat template, where there is room.
+        """
+        end = end_of_turn(tokenizer)
+        filler = [] if end is None or end == denoiser.eos_id else [end]
+        filler += [denoiser.eos_id] * length
+        targets = encode_targets(tokenizer, examples, length)
+        rows = [(tokens + filler)[:length] for tokens in targets]
         encoded = encode_prompts(tokenizer, [example.prompt for example in examples])
         prompts = PromptBatch.from_lists(encoded, denoiser.pad_id, denoiser.device)
         return cls(prompts, torch.tensor(rows, device=denoiser.device))
@@ -83,6 +80,28 @@ class SupervisedData:
         index = torch.tensor(order, device=self.completions.device)
         prompts = PromptBatch(self.prompts.ids[index], self.prompts.mask[index])
         return SupervisedData(prompts, self.completions[index])
+
+
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], length: int
+) -> list[list[int]]:
+    """Tokens of the reference completions.
+
+    Raises:
+        ValueError: an example has none, or one longer than ``length``.
+    """
+    rows = []
+    for number, example in enumerate(examples):
+        if example.target is None:
+            raise ValueError(f"training example {number} has no target completion")
+        tokens: list[int] = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        if len(tokens) > length:
+            raise ValueError(
+                f"the target of training example {number} has {len(tokens)} tokens, "
+                f"generation.max_new_tokens is {length}"
+            )
+        rows.append(tokens)
+    return rows
 
 
 def supervised_loss(denoiser: Denoiser, data: SupervisedData, seed: int, step: int) -> Tensor:

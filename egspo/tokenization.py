@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -108,44 +110,31 @@ def _check_known(
 def decode_completions(
     tokenizer: PreTrainedTokenizerBase, completions: Sequence[Sequence[int]], eos_id: int
 ) -> list[str]:
-    """Texts of completions up to their first EOS, special tokens left out."""
-    return decode(
-        tokenizer, [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in completions]
-    )
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]]) -> list[str]:
-    """Texts of token sequences, special tokens left out."""
+    """Texts of completions up to their first EOS or end of turn, special tokens left out."""
+    ends = {eos_id, end_of_turn(tokenizer)}
+    kept = [list(takewhile(lambda token: token not in ends, ids)) for ids in completions]
     texts: list[str] = tokenizer.batch_decode(
-        [list(ids) for ids in sequences],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
+        kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return texts
 
 
-def stable_text(text: str) -> str:
-    """``text`` without the characters at its end that a further token may still complete.
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an answer, None if it puts none.
 
-    An incomplete UTF-8 sequence decodes as replacement characters.
+    It is ``<|im_end|>`` for Dream and ``<|eot_id|>`` for LLaDA, neither of which is the EOS that
+    fills the rest of a completion.
     """
-    return text.rstrip("\ufffd")
-
-
-def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """What every token adds to the text, special tokens included.
-
-    Joined, they are the text, unless that has bytes that are no UTF-8: a character of several
-    tokens belongs to the last of them. (A token decoded alone would lose the space that
-    sentencepiece puts before it.)
-    """
-    ends = range(1, len(ids) + 1)
-    texts: list[str] = tokenizer.batch_decode(
-        [list(ids[:end]) for end in ends], clean_up_tokenization_spaces=False
-    )
-    pieces, shown = [], 0
-    for end, text in zip(ends, texts, strict=True):
-        text = text if end == len(ids) else stable_text(text)
-        pieces.append(text[shown:])
-        shown = max(shown, len(text))
-    return pieces
+    if tokenizer.chat_template is None:
+        return None
+    answer = "\u241e"  # to be found again: in no template
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except TemplateError:  # of prompts only
+        return None
+    behind: list[int] = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    if not behind:
+        return None
+    token = tokenizer.added_tokens_decoder.get(behind[0])
+    return behind[0] if token is not None and token.special else None

@@ -9,11 +9,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from egspo.build import base_model, build_data, build_denoiser, check_data, fresh_model
+from egspo.build import (
+    base_model,
+    build_data,
+    build_denoiser,
+    check_data,
+    check_trackers,
+    fresh_model,
+)
 from egspo.checkpoint import (
     CHECKPOINTS,
     check_unclaimed,
@@ -71,7 +77,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: Path | None = None) -> None:
         self.config, self.output = config, Path(config.output_dir)
-        self._check_trackers()
+        check_trackers(config)
         # Precision is the denoiser's business, in rollout, scoring and update alike.
         self.accelerator = Accelerator(
             mixed_precision="no",
@@ -81,6 +87,11 @@ class Trainer:
             project_dir=config.output_dir,
         )
         self._check_processes()
+        if config.generation.cuda_graphs and self.accelerator.device.type != "cuda":
+            raise ValueError(
+                "generation.cuda_graphs needs a GPU, this process trains on "
+                f"{self.accelerator.device.type!r}"
+            )
         check_writable(self.output, 0)
         checkpoint = None if resume is None else find_checkpoint(resume)
         check_unclaimed(self._checkpoints, checkpoint)
@@ -267,16 +278,6 @@ class Trainer:
                 f"prompts_per_step ({self.config.prompts_per_step}) must be a multiple of the "
                 f"{processes} processes"
             )
-
-    def _check_trackers(self) -> None:
-        """Accelerate leaves out trackers that are not installed without a word."""
-        available = [str(tracker) for tracker in get_available_trackers()]
-        for tracker in self.config.trackers:
-            if tracker not in available:
-                raise ValueError(
-                    f"trackers has {tracker!r}, which is not installed: pip install "
-                    f"'egspo[{tracker}]'"
-                )
 
 
 def _world_size() -> int:

@@ -47,7 +47,7 @@ from egspo.tasks import Example
 logger = logging.getLogger("egspo")
 
 # Changes when the procedure does, so that cached warm starts of an older one are not used.
-_PROCEDURE = 2
+_PROCEDURE = 3
 
 
 def cache_folder() -> Path:

@@ -62,6 +62,22 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         ({"eval": {"examples": 0}}, "eval.examples must be > 0, or null for all, got 0"),
         ({"eval": {"temperature": -1}}, "eval.temperature must be >= 0"),
         ({"model": {"lora": {"alpha": 0}}}, "model.lora.alpha must be > 0"),
+        ({"generation": {"guidance": -1}}, "generation.guidance must be >= 0, got -1"),
+        ({"generation": {"threshold": 1.5}}, r"generation.threshold must be in \(0, 1\], got 1.5"),
+        (
+            {"generation": {"threshold": 0.5, "policy": "entropy"}},
+            r"score in \[0, 1\], which policy 'entropy' does not have; choose from .*'margin'",
+        ),
+        ({"generation": {"max_tokens_per_step": 4}}, r"\(4\) needs generation.threshold"),
+        (
+            {"generation": {"threshold": 0.5, "max_tokens_per_step": 3}},
+            r"between 4, the quota of a step, and generation.block_length \(20\), got 3",
+        ),
+        (
+            {"generation": {"cache": "dual"}, "algorithm": {"entropy_over": "masked"}},
+            "entropy_over: masked needs the hidden states of later blocks",
+        ),
+        ({"algorithm": {"detach_cache": True}}, "detach_cache needs a generation.cache"),
     ],
 )
 def test_configurations_that_cannot_work(
@@ -85,6 +101,7 @@ def test_configurations_that_cannot_work(
         ({"model": {"config": {"max_sequence_length": 30}}}, "prompt 0 has .* context of 30"),
         ({"model": {"config": {"n_headz": 2}}}, r"unknown fields .* \['n_headz'\]"),
         ({"model": {"lora": {"target_modules": ["q"]}}}, "target_modules has 'q'"),
+        ({"generation": {"cuda_graphs": True}}, "generation.cuda_graphs needs a GPU"),
         ({"trackers": ["wandb"]}, r"trackers has 'wandb', .* pip install 'egspo\[wandb\]'"),
         ({"sft": {"steps": 2}, **LETTERS, "generation": SHORT}, "target .* 0 has 6 tokens"),
     ],
@@ -93,7 +110,7 @@ def test_what_does_not_fit_together(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found with a warm start in the recipe too, and before it is trained."""
-    monkeypatch.setattr("egspo.trainer.get_available_trackers", list)
+    monkeypatch.setattr("egspo.build.get_available_trackers", list)
     # (The adapter is made after the warm start, which is kept.)
     for more in ({},) if "target_modules" in message else ({}, SFT):
         with pytest.raises(ValueError, match=message):

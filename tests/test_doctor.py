@@ -90,3 +90,11 @@ def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     report = diagnose()
     gpu = {"device": "cuda:0", "name": "Some GPU", "memory_gib": 79.2, "capability": "9.0"}
     assert "Some GPU, 79.2 GiB, capability 9.0" in printed({**report, "gpus": [gpu]})
+
+
+def test_the_sandbox_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    report = diagnose()
+    assert "apt-get install bubblewrap" in report["sandbox"]["error"]
+    assert "(bubblewrap): cannot run: bubblewrap (bwrap) is not installed" in printed(report)
+    assert "(bubblewrap): can run\n" in printed({**report, "sandbox": {}})

@@ -13,9 +13,11 @@ from torch import Tensor
 from egspo.advantages import egspo_advantages, egspo_sa_advantages
 from egspo.config import AlgorithmConfig, GenerationConfig
 from egspo.denoiser import Denoiser
+from egspo.rollout import rollout
 from egspo.scoring import Scorer, States
 from egspo.selection import select
-from tests.toy import Enumeration, enumerate_trajectories, reward, toy_denoiser
+from egspo.trajectory import PromptBatch, Trajectory
+from tests.toy import PROMPT, Enumeration, enumerate_trajectories, reward, toy_denoiser
 
 GENERATION = GenerationConfig(max_new_tokens=4, steps=3, block_length=4, temperature=0.8)
 ALGORITHM = AlgorithmConfig(strategy="all", aggregation="exact", beta=0.0)
@@ -65,8 +67,10 @@ def estimator_gradient(
 
 
 def all_steps(enumeration: Enumeration) -> Tensor:
+    """The steps that each trajectory took, -1 beyond."""
     trajectory = enumeration.trajectory
-    return torch.arange(trajectory.num_steps).expand(len(trajectory), -1)
+    steps = torch.arange(trajectory.num_steps)
+    return steps.where(steps < trajectory.steps[:, None], -1)
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> float:
@@ -97,6 +101,42 @@ def test_unbiased_with_any_state_dependent_baseline(policy: str) -> None:
     weighted = advantage * enumeration.probability.detach()[:, None]
     estimate = estimator_gradient(denoiser, enumeration, selected, weighted)
     assert relative_error(estimate, true_gradient(denoiser, enumeration)) < 1e-6
+
+
+@pytest.mark.parametrize("most", [None, 2])
+def test_unbiased_with_a_threshold(most: int | None) -> None:
+    """How many positions a step reveals depends on the logits alone: its product is exact."""
+    config = replace(
+        GENERATION,
+        steps=4,
+        block_length=2 if most is None else 4,
+        threshold=0.5,
+        max_tokens_per_step=most,
+    )
+    denoiser = toy_denoiser(4, seed=2)
+    enumeration = enumerate_trajectories(denoiser, config)
+    trajectory = enumeration.trajectory
+    assert float(enumeration.probability.detach().sum()) == pytest.approx(1.0, abs=1e-12)
+    assert len(trajectory.steps.unique()) > 1
+    value = reward(trajectory.tokens) * enumeration.probability.detach()
+    estimate = estimator_gradient(
+        denoiser, enumeration, all_steps(enumeration), value[:, None].expand(-1, 4), config
+    )
+    assert relative_error(estimate, true_gradient(denoiser, enumeration)) < 1e-6
+
+    sampled = rollout(
+        denoiser,
+        PromptBatch.from_lists([PROMPT] * 2000, 0),
+        replace(config, batch_size=2000, early_exit=False),
+        seed=0,
+        sequence_ids=torch.arange(2000),
+    )
+    known = {tuple(a + b) for a, b in zip(*_outcome(trajectory), strict=True)}
+    assert {tuple(a + b) for a, b in zip(*_outcome(sampled), strict=True)} <= known
+
+
+def _outcome(trajectory: Trajectory) -> tuple[list[list[int]], list[list[int]]]:
+    return trajectory.tokens.tolist(), trajectory.unmask_step.tolist()
 
 
 @pytest.mark.parametrize("policy", ["max_prob", "random"])

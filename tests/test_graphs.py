@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,26 +47,18 @@ def assert_same(a: Trajectory, b: Trajectory) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("batch_size", [2, 64])
-def test_replayed_rollouts_are_the_same(
-    options: dict[str, Any], batch_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replayed_rollouts_are_the_same(options: dict[str, Any], batch_size: int) -> None:
     denoiser = small_denoiser()
-    expected = [run(denoiser, False, n, batch_size=batch_size, **options) for n in (LENGTHS, [5])]
     denoiser.graphs = GraphReplay(limit=3, record=record)
-    with monkeypatch.context() as patch:
-        patch.setattr(Denoiser, "graphed", _graphed_anywhere)
-        for _ in range(2):
-            for lengths, eager in zip((LENGTHS, [5]), expected, strict=True):
-                assert_same(run(denoiser, True, lengths, batch_size=batch_size, **options), eager)
+    options = {**options, "batch_size": batch_size}
+    expected = [run(denoiser, False, lengths, **options) for lengths in (LENGTHS, [5])]
+    assert denoiser.graphs.recorded == 0
+    for _ in range(2):
+        for lengths, eager in zip((LENGTHS, [5]), expected, strict=True):
+            with denoiser.graphed():
+                assert_same(run(denoiser, False, lengths, **options), eager)
     assert denoiser.graphs.recorded >= 2
     assert len(denoiser.graphs) <= 3
-
-
-@contextmanager
-def _graphed_anywhere(denoiser: Denoiser) -> Iterator[None]:
-    denoiser._replaying = True
-    yield
-    denoiser._replaying = False
 
 
 def test_a_shape_is_recorded_the_second_time_and_the_oldest_is_dropped() -> None:

@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
             ("plain", {"stepwise": False}, runs.varied),
             ("idle", {}, lambda completions, **_: [0.5] * len(completions)),
         ):
-            runs.rewards[:] = [Reward("reward", reward)]
+            runs.rewards[:] = [Reward("value", reward)]
             changes = {"algorithm": algorithm, "steps": 5, "eval": {"every": 2}}
             done[name] = folder / name
             train(runs.config(done[name], runs.LETTERS, changes))
@@ -105,17 +105,23 @@ def check(record: TrajectoryRecord, name: str) -> None:
 def test_advantages_of_a_kept_group_are_centred(trained: dict[str, Path]) -> None:
     for file in list_samples(trained["plain"]).values():
         group = read_trajectories(file)
-        mean = sum(record.reward or 0 for record in group) / GROUP
-        for record in group:
-            for selected in record.selected:
-                assert selected.advantage == pytest.approx((record.reward or 0) - mean)
+        for rank in range(3):  # over the members that have a step of that rank
+            chosen = [
+                (record.reward or 0, selected.advantage)
+                for record in group
+                for selected in record.selected
+                if selected.rank == rank
+            ]
+            mean = sum(reward for reward, _ in chosen) / max(len(chosen), 1)
+            for reward, advantage in chosen:
+                assert advantage == pytest.approx(reward - mean)
 
 
 def test_a_resumed_run_keeps_the_same(
     trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
-    monkeypatch.setattr(runs, "rewards", [Reward("reward", runs.varied)])
+    monkeypatch.setattr(runs, "rewards", [Reward("value", runs.varied)])
     output = tmp_path / "run"
     changes = {"steps": 5, "eval": {"every": 2}}
     undo = runs.strike("egspo.iteration.rollout", 5, lambda: (_ for _ in ()).throw(OSError("no")))
@@ -268,10 +274,10 @@ def test_step_maps_wrap_in_columns() -> None:
     console.print(StepMapView(tokens))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 40
-    assert lines[0].split() == ["position", "0", "1", "2", "3", "4"]
-    assert lines[1].split() == ["token", "a", "猫", "a", "long", "wo…", "b", "c"]
-    assert lines[2].split() == ["step", "0", "1", "2", "3", "4"]
-    assert lines[6].split() == ["position", "5", "6", "7", "8", "9"]
+    assert lines[0].split() == ["position", "0", "1", "2", "3"]
+    assert lines[1].split() == ["token", "a", "猫", "a", "long", "wo…", "b"]
+    assert lines[2].split() == ["step", "0", "1", "2", "3"]
+    assert lines[6].split() == ["position", "4", "5", "6", "7", "8"]
 
 
 # --- Page
@@ -372,11 +378,13 @@ def test_inspecting_what_generate_wrote(
     assert main(["inspect", str(output), "--index", "1"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("answers.jsonl · prompt 1\n") and "\nprompt\n  12" in text
-    (record,) = [r for r in read_trajectories(output) if r.index == 1]
-    assert record.completion == json.loads(output.read_text().splitlines()[1])["completion"]
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record.completion for record in read_trajectories(output)] == [
+        line["completion"] for line in written
+    ]
     assert main(["generate", "--model", model, "--prompt", "1", "--step-map"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(maxsplit=1)[0] for line in lines[-6:-1]] == [
+    assert [line.split(maxsplit=1)[0] for line in lines[-5:]] == [
         *("position", "token", "step", "confidence", "entropy")
     ]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
-from egspo.denoising import block_plan
-from egspo.rollout import rollout
+from egspo.denoising import BlockDenoising, block_plan
+from egspo.rollout import rollout, rollout_blocks
 from egspo.trajectory import NEVER, PromptBatch, Trajectory
 from tests.test_scoring import EOS, MASK, PAD, prompts_of, small_denoiser
 from tests.toy import toy_denoiser
@@ -207,19 +207,19 @@ def test_out_of_memory_splits_the_batch(
         run(config, [5], denoiser)
 
 
-def test_listener_sees_every_block_and_who_retired() -> None:
-    denoiser = small_denoiser(init_std=1.0)
+def test_blocks_come_one_by_one_with_who_retired() -> None:
+    denoiser, config = small_denoiser(init_std=1.0), replace(CONFIG, batch_size=4)
+    prompts, ids = prompts_of([5] * 10), torch.arange(10)
     seen: list[int] = []
     masks = []
-
-    def listen(finished: list[int], trajectory: Trajectory) -> None:
-        seen.extend(finished)
-        masks.append(int((trajectory.tokens == MASK).sum()))
-        assert not bool((trajectory.tokens[finished] == MASK).any())
-
-    run(replace(CONFIG, batch_size=4), [5] * 10, denoiser, on_block=listen)
+    for block in rollout_blocks(denoiser, prompts, config, seed=7, sequence_ids=ids):
+        assert len(block.rows) <= 4 and set(block.finished) <= set(block.rows)
+        seen += block.finished
+        masks.append(int((block.trajectory.tokens == MASK).sum()))
+        assert not bool((block.trajectory.tokens[block.finished] == MASK).any())
     assert sorted(seen) == list(range(10))
     assert masks == sorted(masks, reverse=True) and masks[-1] == 0
+    assert torch.equal(block.trajectory.tokens, run(config, [5] * 10, denoiser).tokens)
 
 
 @settings(max_examples=60, deadline=None)
@@ -284,3 +284,29 @@ def test_invariants(data: st.DataObject) -> None:
         ]
     if eos == -50.0:
         assert sampled.lengths.tolist() == [config.max_new_tokens] * len(lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"guidance": 1.0}], ids=str)
+def test_no_step_waits_for_the_gpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any synchronisation inside a step is an error."""
+    denoiser = small_denoiser()
+    denoiser.model.cuda()
+    prompts = prompts_of([5, 5, 3])
+    prompts = PromptBatch(prompts.ids.cuda(), prompts.mask.cuda())
+    ids = torch.arange(3, device="cuda")
+    config = replace(CONFIG, **options)
+    rollout(denoiser, prompts, config, seed=0, sequence_ids=ids)  # what is made once
+    advance = BlockDenoising._advance
+
+    def strict(self: BlockDenoising, *arguments: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(BlockDenoising, "_advance", strict)
+    rollout(denoiser, prompts, config, seed=1, sequence_ids=ids)

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 import egspo.generation
 from egspo.cli import main
 from egspo.cli.model import _HELP
-from egspo.completion import Completion, TextDelta, TextStream
+from egspo.completion import Completion, TextDelta, TextStream, token_pieces
 from egspo.config import GenerationConfig
 from egspo.generation import complete, generate, save_generation_config, stream
-from egspo.tokenization import token_pieces
 from egspo.warm_start import save_model
 from tests.test_generation import CONFIG, PROMPTS, TOKENIZER, chats, model
 

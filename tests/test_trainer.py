@@ -127,6 +127,11 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"algorithm": {"entropy_at": "sampling", "ratio_temperature": "one"}},
     {"generation": {"policy": "random", "temperature": 1.3}, "mixed_precision": "bf16"},
     {"model": {"gradient_checkpointing": True, "attn_implementation": "eager"}},
+    {"generation": {"cache": "dual"}, "algorithm": {"beta": 0.1, "kl": "exact"}, **LORA},
+    {"generation": {"cache": "prefix"}, "model": {"gradient_checkpointing": True}},
+    {"generation": {"cache": "dual"}, "algorithm": {"schedule": "per_step", "beta": 0.1}},
+    {"generation": {"cache": "dual", "guidance": 0.5}, "algorithm": {"detach_cache": True}},
+    {"generation": {"threshold": 0.2, "cache": "prefix"}, "algorithm": {"strategy": "uniform"}},
 ]
 
 

@@ -75,7 +75,7 @@ def test_update(checkpointed: bool, lora: bool, cache: Any) -> None:
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.05 if edges else 0.02)
 
 
-def test_dual_cache_is_about_seven_times_cheaper_at_the_published_lengths() -> None:
+def test_columns_computed_at_the_published_lengths() -> None:
     """256 new tokens in blocks of 32, 128 steps, behind a prompt of 200: columns computed."""
     denoiser = small_denoiser(max_sequence_length=512)
     config = GenerationConfig(temperature=0.9, early_exit=False)
@@ -90,9 +90,7 @@ def test_dual_cache_is_about_seven_times_cheaper_at_the_published_lengths() -> N
             sequence_ids=torch.arange(1),
         )
         columns[cache] = (denoiser.work - before).tokens
-    assert columns["none"] == 128 * 456
-    assert columns["none"] / columns["dual"] == pytest.approx(7.5, abs=0.1)
-    assert columns["none"] / columns["prefix"] == pytest.approx(2.6, abs=0.1)
+    assert columns == {"none": 58_368, "prefix": 22_080, "dual": 7_744}
 
 
 def test_peak_memory_is_of_this_process() -> None:

@@ -77,50 +77,71 @@ def enumerate_trajectories(
 
     Args:
         denoiser: only its special tokens, where ``logits_of`` is given.
-        config: of the generation, early exit apart.
+        config: of the generation, early exit apart; a threshold with policy max_prob only.
         logits_of: (canvas, first position of the active block) -> [L, V]; by default those of the
             tabular model.
     """
-    plan = schedule(config.max_new_tokens, config.steps, config.block_length)
-    length, steps = config.max_new_tokens, config.steps
-    leaves: list[tuple[list[int], list[int], Tensor, list[Tensor]]] = []
+    length, steps, width = config.max_new_tokens, config.steps, config.block_length
+    plan = schedule(width, steps * width // length, width)
+    leaves: list[tuple[list[int], list[int], Tensor, list[float]]] = []
 
     def extend(
-        canvas: list[int], when: list[int], step: int, probability: Tensor, entropies: list[Tensor]
+        canvas: list[int],
+        when: list[int],
+        place: tuple[int, int],
+        step: int,
+        probability: Tensor,
+        entropies: list[float],
     ) -> None:
-        if step == steps:
+        start, within = place
+        if MASK not in canvas[start : start + width]:
+            start, within = start + width, 0
+        if start == length:
             leaves.append((canvas, when, probability, entropies))
             return
         if logits_of is None:
             logits = denoiser.model.logits(torch.tensor([canvas]))[0]  # type: ignore[operator]
         else:
-            logits = logits_of(canvas, plan[step].start)
+            logits = logits_of(canvas, start)
         logits = logits.index_fill(1, torch.tensor([MASK]), -math.inf)
         probs = (logits / config.temperature).softmax(1)
         plain = logits.softmax(1)
         entropy = -torch.where(plain > 0, plain * plain.clamp(min=1e-300).log(), 0.0).sum(1)
-        masked = [i for i in range(plan[step].start, plan[step].end) if canvas[i] == MASK]
-        for tokens, chosen, weight in outcomes(
-            config.policy, probs, plain, entropy, masked, plan[step].quota
-        ):
+        masked = [i for i in range(start, start + width) if canvas[i] == MASK]
+        quota = plan[within].quota
+        if config.threshold is not None:
+            sure = sum(float(plain[i].max()) >= config.threshold for i in masked)
+            most = config.max_tokens_per_step or width
+            quota = min(max(quota, min(sure, most)), len(masked))
+        for tokens, chosen, weight in outcomes(config.policy, probs, plain, entropy, masked, quota):
             new_canvas, new_when = list(canvas), list(when)
             for position, token in zip(chosen, tokens, strict=True):
                 new_canvas[position], new_when[position] = token, step
-            mean = torch.stack([entropy[i] for i in chosen]).mean().detach()
-            extend(new_canvas, new_when, step + 1, probability * weight, [*entropies, mean])
+            mean = float(torch.stack([entropy[i] for i in chosen]).mean().detach())
+            extend(
+                new_canvas,
+                new_when,
+                (start, within + 1),
+                step + 1,
+                probability * weight,
+                [*entropies, mean],
+            )
 
-    start = torch.ones((), dtype=torch.float64)
-    extend([MASK] * length, [-1] * length, 0, start, [])
+    begin = torch.ones((), dtype=torch.float64)
+    extend([MASK] * length, [-1] * length, (0, 0), 0, begin, [])
+    taken = [len(leaf[3]) for leaf in leaves]
     tokens = torch.tensor([leaf[0] for leaf in leaves])
     trajectory = Trajectory(
         prompts=PromptBatch.from_lists([PROMPT] * len(leaves), 0),
         tokens=tokens,
         unmask_step=torch.tensor([leaf[1] for leaf in leaves], dtype=torch.int16),
-        entropy=torch.tensor([[float(h) for h in leaf[3]] for leaf in leaves], dtype=torch.float64),
+        entropy=torch.tensor(
+            [leaf[3] + [math.nan] * (steps - len(leaf[3])) for leaf in leaves], dtype=torch.float64
+        ),
         confidence=torch.zeros(tokens.shape),
         token_entropy=torch.zeros(tokens.shape),
         log_prob=torch.zeros(len(leaves), steps, dtype=torch.float64),
-        steps=torch.full((len(leaves),), steps),
+        steps=torch.tensor(taken),
         lengths=length_before(tokens, denoiser.eos_id),
         mask_id=MASK,
     )

@@ -188,17 +188,14 @@ def _tasks(
 
 def _task_options(given: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """``TASK.KEY=VALUE`` by task."""
-    from egspo.recipe import parse_value
+    from egspo.recipe import read_overrides
 
-    options: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for text in given:
-        path, equals, value = text.partition("=")
-        task, dot, key = path.rpartition(".")
-        if not equals or not dot or not key:
-            raise ValueError(f"--task-option {text!r}: expected TASK.KEY=VALUE")
-        if task not in options:
-            raise ValueError(f"--task-option {text!r}: {task!r} is none of the tasks {names}")
-        options[task][key] = parse_value(value, f"--task-option {text!r}")
+    options = {name: {} for name in names} | read_overrides(given)
+    for name, values in options.items():
+        if name not in names:
+            raise ValueError(f"--task-option {name}: it is none of the tasks {names}")
+        if not isinstance(values, dict):
+            raise ValueError(f"--task-option {name}={values}: expected TASK.KEY=VALUE")
     return options
 
 

@@ -45,7 +45,15 @@ def add_commands(add: AddCommand) -> None:
     ):
         epilog = _TRAIN_EPILOG.format(command=name)
         epilog += _PROCESSES_EPILOG if name == "train" else ""
-        _add_training_arguments(add(name, text, run, epilog))
+        command = add(name, text, run, epilog)
+        _add_training_arguments(command)
+        if name == "train":
+            command.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="check recipe, data and model and estimate memory; loads no weights, "
+                "writes nothing",
+            )
     sweep = add("sweep", "run variants of a recipe with several seeds and compare them", _sweep)
     sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="YAML file, see docs/sweeps.md")
     sweep.add_argument(
@@ -115,6 +123,9 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
 
 def _train(args: argparse.Namespace) -> None:
     config = _configured(args)
+    if args.dry_run:
+        _dry_run(args, config)
+        return
     resume = _prepare_output(args, config)
     configure_output()
     from egspo.trainer import train
@@ -122,6 +133,20 @@ def _train(args: argparse.Namespace) -> None:
     final = train(config, resume=resume)
     if is_main_process():
         _print_outcome(Path(config.output_dir), final)
+
+
+def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
+    if args.resume is not None or args.overwrite:
+        raise ValueError("--dry-run starts nothing: leave out --resume and --overwrite")
+    from rich.console import Console
+
+    from egspo.dry_run import DryRunError, dry_run, print_report
+
+    report = dry_run(config)
+    print_report(report, Console())
+    if report.failed:
+        names = ", ".join(check.name for check in report.failed)
+        raise DryRunError(f"{args.recipe} would not run: {names}")
 
 
 def _sft(args: argparse.Namespace) -> None:

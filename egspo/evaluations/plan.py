@@ -14,7 +14,7 @@ from egspo import __version__
 from egspo.config import GenerationConfig, TaskConfig
 from egspo.continuation import flat
 from egspo.generation import GENERATION_FILE
-from egspo.tasks import Example, Task, build_task, load_task_file
+from egspo.tasks import Example, Task
 
 PLAN_FILE = "evaluation.json"
 Split = Literal["test", "validation"]
@@ -66,11 +66,9 @@ class EvaluationPlan:
 
 def load_task(config: TaskConfig) -> Task:
     """The task as ``config`` has it; raises as :func:`egspo.tasks.build_task`."""
-    from egspo.build import configured_task
+    from egspo.build import configured_task, named_task
 
-    if config.file is not None:
-        load_task_file(config.file)
-    task = configured_task(build_task(config.name, **config.options), config)
+    task = configured_task(named_task(config, config.options), config)
     for reward in task.rewards:
         if reward.name in ("reward", "solved", "skipped"):
             raise ValueError(f"task {task.name}: a reward may not be called {reward.name!r}")

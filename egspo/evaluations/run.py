@@ -225,7 +225,8 @@ class _Evaluator:
             return []
         index = torch.tensor(rows, device=block.trajectory.tokens.device)
         ended = block.trajectory.take(index)
-        completions = completions_of(ended, self.tokenizer, indices=[keys[row][0] for row in rows])
+        places = [keys[row][0] for row in rows]
+        completions = completions_of(ended, self.tokenizer, self.denoiser.eos_id, indices=places)
         steps = ended.steps.tolist()
         return [(keys[row], completions[i], steps[i]) for i, row in enumerate(rows)]
 

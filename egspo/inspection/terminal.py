@@ -125,6 +125,7 @@ class StepMapView:
             column = 1 + min(_CELL, max(map(cell_len, cells)))
             if width + column > options.max_width and rows:
                 yield from self._lines(names, label, rows)
+                yield Text("")
                 rows, width = [], label
             rows.append(tuple(" " + _fit(cell, column - 1) for cell in cells))
             width += column
@@ -137,7 +138,6 @@ class StepMapView:
             text = Text(f"{name:<{label}}", style="dim", no_wrap=True)
             text.append("".join(row[line] for row in rows), style="bold" if line == 1 else "")
             yield text
-        yield Text("")
 
 
 def _fit(text: str, width: int) -> str:

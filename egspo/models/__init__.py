@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from egspo.models.dream import DreamConfig, DreamForMaskedLM, DreamModel
 from egspo.models.llada import LLaDAConfig, LLaDAForMaskedLM, LLaDAModel
 from egspo.models.loading import (
     SpecialTokens,
+    load_config,
     load_model,
     load_tokenizer,
+    model_on_meta,
+    new_config,
     new_model,
     special_token_ids,
 )
@@ -14,14 +18,20 @@ from egspo.models.lora import LORA_TARGETS, add_lora, load_adapter, reference_mo
 
 __all__ = [
     "LORA_TARGETS",
+    "DreamConfig",
+    "DreamForMaskedLM",
+    "DreamModel",
     "LLaDAConfig",
     "LLaDAForMaskedLM",
     "LLaDAModel",
     "SpecialTokens",
     "add_lora",
     "load_adapter",
+    "load_config",
     "load_model",
     "load_tokenizer",
+    "model_on_meta",
+    "new_config",
     "new_model",
     "reference_mode",
     "special_token_ids",

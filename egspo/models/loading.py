@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from egspo.models.llada import LLaDAConfig, LLaDAForMaskedLM
+from egspo.models.dream import DreamForMaskedLM
+from egspo.models.llada import LLaDAForMaskedLM
+from egspo.models.transformer import TransformerForMaskedLM
 
-# By ``model_type`` of config.json.
-_MODELS: dict[str, type[PreTrainedModel]] = {LLaDAConfig.model_type: LLaDAForMaskedLM}
+_MODELS: tuple[type[TransformerForMaskedLM], ...] = (DreamForMaskedLM, LLaDAForMaskedLM)
+DEFAULT_MODEL_TYPE = LLaDAForMaskedLM.config_class.model_type
 
 
 @dataclass(frozen=True)
@@ -57,41 +60,73 @@ def load_model(
     hub = {
         k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs
     }
-    fields = _read_config(path_or_id, **hub)
-    model_type = fields.get("model_type")
-    if model_type not in _MODELS:
-        raise ValueError(
-            f"{path_or_id} is a checkpoint of model_type {model_type!r}; "
-            f"supported are {sorted(_MODELS)}"
-        )
+    model_class = _class_of(path_or_id, **hub)
     if dtype is not None:
         kwargs["dtype"] = dtype
-    model: PreTrainedModel = _MODELS[model_type].from_pretrained(
-        path_or_id, attn_implementation=attn_implementation, **kwargs
+    model: Any = model_class.from_pretrained(
+        os.fspath(path_or_id), attn_implementation=attn_implementation, **kwargs
     )
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
-def new_model(config: Mapping[str, Any], seed: int) -> LLaDAForMaskedLM:
-    """A LLaDA model with random float32 weights on the CPU, normal of ``config["init_std"]``.
+def load_config(path_or_id: str | os.PathLike[str], **hub: Any) -> PretrainedConfig:
+    """The configuration of a checkpoint, whose weights need not be there.
 
     Args:
-        config: fields of :class:`LLaDAConfig`, in its names or those of transformers.
+        path_or_id: folder with ``config.json``, or a name on the hub.
+        hub: ``revision``, ``cache_dir``, ``token``, ``local_files_only``.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_model`.
+    """
+    config_class = _class_of(path_or_id, **hub).config_class
+    assert config_class is not None
+    config: PretrainedConfig = config_class.from_pretrained(path_or_id, **hub)
+    return config
+
+
+def model_on_meta(config: PretrainedConfig) -> TransformerForMaskedLM:
+    """The model that ``config`` (of a supported class) describes, without memory for weights."""
+    with torch.device("meta"):
+        return _by_type(config.model_type)(config)
+
+
+def new_config(fields: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration of a new model.
+
+    Args:
+        fields: ``model_type`` (LLaDA if left out), and fields of its configuration in its names
+            or those of transformers.
+
+    Raises:
+        ValueError: the type or a field is unknown, or a value out of range.
+    """
+    fields = dict(fields)
+    model_type = fields.pop("model_type", DEFAULT_MODEL_TYPE)
+    config_class: Any = _by_type(model_type).config_class
+    known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"unknown fields for a new {config_class.model_type} model: {unknown}")
+    config: PretrainedConfig = config_class(**fields)
+    return config
+
+
+def new_model(config: Mapping[str, Any], seed: int) -> TransformerForMaskedLM:
+    """A model with random float32 weights on the CPU.
+
+    Args:
+        config: as for :func:`new_config`; the weights are normal with the standard deviation that
+            it says (``init_std``, ``initializer_range``).
         seed: the weights are a function of it; the global random state is left alone.
 
     Raises:
-        ValueError: a field is unknown or has a value out of range.
+        ValueError: as :func:`new_config`.
     """
-    fields = dict(config)
-    model_type = fields.pop("model_type", LLaDAConfig.model_type)
-    if model_type not in _MODELS:
-        raise ValueError(f"new models are of model_type {sorted(_MODELS)}, got {model_type!r}")
-    known = {f.name for f in dataclasses.fields(LLaDAConfig)} | set(LLaDAConfig.attribute_map)
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise ValueError(f"unknown fields for a new LLaDA model: {unknown}")
+    built = new_config(config)
     with seeded(seed), torch.device("cpu"):
-        return LLaDAForMaskedLM(LLaDAConfig(**fields))
+        return _by_type(built.model_type)(built)
 
 
 @contextmanager
@@ -126,6 +161,9 @@ def load_tokenizer(
         ValueError: neither tokenizer nor configuration names a mask token, or the tokenizer has
             no token of the configuration's id.
     """
+    folder = Path(path_or_id)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: it has no such files")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path_or_id)
     except OSError as error:
@@ -190,6 +228,26 @@ def _token_id(
     if value is None:
         value = getattr(tokenizer, f"{name}_token_id")
     return None if value is None else int(value)
+
+
+def _class_of(path_or_id: str | os.PathLike[str], **hub: Any) -> type[TransformerForMaskedLM]:
+    return _by_type(_read_config(path_or_id, **hub).get("model_type"), path_or_id)
+
+
+def _by_type(
+    model_type: object, checkpoint: str | os.PathLike[str] | None = None
+) -> type[TransformerForMaskedLM]:
+    """The class of a ``model_type``, in upper or lower case: both are found in checkpoints."""
+    known = {str(cls.config_class.model_type): cls for cls in _MODELS if cls.config_class}
+    for name, cls in known.items():
+        if isinstance(model_type, str) and model_type.lower() == name.lower():
+            return cls
+    if checkpoint is None:
+        raise ValueError(f"new models are of model_type {sorted(known)}, got {model_type!r}")
+    raise ValueError(
+        f"{os.fspath(checkpoint)} is a checkpoint of model_type {model_type!r}; "
+        f"supported are {sorted(known)}"
+    )
 
 
 def _read_config(path_or_id: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

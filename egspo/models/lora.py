@@ -14,9 +14,14 @@ from transformers import PreTrainedModel
 
 from egspo.models.loading import seeded
 
-LORA_TARGETS = r".*\bblocks\.\d+\.(?:q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
-"""The seven projections of every block, matched against the whole module name. (The plain suffix
-``ff_out`` would match the head too.)"""
+LORA_TARGETS = (
+    r".*\b(?:"
+    r"blocks\.\d+\.(?:q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"  # LLaDA
+    r"|layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"  # Dream
+    r")"
+)
+"""The seven projections of every block, matched against the whole module name. (LLaDA's plain
+suffix ``ff_out`` would match the head too.)"""
 
 
 def add_lora(

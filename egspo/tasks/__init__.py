@@ -1,6 +1,14 @@
 """Tasks by name; importing this module registers the built-in ones."""
 
-from egspo.tasks import sudoku_task  # noqa: F401  (registers itself)
+from egspo.tasks import (  # noqa: F401  (they register)
+    countdown_task,
+    gsm8k,
+    humaneval,
+    kodcode,
+    math500,
+    mbpp,
+    sudoku_task,
+)
 from egspo.tasks.base import (
     Example,
     Reward,

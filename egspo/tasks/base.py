@@ -72,6 +72,9 @@ class Task:
     """What training evaluates on, so that no checkpoint is chosen on ``test``; where there is
     none, ``test``."""
 
+    characters: str | None = None
+    """Alphabet of the character tokenizer of a new model; None for Sudoku's."""
+
     def __post_init__(self) -> None:
         for split in ("train", "test"):
             if not getattr(self, split):

@@ -71,12 +71,17 @@ def load_rows(source: str, columns: Mapping[str, Any] | None = None) -> list[Row
 
 def split_source(source: str) -> tuple[str, str | None]:
     """Path and split of ``source``."""
-    path, colon, split = source.rpartition(":")
-    if not colon or Path(source).expanduser().exists():
-        return source, None
-    if not path or not split:
+    colons = [place for place, character in enumerate(source) if character == ":"]
+    # The longest that exists; names on the hub have no colon, but `train[:100]` is a split.
+    for end in (len(source), *reversed(colons)):
+        if Path(source[:end]).expanduser().exists():
+            path, split = source[:end], source[end + 1 :]
+            break
+    else:
+        path, _, split = source.partition(":")
+    if not path or (not split and path != source):
         raise ValueError(f"{source!r} is no data set: expected PATH or PATH:SPLIT")
-    return path, split
+    return path, split or None
 
 
 def _open(source: str, texts: list[str]) -> Any:

@@ -171,6 +171,8 @@ def load_splits(
                     "%d of %d rows of %s are left out: their questions are in %s",
                     *(len(rows) - len(disjoint), len(rows), train, test),
                 )
+            if not disjoint:
+                raise ValueError(f"all of its questions are in {test} as well")
             rows, test_rows = disjoint, _sample(test_rows, test_examples, key, seed)
         elif test_examples is None:
             raise ValueError("without test data (test), test_examples says how many to hold out")

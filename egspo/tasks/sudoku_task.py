@@ -123,6 +123,7 @@ def build_sudoku(
         test=[_example(p, prompt_style) for p in test],
         rewards=[Reward("cell_accuracy", cell_accuracy)],
         solved=solved,
+        extract=extract_digits,
     )
 
 
@@ -175,4 +176,5 @@ def _example(puzzle: Puzzle, style: str, *, careless: bool = False) -> Example:
         prompt=[{"role": "user", "content": content}],
         columns={"puzzle": puzzle.puzzle, "solution": puzzle.solution},
         target=target,
+        question=puzzle.puzzle,
     )

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from egspo.models import LLaDAConfig, LLaDAForMaskedLM
-from egspo.models.llada.attention import apply_rope, rope_tables
-from egspo.models.llada.modeling import LLaDABlock, LLaDARMSNorm
+from egspo.models.attention import apply_rope, rope_tables
+from egspo.models.llada.modeling import LLaDABlock
+from egspo.models.transformer import RMSNorm
 
 MakeModel = Callable[..., LLaDAForMaskedLM]
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -62,7 +63,7 @@ def as_llama(model: LLaDAForMaskedLM) -> LlamaForCausalLM:
 def randomise_norms(model: LLaDAForMaskedLM) -> LLaDAForMaskedLM:
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, LLaDARMSNorm):
+        if isinstance(module, RMSNorm):
             module.weight.data.uniform_(0.5, 1.5, generator=generator)
     return model
 
@@ -315,7 +316,7 @@ def test_rope_tables_are_float32_at_any_model_dtype(
         seen.extend((cos.dtype, sin.dtype))
         return apply_rope(x, cos, sin)
 
-    monkeypatch.setattr("egspo.models.llada.modeling.apply_rope", spy)
+    monkeypatch.setattr("egspo.models.attention.apply_rope", spy)
     model = make_model().to(torch.bfloat16)
     assert not list(model.buffers())  # nothing for .to() to round
     with torch.no_grad():
@@ -325,8 +326,7 @@ def test_rope_tables_are_float32_at_any_model_dtype(
 
 
 def test_bfloat16_norm_rounds_before_the_scale() -> None:
-    config = LLaDAConfig(d_model=256, n_heads=4)
-    norm = LLaDARMSNorm(config).to(torch.bfloat16)
+    norm = RMSNorm(256, 1e-5).to(torch.bfloat16)
     generator = torch.Generator().manual_seed(4)
     norm.weight.data.uniform_(0.5, 1.5, generator=generator)
     x = torch.randn(64, 256, generator=generator).to(torch.bfloat16)

@@ -207,6 +207,9 @@ def test_sources(tmp_path: Path) -> None:
     assert split_source("a.jsonl") == ("a.jsonl", None)
     write_jsonl(tmp_path / "a:b.jsonl")
     assert split_source(f"{tmp_path}/a:b.jsonl") == (f"{tmp_path}/a:b.jsonl", None)
-    for bad in (":train", "a:"):
+    assert split_source(f"{tmp_path}/a:b.jsonl:train") == (f"{tmp_path}/a:b.jsonl", "train")
+    assert len(load_rows(f"{tmp_path}/a:b.jsonl:train[:2]")) == 2
+    assert split_source("a/b:train[:2]") == ("a/b", "train[:2]")
+    for bad in (":train", "a:", ""):
         with pytest.raises(ValueError, match="expected PATH or PATH:SPLIT"):
             split_source(bad)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from egspo.rewards import score_completions
 from egspo.tasks import build_task, files, load_task_file, registered_tasks
 from egspo.tasks.base import unregister_task
 from egspo.tasks.files import TaskFileError
@@ -120,6 +122,18 @@ def test_a_recipe_names_the_file(tmp_path: Path) -> None:
         train(config, resume=run)
 
 
+def test_a_finished_run_of_a_sweep_is_of_the_same_file(tmp_path: Path) -> None:
+    from egspo.recipe import ConfigError, save_config
+    from egspo.sweep import _check_same
+
+    config = train_config(tmp_path / "run", write(tmp_path, "words"))
+    save_config(config, tmp_path / "run" / "config.yaml")
+    _check_same(config, tmp_path / "run")
+    write(tmp_path, "words", value="1")
+    with pytest.raises(ConfigError, match="the finished run here has another configuration"):
+        _check_same(config, tmp_path / "run")
+
+
 def test_a_file_without_the_task_named(tmp_path: Path) -> None:
     from egspo.trainer import train
 
@@ -132,3 +146,15 @@ def test_a_file_without_the_task_named(tmp_path: Path) -> None:
 def test_bad_reward_timeouts(tmp_path: Path, seconds: float) -> None:
     with pytest.raises(ValueError, match=r"task\.reward_timeout must be > 0, or null"):
         train_config(tmp_path, tmp_path, reward_timeout=seconds)
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(# vowels\.py\n.*?)```", text, re.DOTALL)
+    path = tmp_path / "vowels.py"
+    path.write_text(block)
+    assert load_task_file(path) == ["vowels"]
+    task = build_task("vowels", words=50)
+    assert (len(task.train), len(task.validation), len(task.test)) == (30, 10, 10)
+    scored = score_completions(task.rewards, ["?", "?"], ["aeb", "x"], {})
+    assert scored.total.tolist() == [2 / 3, 0]

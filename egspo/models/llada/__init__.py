@@ -5,9 +5,9 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from egspo.models.llada.configuration import LLaDAConfig
-from egspo.models.llada.modeling import LLaDAForMaskedLM, LLaDAModel, LLaDAOutput
+from egspo.models.llada.modeling import LLaDAForMaskedLM, LLaDAModel
 
-__all__ = ["LLaDAConfig", "LLaDAForMaskedLM", "LLaDAModel", "LLaDAOutput"]
+__all__ = ["LLaDAConfig", "LLaDAForMaskedLM", "LLaDAModel"]
 
 AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModel, exist_ok=True)

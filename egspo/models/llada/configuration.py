@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from egspo.models.configuration import check_fixed, check_ranges
+
 # Official switches of the architecture that exist in one state only here, with that state. A
 # configuration that asks for another one describes a different function and is refused.
 _FIXED: dict[str, tuple[object, ...]] = {
@@ -69,6 +71,7 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, unus
     """
 
     model_type: ClassVar[str] = "llada"
+    prediction_shift: ClassVar[int] = 0
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -127,10 +130,7 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, unus
         return self.d_model // self.n_heads
 
     def _check_architecture(self) -> None:
-        for name, allowed in _FIXED.items():
-            value = getattr(self, name, allowed[0])
-            if value not in allowed:
-                raise ValueError(f"LLaDAConfig.{name} must be {allowed[0]!r}, got {value!r}")
+        check_fixed(self, _FIXED)
         if self.include_bias and self.bias_for_layer_norm is None:
             raise ValueError(
                 "LLaDAConfig.bias_for_layer_norm must be False, got None, which means a bias in "
@@ -138,25 +138,15 @@ class LLaDAConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call, unus
             )
 
     def _check_ranges(self) -> None:
-        for name in _POSITIVE_INTEGERS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"LLaDAConfig.{name} must be an integer >= 1, got {value!r}")
-        for name in _DROPOUTS:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
-                    f"LLaDAConfig.{name} must be in [0, 1), got {getattr(self, name)!r}"
-                )
-        if self.d_model % self.n_heads or self.head_dim % 2:
-            raise ValueError(
-                "LLaDAConfig.d_model must be an even multiple of n_heads (rotary embeddings pair "
-                f"the dimensions of a head), got d_model={self.d_model}, n_heads={self.n_heads}"
-            )
-        assert self.n_kv_heads is not None and self.embedding_size is not None
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"LLaDAConfig.n_kv_heads must divide n_heads={self.n_heads}, got {self.n_kv_heads}"
-            )
+        check_ranges(
+            self,
+            positive=_POSITIVE_INTEGERS,
+            dropouts=_DROPOUTS,
+            width="d_model",
+            heads="n_heads",
+            kv_heads="n_kv_heads",
+        )
+        assert self.embedding_size is not None
         if self.embedding_size < self.vocab_size:
             raise ValueError(
                 f"LLaDAConfig.embedding_size must be >= vocab_size={self.vocab_size}, "

@@ -1,21 +1,76 @@
-"""Rotary embedding, masks and plain attention, all without direction."""
+"""Attention without direction: rotary embedding, masks, and the pass over all or some columns."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from egspo.models.llada.configuration import LLaDAConfig
+from egspo.models.cache import KeyValueCache
 
 # Added to a score, leaves it no weight; finite in any dtype that autocast may give the scores.
 _CLOSED = -3.0e4
 
+Attended = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""A result [B, N, ...], the attention weights [B, H, N, S] where the implementation gives them, and
+the keys and values attended to, [B, kv_heads, S, head_dim]."""
 
-def rope_tables(config: LLaDAConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class Pass:
+    """What every layer of a forward pass needs beside its input."""
+
+    config: PretrainedConfig
+    cos: Tensor
+    sin: Tensor
+    attention_mask: Tensor | None
+    cache: KeyValueCache | None
+    columns: Tensor | None
+    live: Tensor | None
+
+
+def attend(module: nn.Module, layer: int, pass_: Pass, projected: list[Tensor]) -> Attended:
+    """Attention over the input's own columns and the cached ones.
+
+    Args:
+        module: with ``is_causal`` and ``num_key_value_groups``, which transformers' attention
+            functions read.
+        layer: number of the layer, for the cache.
+        pass_: of this forward.
+        projected: query, key and value [B, N, heads * head_dim], not rotated yet.
+
+    Returns:
+        The output [B, N, H * head_dim], weights, keys and values.
+    """
+    config = pass_.config
+    batch, length, _ = projected[0].shape
+    query, key, value = (
+        t.view(batch, length, -1, config.head_dim).transpose(1, 2) for t in projected
+    )
+    query, key = (apply_rope(t, pass_.cos, pass_.sin) for t in (query, key))
+    if pass_.cache is not None:
+        assert pass_.columns is not None
+        key, value = pass_.cache.merged(layer, pass_.columns, pass_.live, key, value)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
+    output, weights = attention(
+        module,
+        query,
+        key,
+        value,
+        pass_.attention_mask,
+        scaling=config.head_dim**-0.5,
+        dropout=config.attention_dropout if module.training else 0.0,
+    )
+    return output.reshape(batch, length, -1), weights, key, value
+
+
+def rope_tables(config: PretrainedConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, float32 [B or 1, 1, S, head_dim].
 
     Computed at every call: a buffer would be rounded by ``.to(bfloat16)``, and be empty after
@@ -61,7 +116,7 @@ def eager_attention(
 
 
 def bidirectional_mask(
-    config: LLaDAConfig, mask: Tensor | None, x: Tensor, keys: int
+    config: PretrainedConfig, mask: Tensor | None, x: Tensor, keys: int
 ) -> Tensor | None:
     """``mask`` in the form that the attention implementation takes.
 

@@ -1,0 +1,248 @@
+"""What a training run needs of a GPU's memory, estimated from its configuration.
+
+The model is on the meta device: sizes are those of its real modules, adapters included. Tensors
+that autograd keeps are counted per token and layer, as ``tests/test_memory.py`` finds them in the
+real graph. Left out are what the CUDA context, cuBLAS and the allocator's fragments take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from egspo.config import TrainConfig
+from egspo.denoising import LOGITS_BYTES
+from egspo_kernels.linear import DEFAULT_WORKSPACE_BYTES
+
+Phase = Literal["always", "rollout", "update", "instead"]
+
+# What the reference backend's statistics take per vocabulary entry of a row; Triton's take less.
+_STATISTICS_BYTES = 24
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    """A part of the memory of one process."""
+
+    name: str
+    bytes: int
+    formula: str
+    phase: Phase
+    """``always``: held throughout. ``rollout`` and ``update`` follow each other. ``instead``: what
+    the other setting of gradient checkpointing would take, in no sum."""
+
+
+def peak_bytes(items: Sequence[MemoryItem]) -> int:
+    """What is held throughout, and the larger of rollout and update."""
+    by_phase = {
+        phase: sum(item.bytes for item in items if item.phase == phase)
+        for phase in ("always", "rollout", "update")
+    }
+    return by_phase["always"] + max(by_phase["rollout"], by_phase["update"])
+
+
+def estimate_memory(config: TrainConfig, model: nn.Module, prompt_tokens: int) -> list[MemoryItem]:
+    """The parts of the memory of one process.
+
+    Args:
+        config: of the run.
+        model: on the meta device, in the dtype of its weights, with its adapter.
+        prompt_tokens: length of the longest prompt.
+    """
+    sizes = Sizes.of(model, compute_bytes(config, model))
+    return [
+        *_weights(config, model, sizes),
+        *_update(config, sizes, prompt_tokens),
+        *_rollout(config, sizes, prompt_tokens),
+    ]
+
+
+def compute_bytes(config: TrainConfig, model: nn.Module) -> int:
+    """Bytes of a number in a matrix product on a GPU: bfloat16, unless the recipe says no."""
+    if config.mixed_precision != "no":
+        return 2
+    return next(model.parameters()).element_size()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model and one of its layers, all of which are alike."""
+
+    layers: int
+    width: int
+    mlp: int
+    """Width of the gated MLP."""
+    query: int
+    key: int
+    """Width of all query heads, and of all key heads."""
+    vocabulary: int
+    weight: int
+    compute: int
+    """Bytes of a weight, and of a number in a matrix product."""
+    adapted_inputs: int
+    """Summed widths of the inputs of the adapted projections of a layer."""
+    ranks: int
+    """Summed ranks of their adapters."""
+    adapters: bool
+    layer_weights: int
+    trainable_weights: int
+    """Weights of all layers, and of those that are trained."""
+
+    @classmethod
+    def of(cls, model: Any, compute: int) -> Sizes:
+        """Of a model with or without adapter, in a dtype whose products take ``compute`` bytes."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = base.config
+        layers = list(base.model._layers())
+        adapted = [m for m in layers[0].modules() if hasattr(m, "lora_A")]
+        parameters = [p for layer in layers for p in layer.parameters()]
+        return cls(
+            layers=len(layers),
+            width=config.hidden_size,
+            mlp=config.intermediate_size,
+            query=config.num_attention_heads * config.head_dim,
+            key=config.num_key_value_heads * config.head_dim,
+            vocabulary=base.get_output_embeddings().weight.shape[0],
+            weight=base.get_input_embeddings().weight.element_size(),
+            compute=compute,
+            adapted_inputs=sum(m.in_features for m in adapted),
+            ranks=sum(rank for m in adapted for rank in m.r.values()),
+            adapters=any(hasattr(m, "lora_A") for m in base.modules()),
+            layer_weights=sum(p.numel() for p in parameters),
+            trainable_weights=sum(p.numel() for p in parameters if p.requires_grad),
+        )
+
+    def saved_per_token(self) -> int:
+        """Bytes that autograd keeps of one token in one layer, without checkpointing."""
+        d, f, c = self.width, self.mlp, self.compute
+        norm_inputs = 2 * d * 4
+        attention = (2 * self.query + 2 * self.key) * c
+        gates = 3 * f * c
+        if self.adapters:  # each adapted projection keeps its own copy of its input
+            return norm_inputs + attention + gates + (self.adapted_inputs + self.ranks) * c
+        normed = 2 * d * self.weight  # for the gradient of the norms' scales
+        # Where a product has another dtype, each projection keeps its own copy of its input.
+        inputs = (2 if self.weight == c else 5) * d * c + f * c
+        return norm_inputs + attention + gates + normed + inputs
+
+    def working_per_token(self) -> int:
+        """Bytes alive at once of one token in one layer, without gradients."""
+        d, c = self.width, self.compute
+        attention = 2 * (self.query + self.key) * c + 3 * self.query * 4  # rotated in float32
+        return 2 * d * self.weight + d * c + max(3 * self.mlp * c, attention)
+
+    def cast_bytes(self, layers_at_once: int) -> int:
+        """Copies of the layers' weights in the dtype of the products.
+
+        Autocast keeps those of trained weights until the update is over; of frozen ones autograd
+        keeps what it needs: all layers', or one layer's with checkpointing.
+        """
+        frozen = self.layer_weights - self.trainable_weights
+        copied = 0 if self.weight == self.compute else frozen * layers_at_once // self.layers
+        trained_differ = (4 if self.adapters else self.weight) != self.compute
+        return self.compute * (copied + self.trainable_weights * trained_differ)
+
+
+def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[MemoryItem]:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in trainable)
+    items = []
+    if frozen:
+        items.append(MemoryItem("frozen weights", frozen, "their number x their bytes", "always"))
+    name = "adapters" if sizes.adapters else "weights"
+    items.append(MemoryItem(name, trained, "their number x their bytes", "always"))
+    if config.algorithm.beta > 0 and not sizes.adapters:
+        items.append(MemoryItem("reference policy", frozen + trained, "a frozen copy", "always"))
+    items.append(
+        MemoryItem("optimizer", 2 * trained, "AdamW: 2 moments x trained weights", "always")
+    )
+    items.append(MemoryItem("gradients", trained, "trained weights", "update"))
+    return items
+
+
+def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[MemoryItem]:
+    states, generation = config.micro_batch_size, config.generation
+    columns = prompt_tokens + generation.max_new_tokens
+    text = f"{states} states x {columns} columns"
+    if generation.cache != "none":  # a pass for the cache, and one for what a step recomputes
+        again = generation.max_new_tokens
+        again = generation.block_length if generation.cache == "dual" else again
+        columns += again
+        text += f", {again} of them again"
+    tokens = states * columns
+    if generation.guidance:
+        tokens, text = 2 * tokens, f"2 passes x {text}"
+    saved = sizes.saved_per_token() * tokens
+    inputs = sizes.layers * sizes.width * sizes.weight * tokens
+    with_it, without = inputs + saved, sizes.layers * saved
+    n, on = sizes.layers, config.model.gradient_checkpointing
+    with_text = f"{text} x ({n} layer inputs + {sizes.saved_per_token()} B of one layer)"
+    without_text = f"{text} x {n} layers x {sizes.saved_per_token()} B"
+    used, other = (with_it, without) if on else (without, with_it)
+    used_text, other_text = (with_text, without_text) if on else (without_text, with_text)
+    rows = states * generation.max_new_tokens
+    workspace = min(DEFAULT_WORKSPACE_BYTES, rows * sizes.vocabulary * _STATISTICS_BYTES)
+    items = [
+        MemoryItem("activations", used, used_text, "update"),
+        MemoryItem(
+            f"activations {'without' if on else 'with'} checkpointing", other, other_text, "instead"
+        ),
+        MemoryItem(
+            "logits workspace",
+            workspace,
+            f"at most {DEFAULT_WORKSPACE_BYTES >> 20} MiB at once, of any number of rows",
+            "update",
+        ),
+    ]
+    casts = sizes.cast_bytes(1 if on else n)
+    if casts:
+        items.append(
+            MemoryItem("weights in bfloat16", casts, "autocast's copies, 2 B each", "update")
+        )
+    if not sizes.adapters:
+        product = sizes.vocabulary * sizes.width * sizes.weight
+        items.append(MemoryItem("head's gradient", product, "vocabulary x width", "update"))
+    return items
+
+
+def _rollout(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[MemoryItem]:
+    generation = config.generation
+    copies = 2 if generation.guidance else 1
+    count = config.prompts_per_step * config.algorithm.group_size
+    sequences = copies * min(generation.batch_size, count)
+    columns = prompt_tokens + generation.max_new_tokens
+    per_token = sizes.working_per_token()
+    items = [
+        MemoryItem(
+            "rollout activations",
+            sequences * columns * per_token,
+            f"{sequences} sequences x {columns} columns x {per_token} B",
+            "rollout",
+        )
+    ]
+    rows = sequences // copies * generation.block_length
+    logits = rows * sizes.vocabulary * sizes.compute
+    items.append(
+        MemoryItem(
+            "rollout logits",
+            min(logits, max(LOGITS_BYTES, sizes.vocabulary * sizes.compute)),
+            f"{rows} rows x {sizes.vocabulary} x {sizes.compute} B, at most "
+            f"{LOGITS_BYTES >> 20} MiB at once",
+            "rollout",
+        )
+    )
+    if generation.cache != "none":
+        per_column = 2 * sizes.layers * sizes.key * sizes.compute
+        items.append(
+            MemoryItem(
+                "block cache",
+                sequences * columns * per_column,
+                f"{sequences} sequences x {columns} columns x {per_column} B",
+                "rollout",
+            )
+        )
+    return items

@@ -1,0 +1,100 @@
+"""A sandbox for programs that a model wrote, and verdicts that they cannot forge.
+
+A run has two sides in two sandboxes that share nothing but a socket. One holds the program, the
+other the tests. ``from solution import f`` in the tests gives an object that stands for the
+program's ``f``: calling it sends the arguments, as plain data, and what ``f`` returned comes back
+as plain data, from which the tests' side builds lists, numbers and strings of its own. Objects that
+are not plain data stay where they are and are referred to; their methods and attributes work.
+
+**Guaranteed** (``bubblewrap``), whatever the program does:
+
+* It sees no network, no file of this machine but the interpreter's, the C library's and time
+  zones, no other process, no environment, and can write nowhere but to a small /tmp of its own.
+* CPU time, memory, file size, number of processes and open files are limited by the kernel, and
+  the run ends at its deadline with every process in it. It leaves nothing behind.
+* The verdict is made and reported where the program cannot reach it. The expected results, the
+  tests' source, the checker's memory, frames and files are never in the program's process; its exit
+  code and its output mean nothing; ending early fails the test. Each test has a fresh process.
+* An object of the program is never equal to a plain value, and no comparison or arithmetic with
+  one, nor ``in``, is left to it: an ``__eq__`` that always agrees agrees with nothing.
+
+**Not guaranteed**:
+
+* Tests that ask an object of the program whether it is right (``assert result.is_valid()``,
+  ``assert result``, two objects compared by the program's own ``__eq__``) get its answer. Tests
+  that pass without an answer being right (``assert f(x) or True``) pass.
+* The program sees the arguments of each call, so tests that pass the expected result to it give
+  it away, and it may recognise a test set that it has learned by heart.
+* Bugs in the kernel are not protected against beyond a list of denied system calls. Sandboxes
+  share the machine: a program may make others slower, up to their time limits. The number of empty
+  files in /tmp is limited by CPU time alone.
+* ``http`` and ``unsafe`` guarantee less: :class:`HttpSandbox`, :class:`Unsafe`.
+
+**What works differently from one process**: containers are copied (changes that a function makes to
+its arguments are copied back); ``in`` on an object of the program iterates over it; arithmetic of
+such an object with a plain number is a TypeError; tests that patch or capture what the program
+prints or reads (``capsys``, ``monkeypatch``, ``mock``) cannot reach it; files are not shared.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from egspo.sandbox.bubblewrap import Bubblewrap
+from egspo.sandbox.http import HttpSandbox
+from egspo.sandbox.pool import SandboxPool
+from egspo.sandbox.unsafe import Unsafe
+from egspo.sandbox.verdict import (
+    Backend,
+    CaseResult,
+    Limits,
+    SandboxError,
+    SandboxUnavailable,
+    Verdict,
+)
+
+__all__ = [
+    "Backend",
+    "Bubblewrap",
+    "CaseResult",
+    "HttpSandbox",
+    "Limits",
+    "SandboxError",
+    "SandboxPool",
+    "SandboxUnavailable",
+    "Unsafe",
+    "Verdict",
+    "make_backend",
+]
+
+BACKENDS = ("bubblewrap", "http", "unsafe")
+
+
+def make_backend(
+    name: str = "bubblewrap", *, url: str | None = None, limits: dict[str, Any] | None = None
+) -> Backend:
+    """The backend called ``name``; nothing is started yet.
+
+    Args:
+        name: ``bubblewrap``, ``http`` or ``unsafe``.
+        url: endpoint, for ``http`` alone.
+        limits: fields of :class:`Limits` that differ from the defaults.
+
+    Raises:
+        ValueError: an unknown name or limit, or ``url`` where there should be none or is none.
+    """
+    if name not in BACKENDS:
+        close = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"sandbox must be one of {list(BACKENDS)}, got {name!r}{hint}")
+    if (url is not None) != (name == "http"):
+        raise ValueError(f"sandbox: {name} with url: {url!r}; url goes with sandbox: http, always")
+    valid = list(Limits.__dataclass_fields__)
+    for field in limits or {}:
+        if field not in valid:
+            raise ValueError(f"limits has no {field!r}; it has {valid}")
+    wanted = Limits(**(limits or {}))
+    if url is not None:
+        return HttpSandbox(url, wanted)
+    return Bubblewrap(wanted) if name == "bubblewrap" else Unsafe(wanted)

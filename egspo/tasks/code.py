@@ -1,0 +1,145 @@
+"""Rewards for programs: the share of their tests that they pass, and the format.
+
+The program is the last closed Python block of a completion: a model may reason with smaller ones,
+and ends with its answer. A completion that is cut off counts by its last block, open as it is, for
+the tests, but not for the format.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from egspo.sandbox import SandboxPool, Verdict, make_backend
+from egspo.tasks.base import Reward
+
+INSTRUCTION = (
+    "Write a Python program that solves the following problem. Think it through, then give the "
+    "complete program in one block:\n```python\n...\n```"
+)
+MAX_PROGRAM = 2**20
+"""Characters; a longer program passes no test."""
+
+# A fence is a line of its own; the info string says the language. Each line is matched once.
+_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
+_PYTHON = ("python", "py", "python3")
+
+
+def extract_program(completion: str) -> str | None:
+    """The program in a completion, or None where there is none.
+
+    The last closed block marked as Python; else the last Python block that is not closed; else the
+    last closed block without a language. Text outside of blocks, and blocks of other languages,
+    are no programs.
+    """
+    closed, open_python, plain = None, None, None
+    opening: re.Match[str] | None = None
+    for fence in _FENCE.finditer(completion):
+        if opening is None or fence[1]:  # a language begins a block, whatever was open before
+            opening = fence
+        else:
+            language, text = opening[1].lower(), completion[opening.end() + 1 : fence.start()]
+            if language in _PYTHON:
+                closed = text
+            elif not language:
+                plain = text
+            opening = None
+    if opening is not None and opening[1].lower() in _PYTHON:
+        open_python = completion[opening.end() + 1 :]
+    return next((text for text in (closed, open_python, plain) if text is not None), None)
+
+
+def fenced(program: str) -> str:
+    """A completion that is this program."""
+    return f"```python\n{program.strip()}\n```"
+
+
+def code_format(completions: Sequence[str], **_: Any) -> list[float]:
+    """1.0 where the completion has a closed block that is marked as Python and is not empty."""
+    return [float(_has_block(text)) for text in completions]
+
+
+def _has_block(completion: str) -> bool:
+    opened = None
+    for fence in _FENCE.finditer(completion):
+        if fence[1]:
+            opened = fence if fence[1].lower() in _PYTHON else None
+        elif opened is not None:
+            if completion[opened.end() : fence.start()].strip():
+                return True
+            opened = None
+    return False
+
+
+class ProgramTests:
+    """Reward functions that run the programs of completions against the column ``tests``.
+
+    The column ``prelude`` is code that stands before the program.
+    """
+
+    def __init__(self, pool: SandboxPool) -> None:
+        self._pool = pool
+
+    def tests(
+        self, completions: Sequence[str], tests: Sequence[str], prelude: Sequence[str], **_: Any
+    ) -> list[float]:
+        """Share of the tests passed; 0.0 without a program.
+
+        Raises:
+            SandboxError: a program could not be run, for a reason that is not its own.
+        """
+        return [verdict.score for verdict in self._verdicts(completions, tests, prelude)]
+
+    def solved(
+        self, completions: Sequence[str], tests: Sequence[str], prelude: Sequence[str], **_: Any
+    ) -> list[float]:
+        """1.0 where every test passed."""
+        return [float(v.score == 1.0) for v in self._verdicts(completions, tests, prelude)]
+
+    def rewards(self) -> list[Reward]:
+        """``tests`` with weight 1.0, ``code_format`` with 0.5."""
+        # Without a time limit for the call: each program has its own.
+        return [
+            Reward("tests", self.tests, timeout=None),
+            Reward("code_format", code_format, weight=0.5),
+        ]
+
+    def _verdicts(
+        self, completions: Sequence[str], tests: Sequence[str], prelude: Sequence[str]
+    ) -> list[Verdict]:
+        programs = []
+        for completion, before in zip(completions, prelude, strict=True):
+            program = extract_program(completion)
+            usable = program is not None and program.strip() and len(program) <= MAX_PROGRAM
+            programs.append(f"{before}\n{program}" if usable else None)
+        jobs = [(p, t) for p, t in zip(programs, tests, strict=True) if p is not None]
+        verdicts = iter(self._pool.run_many(jobs))
+        return [Verdict((), 0) if program is None else next(verdicts) for program in programs]
+
+
+def program_tests(
+    sandbox: str, url: str | None, limits: dict[str, Any] | None, workers: int | None
+) -> ProgramTests:
+    """Reward functions that use the backend of these task options, which can run.
+
+    Equal options share workers and cached verdicts.
+
+    Raises:
+        ValueError: a wrong option. SandboxUnavailable: no program can run there.
+    """
+    if limits is not None and not isinstance(limits, dict):
+        raise ValueError(f"limits must be a mapping of names to numbers, got {limits!r}")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int)):
+        raise ValueError(f"workers must be a whole number, got {workers!r}")
+    return ProgramTests(_pool(sandbox, url, json.dumps(limits or {}, sort_keys=True), workers))
+
+
+@functools.cache
+def _pool(sandbox: str, url: str | None, limits: str, workers: int | None) -> SandboxPool:
+    backend = make_backend(sandbox, url=url, limits=json.loads(limits))
+    pool = SandboxPool(backend, workers=workers)
+    backend.check()
+    return pool

@@ -1,0 +1,102 @@
+"""Test files for programs: made of assertions, and which of them the sandbox can run."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import sys
+
+
+def import_free_names(source: str, *, defined: str = "") -> str:
+    """Imports of the names that ``source`` uses, and neither it nor ``defined`` defines.
+
+    Modules of the standard library are imported as such, everything else is asked of the program:
+    a program that calls something ``math`` must not become the ``math`` of its tests.
+
+    Raises:
+        SyntaxError: ``source`` is not Python.
+    """
+    tree = ast.parse(source)
+    loads = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and _is_load(n)]
+    bound = _bound_names(tree) | _bound_names(ast.parse(defined))
+    used = dict.fromkeys(loads)  # in order, once
+    free = [name for name in used if name not in bound and not hasattr(builtins, name)]
+    return "\n".join(
+        f"import {name}" if name in sys.stdlib_module_names else f"from solution import {name}"
+        for name in free
+    )
+
+
+def _bound_names(tree: ast.AST) -> set[str]:
+    """Names that are assigned, defined, imported or parameters, anywhere in ``tree``."""
+    bound: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not _is_load(node):
+            bound.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+    return bound
+
+
+def _is_load(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
+
+
+def as_test(name: str, body: str, *, defined: str = "") -> str:
+    """A test function of these statements, with the imports that they need.
+
+    ``defined`` is code that stands before it.
+
+    Raises:
+        SyntaxError: ``body`` is not Python.
+    """
+    tree = ast.parse(f"def {name}():\n    pass\n")
+    statements = ast.parse(f"{import_free_names(body, defined=defined)}\n{body}").body
+    function = tree.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    function.body = statements
+    return ast.unparse(tree)
+
+
+_PYTEST_NAMES = ("raises", "approx", "fail", "fixture", "mark")
+_FIXTURES = {"capfd", "caplog", "capsys", "mocker", "monkeypatch", "request", "tmp_path", "tmpdir"}
+
+
+def unsupported(tests: str, program: str = "") -> str | None:
+    """Why a test file, or the reference program for it, cannot work in the sandbox; None if it may.
+
+    There is the standard library alone, and as much of pytest as
+    :mod:`egspo.sandbox.inside.pytest_subset` has; what the program prints cannot be captured.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(tests)))
+        others = list(ast.walk(ast.parse(program)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "is no Python"
+    allowed = {*sys.stdlib_module_names, "pytest", "solution"}
+    for module in [name for node in (*nodes, *others) for name in _imports(node)]:
+        if module.partition(".")[0] not in allowed or module.startswith("unittest.mock"):
+            return f"imports {module}"
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pytest":
+            if node.attr not in _PYTEST_NAMES:
+                return f"uses pytest.{node.attr}"
+        elif isinstance(node, ast.arg) and node.arg in _FIXTURES:
+            return f"uses the fixture {node.arg}"
+    if not any(isinstance(n, ast.FunctionDef) and n.name.startswith("test") for n in nodes):
+        return "has no test function"
+    return None
+
+
+def _imports(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module or '.'}.{alias.name}" for alias in node.names]
+    return []

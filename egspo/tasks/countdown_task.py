@@ -1,0 +1,243 @@
+"""The Countdown task: prompts in two styles, the rewards 0, 0.1 and 1, and the solve rate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from egspo.tasks.answers import FORMAT, extract_answer
+from egspo.tasks.base import SPLITS, Example, Reward, Task, register_task
+from egspo.tasks.countdown import (
+    Problem,
+    careless_expression,
+    evaluate,
+    make_problems,
+    question_key,
+    uses_numbers,
+)
+from egspo.tasks.data import Row
+from egspo.tasks.splits import load_splits
+
+_COLUMNS = {"nums": list[int], "target": int}
+_INSTRUCTION = (
+    f"{FORMAT}\n\nUse the numbers {{nums}}, each exactly once, and the operations +, -, * and / to "
+    "write an arithmetic expression whose value is {target}. Put the expression alone between the "
+    "answer tags, without an equals sign."
+)
+_SPELLINGS = {
+    "\u00d7": "*",
+    "\u00f7": "/",
+    "\u2212": "-",
+    "\\times": "*",
+    "\\cdot": "*",
+    "\\div": "/",
+}
+_WRONG_VALUE = 0.1
+
+
+def extract_expression(completion: str) -> str | None:
+    """The tagged or boxed answer, up to an equals sign, in ``+ - * /``."""
+    answer = extract_answer(completion)
+    return None if answer is None else _plain(answer)
+
+
+def whole_expression(completion: str) -> str | None:
+    """All of the completion, up to an equals sign; None if there is nothing."""
+    return _plain(completion) or None
+
+
+def _plain(answer: str) -> str:
+    expression = answer[:1000].partition("=")[0].strip()
+    for spelling, operator in _SPELLINGS.items():
+        expression = expression.replace(spelling, operator)
+    return expression
+
+
+def score(expression: str | None, nums: Sequence[int], target: int) -> float:
+    """1.0 for the target, 0.1 for the numbers, each once, with another value; else 0.0."""
+    if expression is None or not uses_numbers(expression, nums):
+        return 0.0
+    return 1.0 if evaluate(expression) == target else _WRONG_VALUE
+
+
+@register_task("countdown")
+def build_countdown(
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    train_examples: int | None = None,
+    validation_examples: int = 128,
+    test_examples: int = 256,
+    numbers: int = 3,
+    largest: int | None = None,
+    targets: list[int] | None = None,
+    seed: int = 0,
+    prompt_style: Literal["digits", "instruct"] = "instruct",
+    careless: float = 0.0,
+) -> Task:
+    """Countdown, made here or read; no two splits share numbers (in any order) and target.
+
+    Args:
+        train: a source with the columns ``nums`` and ``target``, see :mod:`egspo.tasks.data`, such
+            as ``Jiayi-Pan/Countdown-Tasks-3to4``; without it, problems are made.
+        test: a second source; without it, test problems are held out of the first.
+        train_examples: how many to make (None for 10,000), or to read at most (None for all).
+        validation_examples, test_examples: distinct ones to hold out.
+        numbers: in a problem; others of a source are left out.
+        largest: of the numbers of made problems; None for 99.
+        targets: least and greatest target of made problems; None for [1, 99].
+        seed: of the problems and splits, independent of the training seed.
+        prompt_style: ``digits``: ``3,5,7=26`` in, ``3*7+5`` out, for models of single characters;
+            ``instruct``: an instruction in English, the answer in tags.
+        careless: share of the targets of made training problems, for supervised training alone,
+            that use the numbers without a look at the target.
+
+    Raises:
+        OSError: a source cannot be read.
+        ValueError: naming the option, or the source and column, that is wrong.
+    """
+    _check(prompt_style, careless, numbers)
+    if train is None:
+        if test is not None:
+            raise ValueError("test needs train: without a source, test problems are made too")
+        counts = (
+            10_000 if train_examples is None else train_examples,
+            validation_examples,
+            test_examples,
+        )
+        bounds = [1, 99] if targets is None else targets
+        made = _made(counts, numbers, 99 if largest is None else largest, bounds, seed)
+        parts = {
+            name: [_made_example(problem, prompt_style) for problem in problems]
+            for name, problems in made.items()
+        }
+        parts["train"] = [
+            _made_example(problem, prompt_style, careless, random.Random(f"{seed}-careless-{i}"))
+            for i, problem in enumerate(made["train"])
+        ]
+    else:
+        made_only = {"largest": largest, "targets": targets, "careless": careless or None}
+        for name, value in made_only.items():
+            if value is not None:
+                raise ValueError(f"{name} is of made problems: it has no effect with train={train}")
+        splits = load_splits(
+            train,
+            test,
+            _COLUMNS,
+            key=lambda row: question_key(row["nums"], row["target"]),
+            keep=lambda row: len(row["nums"]) == numbers,
+            train_examples=train_examples,
+            validation_examples=validation_examples,
+            test_examples=test_examples,
+            seed=seed,
+        )
+        parts = {
+            name: [_example(row, prompt_style) for row in getattr(splits, name)] for name in SPLITS
+        }
+    return _task(parts, prompt_style)
+
+
+def _check(prompt_style: str, careless: float, numbers: int) -> None:
+    if prompt_style not in ("digits", "instruct"):
+        raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    if not 0.0 <= careless <= 1.0:
+        raise ValueError(f"careless must lie in [0, 1], got {careless!r}")
+    if type(numbers) is not int or not 2 <= numbers <= 6:
+        raise ValueError(f"numbers must lie in [2, 6], got {numbers!r}")
+
+
+def _task(parts: Mapping[str, Sequence[Example]], prompt_style: str) -> Task:
+    tagged = prompt_style == "instruct"
+    extract = extract_expression if tagged else whole_expression
+    return Task(
+        name="countdown",
+        **parts,
+        rewards=[Reward("expression", _reward(extract))],
+        solved=_solved(extract),
+        extract=extract,
+        characters=None if tagged else "0123456789+-*/(),=",
+    )
+
+
+def _reward(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
+    def expression(
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        nums: Sequence[Sequence[int]],
+        target: Sequence[int],
+        **_: Any,
+    ) -> list[float]:
+        samples = zip(completions, nums, target, strict=True)
+        return [score(extract(text), given, wanted) for text, given, wanted in samples]
+
+    return expression
+
+
+def _solved(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
+    reward = _reward(extract)
+
+    def solved(**columns: Any) -> list[float]:
+        return [float(value == 1.0) for value in reward(**columns)]
+
+    return solved
+
+
+def _made(
+    examples: tuple[int, int, int],
+    numbers: int,
+    largest: int,
+    bounds: list[int],
+    seed: int,
+) -> dict[str, list[Problem]]:
+    """Problems by split, made in the order test, validation, train."""
+    least = {"train": 1, "validation": 0, "test": 1}
+    for (name, minimum), count in zip(least.items(), examples, strict=True):
+        if type(count) is not int or count < minimum:
+            raise ValueError(f"{name}_examples must be a whole number >= {minimum}, got {count!r}")
+    if type(largest) is not int or largest < 1:
+        raise ValueError(f"largest must be a whole number >= 1, got {largest!r}")
+    valid = isinstance(bounds, list) and len(bounds) == 2 and all(type(b) is int for b in bounds)
+    if not valid or bounds[0] > bounds[1]:
+        raise ValueError(f"targets must be [least, greatest], got {bounds!r}")
+    made: dict[str, list[Problem]] = {}
+    taken: set[str] = set()
+    for name, count in reversed(list(zip(least, examples, strict=True))):
+        made[name] = make_problems(
+            numbers,
+            largest,
+            (bounds[0], bounds[1]),
+            examples=count,
+            taken=taken,
+            distinct=name != "train",
+            seed=seed,
+            name=name,
+        )
+        if name != "train":
+            taken |= {problem.key for problem in made[name]}
+    return made
+
+
+def _made_example(
+    problem: Problem, style: str, careless: float = 0.0, rng: random.Random | None = None
+) -> Example:
+    """With a target that, with probability ``careless``, looks at the numbers alone."""
+    answer = problem.solution
+    if rng is not None and rng.random() < careless:
+        answer = careless_expression(problem.nums, rng)
+    target = answer if style == "digits" else f"<answer>\n{answer}\n</answer>"
+    return _example({"nums": list(problem.nums), "target": problem.target}, style, target)
+
+
+def _example(row: Row, style: str, target: str | None = None) -> Example:
+    nums, wanted = row["nums"], row["target"]
+    if style == "digits":
+        content = f"{','.join(map(str, nums))}={wanted}"
+    else:
+        content = _INSTRUCTION.format(nums=nums, target=wanted)
+    return Example(
+        prompt=[{"role": "user", "content": content}],
+        columns={"nums": nums, "target": wanted},
+        target=target,
+        question=question_key(nums, wanted),
+    )

@@ -1,0 +1,111 @@
+"""HumanEval: functions to write from their signature and description; for evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from egspo.tasks.base import Example, Task, register_task
+from egspo.tasks.code import (
+    INSTRUCTION,
+    extract_program,
+    fenced,
+    program_tests,
+)
+from egspo.tasks.code_tests import import_free_names
+from egspo.tasks.data import Row, load_rows
+from egspo.tasks.mbpp import COLUMNS, mbpp_example
+from egspo.tasks.splits import normalise, split_off
+
+_COLUMNS = {"prompt": str, "canonical_solution": str, "test": str, "entry_point": str}
+
+
+@register_task("humaneval")
+def build_humaneval(
+    *,
+    train: str = "google-research-datasets/mbpp/full:train",
+    test: str = "openai/openai_humaneval:test",
+    validation_examples: int = 90,
+    test_examples: int | None = None,
+    seed: int = 0,
+    instruction: str = INSTRUCTION,
+    sandbox: str = "bubblewrap",
+    url: str | None = None,
+    limits: dict[str, Any] | None = None,
+    workers: int | None = None,
+) -> Task:
+    """HumanEval, or data in its format: ``prompt``, ``canonical_solution``, ``test``,
+    ``entry_point``.
+
+    The program runs behind the code of the prompt, so that its imports and helper functions need
+    not be repeated. Each problem is one test. There is nothing to train on in HumanEval: training
+    and validation examples are MBPP's.
+
+    Args:
+        train: source in the format of MBPP.
+        test: source in the format of HumanEval, see :mod:`egspo.tasks.data`.
+        validation_examples: taken out of ``train``; training evaluates on them.
+        test_examples: at most so many, drawn by ``seed``; None for all.
+        seed: of the splits, independent of the training seed.
+        instruction: stands before every problem.
+        sandbox, url, limits, workers: as for ``kodcode``.
+
+    Raises:
+        OSError, ValueError: naming the source, and the column or row that is wrong.
+        SandboxUnavailable: programs cannot run; the message says why.
+    """
+    runner = program_tests(sandbox, url, limits, workers)
+    rows = load_rows(test, _COLUMNS)
+    if test_examples is not None and test_examples < len(rows):
+        _, rows = split_off(rows, test_examples, key=_key, seed=seed)
+    train_rows, validation_rows = split_off(
+        load_rows(train, COLUMNS),
+        validation_examples,
+        key=lambda row: normalise(row["text"]),
+        seed=seed,
+    )
+    return Task(
+        name="humaneval",
+        train=[mbpp_example(row, instruction) for row in train_rows],
+        validation=[mbpp_example(row, instruction) for row in validation_rows],
+        test=[_example(row, instruction) for row in rows],
+        rewards=runner.rewards(),
+        solved=runner.solved,
+        extract=extract_program,
+    )
+
+
+def _key(row: Row) -> str:
+    return normalise(row["prompt"])
+
+
+def _example(row: Row, instruction: str) -> Example:
+    name = row["entry_point"]
+    if not name.isidentifier():
+        raise ValueError(f"entry_point of {row['prompt'][:60]!r} is no name: {name!r}")
+    # Helpers that the prompt gives, the tests take from there: a program could define others.
+    given = f"{row['prompt']}    pass\n"
+    try:
+        imports = import_free_names(row["test"], defined=given)
+    except SyntaxError as error:
+        raise ValueError(f"prompt or test of {name} is no Python: {error}") from error
+    tests = "\n".join(
+        [
+            given,
+            f"from solution import {name}",
+            imports,
+            row["test"],
+            f"\n\ndef test_{name}():\n    check({name})\n",
+        ]
+    )
+    return Example(
+        prompt=[
+            {
+                "role": "user",
+                "content": f"{instruction}\n\nComplete the function {name}:\n"
+                f"{fenced(row['prompt'])}",
+            }
+        ],
+        columns={"tests": tests, "prelude": row["prompt"]},
+        target=fenced(row["prompt"] + row["canonical_solution"]),
+        question=row["prompt"],
+    )

@@ -1,0 +1,106 @@
+"""MBPP: short problems with three assertions each; for evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from egspo.tasks.base import Example, Task, register_task
+from egspo.tasks.code import (
+    INSTRUCTION,
+    extract_program,
+    fenced,
+    program_tests,
+)
+from egspo.tasks.code_tests import as_test, import_free_names
+from egspo.tasks.data import Row
+from egspo.tasks.splits import load_splits, normalise
+
+COLUMNS = {"text": str, "code": str, "test_list": list[str], "test_setup_code": str}
+
+
+@register_task("mbpp")
+def build_mbpp(
+    *,
+    train: str = "google-research-datasets/mbpp/full:train",
+    test: str | None = "google-research-datasets/mbpp/full:test",
+    train_examples: int | None = None,
+    validation_examples: int = 90,
+    test_examples: int | None = None,
+    seed: int = 0,
+    instruction: str = INSTRUCTION,
+    shown_tests: int = 3,
+    sandbox: str = "bubblewrap",
+    url: str | None = None,
+    limits: dict[str, Any] | None = None,
+    workers: int | None = None,
+) -> Task:
+    """MBPP, or data in its format: ``text``, ``code``, ``test_list``, ``test_setup_code``.
+
+    Args:
+        train, test: sources, see :mod:`egspo.tasks.data`; without ``test``, ``test_examples`` are
+            held out of ``train``.
+        train_examples, test_examples: at most so many; None for all.
+        validation_examples: taken out of ``train``; training evaluates on them.
+        seed: of the splits, independent of the training seed.
+        instruction: stands before every problem.
+        shown_tests: how many of the assertions the prompt shows, at least one, as nothing else
+            names the function; the usual evaluation shows all three.
+        sandbox, url, limits, workers: as for ``kodcode``.
+
+    Raises:
+        OSError, ValueError: naming the source, and the column or row that is wrong.
+        SandboxUnavailable: programs cannot run; the message says why.
+    """
+    if isinstance(shown_tests, bool) or not isinstance(shown_tests, int) or shown_tests < 1:
+        raise ValueError(f"shown_tests must be a whole number >= 1, got {shown_tests!r}")
+    runner = program_tests(sandbox, url, limits, workers)
+    splits = load_splits(
+        train,
+        test,
+        COLUMNS,
+        key=lambda row: normalise(row["text"]),
+        train_examples=train_examples,
+        validation_examples=validation_examples,
+        test_examples=test_examples,
+        seed=seed,
+    )
+    return Task(
+        name="mbpp",
+        train=[mbpp_example(row, instruction, shown_tests) for row in splits.train],
+        validation=[mbpp_example(row, instruction, shown_tests) for row in splits.validation],
+        test=[mbpp_example(row, instruction, shown_tests) for row in splits.test],
+        rewards=runner.rewards(),
+        solved=runner.solved,
+        extract=extract_program,
+    )
+
+
+def mbpp_example(row: Row, instruction: str, shown_tests: int = 3) -> Example:
+    """A row as a prompt; each assertion is a test."""
+    shown = "\n".join(row["test_list"][:shown_tests])
+    return Example(
+        prompt=[
+            {
+                "role": "user",
+                "content": f"{instruction}\n\n{row['text'].strip()}\n\n"
+                f"The program must pass tests such as:\n{shown}",
+            }
+        ],
+        columns={"tests": _tests(row), "prelude": ""},
+        target=fenced(row["code"].replace("\r\n", "\n")),
+        question=row["text"],
+    )
+
+
+def _tests(row: Row) -> str:
+    if not row["test_list"]:
+        raise ValueError(f"test_list of {row['text'][:60]!r} is empty")
+    setup = row["test_setup_code"]
+    try:
+        parts = [import_free_names(setup), setup]
+        # Names that the setup defines are none of the program's.
+        for number, assertion in enumerate(row["test_list"]):
+            parts.append(as_test(f"test_{number}", assertion, defined=setup))
+    except SyntaxError as error:
+        raise ValueError(f"the tests of {row['text'][:60]!r} are no Python: {error}") from error
+    return "\n\n".join(part for part in parts if part.strip()) + "\n"

@@ -1,0 +1,90 @@
+"""Every attempt is contained, scores 0, ends in time and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from egspo.sandbox import Bubblewrap
+from tests.sandbox.attacks import FORGERIES, PROBES
+
+TESTS = """
+from solution import f
+
+def test_it():
+    assert f(3) == "the expected words"
+"""
+PROBE_TESTS = """
+from solution import f
+
+def test_contained():
+    assert f() == []
+"""
+
+
+def sandboxed_processes() -> set[int]:
+    """Processes in another pid namespace than this one, zombies included, and our children."""
+    ours, found = os.readlink("/proc/self/ns/pid"), set()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid() or os.readlink(f"/proc/{entry}/ns/pid") != ours:
+                found.add(int(entry))
+        except OSError:  # ended, or another user's
+            continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No process, no file and no descriptor more than before."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    processes, descriptors = sandboxed_processes(), len(os.listdir("/proc/self/fd"))
+    yield
+    assert sandboxed_processes() <= processes
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not list(tmp_path.iterdir())
+    for folder in (
+        "/",
+        "/dev",
+        "/dev/shm",
+        "/root",
+        "/tmp",
+    ):  # where attacks write, and their names
+        assert not [p for p in os.listdir(folder) if p.isdigit() or p == "egspo-escaped"]
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forgery_scores_nothing(sandbox: Bubblewrap, name: str) -> None:
+    start = time.monotonic()
+    verdict = sandbox.run(FORGERIES[name], TESTS)
+    assert (verdict.passed, verdict.score) == (0, 0.0), verdict
+    assert verdict.error or verdict.cases[0].error
+    assert time.monotonic() - start < 12
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_reaches_nothing(sandbox: Bubblewrap, name: str) -> None:
+    verdict = sandbox.run(PROBES[name], PROBE_TESTS)
+    assert verdict.passed == verdict.total == 1, verdict
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("exit code at import", "exit code in the test", "SystemExit", "atexit", "frames", "gc"),
+        *("memory", "equal to everything", "a string that is equal to everything"),
+    ],
+)
+def test_the_same_attack_succeeds_where_one_process_does_all(tmp_path: Path, name: str) -> None:
+    """The table has teeth: judged by an exit code, program and tests in one process, it passes."""
+    together = FORGERIES[name] + TESTS.replace("from solution import f", "") + "\ntest_it()\n"
+    command = [sys.executable, "-I", "-c", together]
+    assert subprocess.run(command, cwd=tmp_path, timeout=60, capture_output=True).returncode == 0
