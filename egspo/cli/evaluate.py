@@ -78,7 +78,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     chosen, checkpoint = _chosen_model(args, run)
     trained = None if run is None else _config_of(run)
     plan = EvaluationPlan(
-        tasks=_tasks(args, run, trained),
+        tasks=_tasks(args, trained),
         generations=_generations(args, chosen.trained),
         output=args.output_dir or _default_output(args, run, checkpoint),
         split=args.split,
@@ -163,11 +163,10 @@ def _chosen_model(args: argparse.Namespace, run: Path | None) -> tuple[NamedMode
     return NamedModel(weights_folder(model, "model", option="egspo eval "), adapter), checkpoint
 
 
-def _tasks(
-    args: argparse.Namespace, run: Path | None, trained: TrainConfig | None
-) -> list[TaskConfig]:
+def _tasks(args: argparse.Namespace, trained: TrainConfig | None) -> list[TaskConfig]:
     """The tasks with their options; of the run's own task, those left out are the run's."""
     from egspo.config import TaskConfig
+    from egspo.tasks import load_task_file
 
     own = None if trained is None else trained.task
     names = args.tasks
@@ -176,13 +175,12 @@ def _tasks(
             raise ValueError("no tasks: give --tasks A,B,... (only a run has a task of its own)")
         names = [own.name]
     options = _task_options(args.task_option, names)
+    from_file = [] if args.task_file is None else load_task_file(args.task_file)
     tasks = []
     for name in names:
-        if own is not None and name == own.name:
-            file = args.task_file or own.file
-            tasks.append(replace(own, file=file, options={**own.options, **options[name]}))
-        else:
-            tasks.append(TaskConfig(name, file=args.task_file, options=options[name]))
+        config = own if own is not None and name == own.name else TaskConfig(name)
+        file = args.task_file if name in from_file else config.file
+        tasks.append(replace(config, file=file, options={**config.options, **options[name]}))
     return tasks
 
 

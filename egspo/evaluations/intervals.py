@@ -66,14 +66,18 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> Interval:
     return Interval(float(low), float(high), "bootstrap")
 
 
-def interval_of(values: Sequence[Sequence[float]]) -> Interval | None:
-    """Of the mean over prompts of the mean over their samples; None for a single mean.
+def interval_of(values: Sequence[Sequence[float]], *, proportion: bool) -> Interval | None:
+    """Of the mean over prompts of the mean over their samples; None where the values tell none.
 
-    Wilson where every prompt has one sample and all are 0 or 1, else the bootstrap over prompts:
-    samples of one prompt are not independent.
+    Samples of one prompt are not independent, prompts are. So where a proportion's prompts are each
+    all right or all wrong, it is Wilson's interval of as many trials as prompts; else it is the
+    bootstrap over prompts, which needs values that differ.
+
+    Args:
+        values: by prompt.
+        proportion: whether a value is 1.0 or 0.0 for right or wrong.
     """
-    if all(len(samples) == 1 and samples[0] in (0.0, 1.0) for samples in values):
-        return wilson(round(sum(samples[0] for samples in values)), len(values))
-    if len(values) < 2:
-        return None
-    return bootstrap([math.fsum(samples) / len(samples) for samples in values])
+    means = [math.fsum(samples) / len(samples) for samples in values]
+    if proportion and all(mean in (0.0, 1.0) for mean in means):
+        return wilson(round(sum(means)), len(means))
+    return bootstrap(means) if len(set(means)) > 1 else None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MARKDOWN, JSON = "summary.md", "summary.json"
 _METHODS = {
-    "wilson": "Wilson score (one completion per prompt, right or wrong)",
+    "wilson": "Wilson score (prompts are right or wrong)",
     "bootstrap": "percentile bootstrap over prompts (10,000 resamples)",
 }
 
@@ -70,7 +70,7 @@ def summarise(
         samples=len(records),
         metric=metric,
         score=_mean(_mean(scores) for scores in values) if values else None,
-        interval=interval_of(values) if values else None,
+        interval=interval_of(values, proportion=metric == "solved") if values else None,
         rewards={
             name: _mean(r["rewards"][name] for r in records if name in r["rewards"])
             for name in names
