@@ -226,7 +226,7 @@ def test_several_samples_per_prompt(
     assert (row["prompts"], row["samples"]) == (4, 12) and len(records) == 12
     for place in range(4):
         texts = {r["sample"]: r["completion"] for r in records if r["index"] == place}
-        assert len(set(texts.values())) == 3
+        assert len(set(texts.values())) > 1
     by_prompt = [[r["score"] for r in records if r["index"] == i] for i in range(4)]
     assert row["score"] == pytest.approx(sum(map(sum, by_prompt)) / 12)
     assert row["interval"] == bootstrap([sum(scores) / 3 for scores in by_prompt])._asdict()

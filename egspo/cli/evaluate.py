@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import replace
@@ -73,6 +72,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     configure_output()
     from egspo.evaluations.plan import EvaluationPlan, fingerprint, load_task
     from egspo.evaluations.run import run_evaluation
+    from egspo.processes import process_state
 
     run = _run_of(args.adapter or args.model)
     chosen, checkpoint = _chosen_model(args, run)
@@ -88,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     tasks = {config.name: load_task(config) for config in plan.tasks}
     notes = _notes(args, trained, tasks, checkpoint)
-    state = _processes()
+    state = process_state()
     if args.overwrite:
         _set_aside(plan.output, state)
     with state.main_process_first():  # which downloads
@@ -106,22 +106,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     if state.is_main_process:
         _show(rows, name, notes, plan.output)
-
-
-def _processes() -> Any:
-    """One process, or those that accelerate's launcher started."""
-    import torch
-    from accelerate import PartialState
-
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    # Started by torchrun on CPUs, it would otherwise see one process.
-    state = PartialState(cpu=started > 1 and not torch.cuda.is_available())
-    if state.num_processes != started:
-        raise ValueError(
-            f"the launcher started {started} processes (WORLD_SIZE), accelerate sees "
-            f"{state.num_processes}: they would all decode the same"
-        )
-    return state
 
 
 def _run_of(where: str) -> Path | None:

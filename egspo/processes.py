@@ -1,0 +1,25 @@
+"""The processes that a launcher started, for work that is divided among them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import PartialState
+
+
+def process_state() -> PartialState:
+    """One process, or those that ``accelerate launch`` or ``torchrun`` started.
+
+    Raises:
+        ValueError: accelerate sees another number of processes than were started.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    # Started by torchrun on CPUs, it would otherwise see one process.
+    state = PartialState(cpu=started > 1 and not torch.cuda.is_available())
+    if state.num_processes != started:
+        raise ValueError(
+            f"the launcher started {started} processes (WORLD_SIZE), accelerate sees "
+            f"{state.num_processes}: they would all do the same"
+        )
+    return state
