@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,13 @@ from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
 from egspo.optimization import NonFiniteError, apply_gradients, clip_gradients
 from egspo.reduction import Count, part
-from egspo.rewards import ScoredRewards, score_completions
-from egspo.rollout import rollout
+from egspo.reward_queue import RewardQueue
+from egspo.rewards import ScoredRewards
+from egspo.rollout import rollout_blocks
 from egspo.samples import OneStepCompletions, TrajectoryRecord, sampled_group
 from egspo.scoring import Scorer, Scores, States
 from egspo.selection import candidate_limits, histogram, select
-from egspo.tasks import Reward
-from egspo.tokenization import decode_completions
+from egspo.training_rewards import TrainingRewards, intermediate_total, warn_of_failures
 from egspo.trajectory import NEVER, PromptBatch, Trajectory
 from egspo.work import ModelCost, peak_memory
 from egspo_kernels import Surrogate
@@ -50,6 +50,8 @@ class Samples:
     """float64 [P, G], NaN where a sample was skipped."""
     step_rewards: Tensor
     """float64 [P, G], by those reward functions only that also score one-step completions."""
+    known: dict[tuple[int, str], ScoredRewards]
+    """By those functions too, of each prompt and completion: what needs no second scoring."""
 
 
 class Iteration:
@@ -69,6 +71,7 @@ class Iteration:
         self.config, self.data, self.denoiser = config, data, denoiser
         self.optimizer, self.reduce_gradients = optimizer, reduce_gradients
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
+        self.rewards = TrainingRewards(config.task, data, denoiser.eos_id)
         self.cost = ModelCost.of(denoiser.model)
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
@@ -87,23 +90,23 @@ class Iteration:
         """
         self.updated = False
         metrics: Metrics = {}
-        with self._phase(metrics, "rollout"):
-            ids = first_sequence + torch.arange(len(prompt_index) * self._group_size)
-            ids = ids.to(self.denoiser.device)
-            trajectory = self._rollout(prompt_index, ids)
-        with self._phase(metrics, "reward"):
-            samples = self._reward(step, prompt_index, trajectory, metrics)
+        ids = first_sequence + torch.arange(len(prompt_index) * self._group_size)
+        ids = ids.to(self.denoiser.device)
+        with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
+            with self._phase(metrics, "rollout"):
+                trajectory = self._rollout(prompt_index, ids, queue)
+            with self._phase(metrics, "reward"):
+                samples = self._reward(step, prompt_index, trajectory, queue, metrics)
         with self._phase(metrics, "select"):
             states, kept = self._select(samples, ids, metrics)
+        groups = states.micro_batches(
+            self.config.micro_batch_size,
+            ranks=self._ranks if self.config.algorithm.schedule == "per_step" else None,
+            by_trajectory=self.config.generation.cache != "none",
+        )
         with self._phase(metrics, "score"):
-            by_rank = self.config.algorithm.schedule == "per_step"
-            groups = states.micro_batches(
-                self.config.micro_batch_size,
-                ranks=self._ranks if by_rank else None,
-                by_trajectory=self.config.generation.cache != "none",
-            )
-            scores = self.scorer.replay(states, groups, complete=self.config.algorithm.stepwise)
-            advantage = self._advantages(step, samples, kept, states, scores, metrics)
+            scores, one_step = self._replay(step, samples, kept, states, groups, metrics)
+            advantage = self._advantages(step, samples, kept, states, one_step, metrics)
         with self._phase(metrics, "update"):
             sequences = len(trajectory)
             metrics.update(self._update(step, states, groups, scores, advantage, sequences))
@@ -140,11 +143,14 @@ class Iteration:
         everything = self.config.algorithm.strategy == "all"
         return self.config.generation.steps if everything else self.config.algorithm.selected_steps
 
-    def _rollout(self, prompt_index: list[int], sequence_ids: Tensor) -> Trajectory:
+    def _rollout(
+        self, prompt_index: list[int], sequence_ids: Tensor, queue: RewardQueue
+    ) -> Trajectory:
+        """Denoise; completions that have ended are scored while others are still denoised."""
         algorithm, generation = self.config.algorithm, self.config.generation
         token_ids = [self.data.train.token_ids[i] for i in prompt_index]
         repeated = [ids for ids in token_ids for _ in range(self._group_size)]
-        return rollout(
+        for block in rollout_blocks(
             self.denoiser,
             PromptBatch.from_lists(repeated, self.denoiser.pad_id, self.denoiser.device),
             generation,
@@ -153,51 +159,44 @@ class Iteration:
             entropy_over=algorithm.entropy_over,
             entropy_reduce=algorithm.entropy_reduce,
             entropy_temperature=1.0 if algorithm.entropy_at == "one" else generation.temperature,
-        )
-
-    def _score(
-        self, step: int, rewards: Sequence[Reward], texts: Sequence[str], prompts: Sequence[int]
-    ) -> ScoredRewards:
-        """Rewards of N completions, each an answer to the training prompt ``prompts[n]``."""
-        scored = score_completions(
-            rewards,
-            [self.data.train.examples[i].prompt for i in prompts],
-            texts,
-            self.data.train.columns(prompts),
-            on_error=self.config.task.on_reward_error,
-        )
-        if scored.errors:
-            logger.warning(
-                "step %d: %d of %d samples skipped: %s%s",
-                *(step, scored.skipped, len(prompts), scored.errors[0]),
-                f" (and {len(scored.errors) - 1} more)" if len(scored.errors) > 1 else "",
-            )
-        return scored
-
-    def _decode(self, tokens: Tensor) -> list[str]:
-        return decode_completions(self.data.tokenizer, tokens.tolist(), self.denoiser.eos_id)
+        ):
+            if block.finished:
+                trajectory = block.trajectory
+                texts = self.rewards.decode(trajectory.tokens[block.finished])
+                prompts = [prompt_index[i // self._group_size] for i in block.finished]
+                queue.add(block.finished, texts, prompts)
+        return trajectory
 
     def _reward(
-        self, step: int, prompt_index: list[int], trajectory: Trajectory, metrics: Metrics
+        self,
+        step: int,
+        prompt_index: list[int],
+        trajectory: Trajectory,
+        queue: RewardQueue,
+        metrics: Metrics,
     ) -> Samples:
         task, shape = self.data.task, (len(prompt_index), self._group_size)
         prompts = [i for i in prompt_index for _ in range(self._group_size)]
-        texts = self._decode(trajectory.tokens)
-        scored = self._score(step, task.rewards, texts, prompts)
+        texts, scored = queue.collect(len(prompts))
+        warn_of_failures(step, scored)
         rewards = scored.total.view(shape)
         metrics["reward/mean"] = part(rewards)
         metrics["reward/std"] = part(rewards - rewards.nanmean(1, keepdim=True), "rms")
         for name, values in scored.per_function.items():
             metrics[f"reward/{name}"] = part(values)
         if task.solved is not None:
-            solved = [Reward("solved", task.solved)]
-            metrics["solved"] = part(self._score(step, solved, texts, prompts).total)
+            metrics["solved"] = part(self.rewards.solved(texts, prompts))
         metrics["skipped/rewards"] = Count(scored.skipped)
         metrics["entropy/mean"] = part(trajectory.entropy)
         metrics["length/mean"] = part(trajectory.lengths)
         metrics["rollout/saved"] = part(1 - trajectory.steps / trajectory.num_steps)
-        step_rewards = intermediate_total(scored, task.rewards).view(shape)
-        return Samples(prompt_index, trajectory, rewards, step_rewards)
+        return Samples(
+            prompt_index,
+            trajectory,
+            rewards,
+            intermediate_total(scored, task.rewards).view(shape),
+            self.rewards.known(scored, texts, prompts),
+        )
 
     def _select(
         self, samples: Samples, sequence_ids: Tensor, metrics: Metrics
@@ -229,13 +228,42 @@ class Iteration:
         metrics["selected/entropy"] = part(trajectory.entropy[states.row, states.step])
         return states, kept
 
+    def _replay(
+        self,
+        step: int,
+        samples: Samples,
+        kept: Tensor,
+        states: States,
+        groups: list[list[Tensor]],
+        metrics: Metrics,
+    ) -> tuple[Scores, OneStepCompletions | None]:
+        """Score the states; the rewards of a micro-batch's one-step completions are found while
+        the next is replayed."""
+        if not self.config.algorithm.stepwise:
+            return self.scorer.replay(states, groups, complete=False), None
+        prompts = [samples.prompt_index[int(kept[i])] for i in states.row.cpu() // self._group_size]
+        with RewardQueue(self.rewards.score, self.rewards.intermediate, samples.known) as queue:
+
+            def add(index: Tensor, completions: Tensor) -> None:
+                places = index.tolist()
+                queue.add(places, self.rewards.decode(completions), [prompts[i] for i in places])
+
+            scores = self.scorer.replay(states, groups, complete=True, on_completions=add)
+            start = time.perf_counter()
+            texts, scored = queue.collect(len(states))
+        metrics["time/step_reward"] = time.perf_counter() - start
+        warn_of_failures(step, scored)
+        metrics["skipped/step_rewards"] = Count(scored.skipped)
+        metrics["step_reward/mean"] = part(scored.total)
+        return scores, OneStepCompletions(texts, scored.total)
+
     def _advantages(
         self,
         step: int,
         samples: Samples,
         kept: Tensor,
         states: States,
-        scores: Scores,
+        one_step: OneStepCompletions | None,
         metrics: Metrics,
     ) -> Tensor:
         """Advantage of every state, float64 [M]."""
@@ -245,21 +273,13 @@ class Iteration:
         valid = torch.zeros(groups * self._group_size, self._ranks, dtype=torch.bool)
         valid[row, rank] = True
         rewards = samples.rewards[kept]
-        one_step = None
-        if scores.completions is None:
+        if one_step is None:
             advantage = egspo_advantages(
                 rewards, valid.view(shape), scale_by_std=algorithm.scale_by_std
             )
         else:
-            prompts = [samples.prompt_index[int(kept[i])] for i in row // self._group_size]
-            intermediate = [reward for reward in self.data.task.rewards if reward.intermediate]
-            texts = self._decode(scores.completions)
-            scored = self._score(step, intermediate, texts, prompts)
-            one_step = OneStepCompletions(texts, scored.total)
-            metrics["skipped/step_rewards"] = Count(scored.skipped)
-            metrics["step_reward/mean"] = part(scored.total)
             values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
-            values[row, rank] = scored.total
+            values[row, rank] = one_step.rewards
             selected = torch.zeros(valid.shape, dtype=torch.int64)
             selected[row, rank] = states.step.cpu()
             lam = lambda_at(algorithm, step - 1, selected, states.trajectory.num_steps)
@@ -343,16 +363,6 @@ class Iteration:
             )
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         return outcome._replace(loss=outcome.loss.detach())
-
-
-def intermediate_total(scored: ScoredRewards, rewards: Sequence[Reward]) -> Tensor:
-    """Weighted sum [N] of the reward functions that score one-step completions.
-
-    NaN where the sample was skipped; a function that does not apply to a sample adds nothing.
-    """
-    chosen = [scored.per_function[r.name] * r.weight for r in rewards if r.intermediate]
-    total = torch.stack(chosen).nansum(0) if chosen else torch.zeros_like(scored.total)
-    return total.where(~scored.total.isnan(), float("nan"))
 
 
 def surrogate_metrics(

@@ -32,6 +32,48 @@ class ScoredRewards:
     errors: list[str] = field(default_factory=list)
     """What went wrong, where failures are skipped."""
 
+    def only(self, rewards: Sequence[Reward]) -> list[ScoredRewards | None]:
+        """Of each sample, as if these functions alone had scored it.
+
+        None where that is not known: the sample was skipped, perhaps by a failure.
+        """
+        values = torch.stack([self.per_function[r.name] for r in rewards])
+        weights = torch.tensor([[r.weight] for r in rewards], dtype=torch.float64)
+        total = (weights * values).nansum(0).where(~values.isnan().all(0), math.nan)
+        return [
+            None
+            if self.total[i].isnan()
+            else ScoredRewards(
+                total[i : i + 1],
+                {r.name: self.per_function[r.name][i : i + 1] for r in rewards},
+                int(total[i].isnan()),
+            )
+            for i in range(len(self.total))
+        ]
+
+    @staticmethod
+    def join(
+        names: Sequence[str], parts: Sequence[tuple[list[int], ScoredRewards]], count: int
+    ) -> ScoredRewards:
+        """The rewards of ``count`` samples from those of some at the places given.
+
+        Args:
+            names: of the functions.
+            parts: places, and the rewards of the samples there; every place once.
+            count: of all samples.
+        """
+        joined = ScoredRewards(
+            torch.full((count,), math.nan, dtype=torch.float64),
+            {name: torch.full((count,), math.nan, dtype=torch.float64) for name in names},
+        )
+        for places, part in parts:
+            joined.total[places] = part.total
+            for name, values in part.per_function.items():
+                joined.per_function[name][places] = values
+            joined.skipped += part.skipped
+            joined.errors += part.errors
+        return joined
+
 
 def score_completions(
     rewards: Sequence[Reward],

@@ -78,11 +78,18 @@ def rollout(
         ValueError: ``generation.steps`` does not fit an int16, or ``generation.cuda_graphs`` is
             asked for without a GPU.
     """
-    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
-    run = _Rollout(denoiser, prompts, config, recording, sequence_ids)
-    for _ in run.blocks():
+    for block in rollout_blocks(  # noqa: B007 - the last one counts
+        denoiser,
+        prompts,
+        config,
+        seed=seed,
+        sequence_ids=sequence_ids,
+        entropy_over=entropy_over,
+        entropy_reduce=entropy_reduce,
+        entropy_temperature=entropy_temperature,
+    ):
         pass
-    return run.trajectory()
+    return block.trajectory
 
 
 def rollout_blocks(
@@ -92,9 +99,13 @@ def rollout_blocks(
     *,
     seed: int,
     sequence_ids: Tensor,
+    entropy_over: EntropyOver = "revealed",
+    entropy_reduce: EntropyReduce = "mean",
+    entropy_temperature: float = 1.0,
 ) -> Iterator[RolloutBlock]:
     """:func:`rollout` block by block, for who takes completions as they come."""
-    return _Rollout(denoiser, prompts, config, Recording(seed), sequence_ids).blocks()
+    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
+    return _Rollout(denoiser, prompts, config, recording, sequence_ids).blocks()
 
 
 class _Rollout:

@@ -7,6 +7,7 @@ forward on the same micro-batches of states, so that on the first update the pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,13 +100,22 @@ class Scorer:
         )
 
     @torch.no_grad()
-    def replay(self, states: States, groups: list[list[Tensor]], *, complete: bool) -> Scores:
+    def replay(
+        self,
+        states: States,
+        groups: list[list[Tensor]],
+        *,
+        complete: bool,
+        on_completions: Callable[[Tensor, Tensor], object] = lambda index, completions: None,
+    ) -> Scores:
         """Score every state under the behaviour policy, before any update.
 
         Args:
             states: M states.
             groups: their micro-batches.
             complete: also make the greedy one-step completions.
+            on_completions: called with int64 [m] and the one-step completions [m, L] of each
+                micro-batch as soon as it is done.
         """
         tokens, beta = states.trajectory.tokens, self.algorithm.beta
         completions = tokens.new_empty(len(states), tokens.shape[1]) if complete else None
@@ -121,7 +131,8 @@ class Scorer:
                 old_log_prob[index] = log_prob.double()
                 if completions is not None:
                     hidden = self.decoder.completions(context, window)
-                    completions[index] = self._greedy(batch, hidden, argmax)
+                    completions[index] = greedy = self._greedy(batch, hidden, argmax)
+                    on_completions(index, greedy)
                 if ref_log_prob is not None:
                     with self.denoiser.reference():
                         context = batch.context(self.decoder)

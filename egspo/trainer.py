@@ -38,6 +38,7 @@ from egspo.metrics import MetricsWriter
 from egspo.optimization import NonFiniteError, advance, build_optimizer, build_scheduler
 from egspo.plotting import plot_run
 from egspo.progress import RunProgress
+from egspo.quantization import check_quantization
 from egspo.recipe import config_to_dict, save_config
 from egspo.reduction import merge
 from egspo.samples import write_group
@@ -87,6 +88,7 @@ class Trainer:
             project_dir=config.output_dir,
         )
         self._check_processes()
+        check_quantization(config, self.accelerator.device)
         if config.generation.cuda_graphs and self.accelerator.device.type != "cuda":
             raise ValueError(
                 "generation.cuda_graphs needs a GPU, this process trains on "

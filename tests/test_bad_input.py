@@ -293,9 +293,9 @@ def test_a_skipped_sample_stays_out_of_the_update(
     rows: list[list[int]] = []
     replay = Scorer.replay
 
-    def spy(self: Scorer, states: Any, groups: Any, *, complete: bool) -> Any:
+    def spy(self: Scorer, states: Any, groups: Any, **options: Any) -> Any:
         rows.append(sorted(set(states.row.tolist())))
-        return replay(self, states, groups, complete=complete)
+        return replay(self, states, groups, **options)
 
     monkeypatch.setattr(Scorer, "replay", spy)
     changes = {"task": {"name": "letters", "on_reward_error": "skip", "options": None}}

@@ -84,7 +84,7 @@ def signalled(
 @pytest.mark.parametrize(
     ("target", "call", "from_step"),
     [
-        ("egspo.iteration.rollout", 4, 2),
+        ("egspo.iteration.rollout_blocks", 4, 2),
         ("egspo.iteration.apply_gradients", 6, 2),  # between two updates of one step
         ("egspo.metrics._append", 5, 2),  # before the record of a step is written,
         ("egspo.state.save_checkpoint", 2, 2),  # and after, before its checkpoint
@@ -114,11 +114,14 @@ def test_killed_again_and_again(
     uninterrupted: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     config = runs.config(tmp_path, STATEFUL)
-    assert signalled(processes, config, "egspo.iteration.rollout", 4) == -SIGKILL
-    with interrupting("egspo.iteration.rollout", 2), pytest.raises(KeyboardInterrupt):
+    assert signalled(processes, config, "egspo.iteration.rollout_blocks", 4) == -SIGKILL
+    with interrupting("egspo.iteration.rollout_blocks", 2), pytest.raises(KeyboardInterrupt):
         train(config, resume=tmp_path)
     assert find_checkpoint(tmp_path).name == "step-000003"
-    with interrupting("egspo.iteration.decode_completions", 1), pytest.raises(KeyboardInterrupt):
+    with (
+        interrupting("egspo.training_rewards.decode_completions", 1),
+        pytest.raises(KeyboardInterrupt),
+    ):
         train(config, resume=tmp_path)
     train(config, resume=tmp_path)
     assert outcome(tmp_path) == outcome(uninterrupted)
@@ -128,7 +131,9 @@ def test_terminated_saves_first(
     uninterrupted: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     config = runs.config(tmp_path, STATEFUL)
-    assert signalled(processes, config, "egspo.iteration.rollout", 4, SIGTERM) == 128 + SIGTERM
+    assert (
+        signalled(processes, config, "egspo.iteration.rollout_blocks", 4, SIGTERM) == 128 + SIGTERM
+    )
     assert find_checkpoint(tmp_path).name == "step-000003"
     train(config, resume=tmp_path)
     assert outcome(tmp_path) == outcome(uninterrupted)
@@ -165,7 +170,7 @@ def test_interrupted_and_resumed_is_bit_identical(changes: dict[str, Any], tmp_p
     options = (STATEFUL, changes, {"checkpoint": {"every": 0}})
     train(runs.config(tmp_path / "whole", *options))
     config = runs.config(tmp_path / "run", *options)
-    with interrupting("egspo.iteration.rollout", 4), pytest.raises(KeyboardInterrupt):
+    with interrupting("egspo.iteration.rollout_blocks", 4), pytest.raises(KeyboardInterrupt):
         train(config)
     assert find_checkpoint(tmp_path / "run").name == "step-000003"
     train(config, resume=tmp_path / "run")
@@ -176,10 +181,10 @@ def test_interrupted_and_resumed_is_bit_identical(changes: dict[str, Any], tmp_p
     ("target", "call", "kept"),
     [
         ("egspo.trainer.evaluate", 1, []),  # before the first step
-        ("egspo.iteration.rollout", 1, []),
+        ("egspo.iteration.rollout_blocks", 1, []),
         ("egspo.iteration.apply_gradients", 8, ["step-000002"]),  # after half of step 4
         ("egspo.trainer.evaluate", 3, ["step-000002"]),  # after step 4, before it is recorded
-        ("egspo.iteration.score_completions", 10, ["step-000003"]),
+        ("egspo.iteration.warn_of_failures", 7, ["step-000003"]),
     ],
 )
 def test_only_whole_steps_are_saved(
@@ -234,7 +239,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(OSError, match="No space left on device for step-000002"):
             train(config)
         config = runs.config(tmp_path / "run", changes, {"checkpoint": {"every": 0}})
-        with interrupting("egspo.iteration.rollout", 2), pytest.raises(KeyboardInterrupt):
+        with interrupting("egspo.iteration.rollout_blocks", 2), pytest.raises(KeyboardInterrupt):
             train(config, resume=tmp_path / "run")
     assert find_checkpoint(tmp_path / "run").name == "step-000001"
     train(config, resume=tmp_path / "run")
@@ -263,7 +268,7 @@ def test_resuming_from_an_older_checkpoint_takes_the_later_ones_away(
     damaged.write_text("{}")
     with pytest.raises(CheckpointError, match="step-000004 is intact"):
         train(config, resume=tmp_path)
-    with interrupting("egspo.iteration.rollout", 2), pytest.raises(KeyboardInterrupt):
+    with interrupting("egspo.iteration.rollout_blocks", 2), pytest.raises(KeyboardInterrupt):
         train(config, resume=tmp_path / "checkpoints" / "step-000002")
     assert find_checkpoint(tmp_path).name == "step-000003"
     train(config, resume=tmp_path)
