@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -16,7 +17,9 @@ def process_state() -> PartialState:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     # Started by torchrun on CPUs, it would otherwise see one process.
-    state = PartialState(cpu=started > 1 and not torch.cuda.is_available())
+    on_cpus = started > 1 and not torch.cuda.is_available()
+    # Who is done first waits for the others, hours maybe: that is no hang.
+    state = PartialState(cpu=on_cpus, timeout=timedelta(days=2))
     if state.num_processes != started:
         raise ValueError(
             f"the launcher started {started} processes (WORLD_SIZE), accelerate sees "

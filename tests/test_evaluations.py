@@ -18,9 +18,11 @@ from egspo.evaluations.checkpoints import choose_checkpoint
 from egspo.evaluations.intervals import interval_of
 from egspo.evaluations.records import SampleFile
 from egspo.metrics import read_metrics
+from egspo.models import new_model
 from egspo.tasks.sudoku_task import cell_accuracy
 from egspo.trainer import train
 from tests import runs
+from tests.chatml import EOS, MASK, write_tokenizer
 
 TASK_FILE = """
 from egspo.tasks import Example, Reward, Task, register_task
@@ -241,6 +243,42 @@ def test_tasks_from_a_file_and_their_options(trained: Path, tmp_path: Path, task
     for record in samples(tmp_path / "out", "digits-20.jsonl"):
         assert record["answer"] == (record["completion"][:1] or None)
         assert record["score"] == float("1" in record["completion"])
+
+
+def test_built_in_tasks_at_two_lengths_on_a_model_from_a_folder(tmp_path: Path) -> None:
+    """Prompts of real length; a task with data in files, and one with a validation split."""
+    folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    vocab = {"vocab_size": 264, "embedding_size": 264}
+    tokens = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": EOS}
+    sizes = {**runs.MODEL, "max_sequence_length": 2048}
+    new_model({**sizes, **vocab, **tokens}, seed=0).save_pretrained(folder)
+    write_tokenizer(folder)
+    questions = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    options = [
+        *("--tasks", "gsm8k,countdown", "--lengths", "8,16", "--block-length", "8", "--limit", "3"),
+        *("--task-option", f"gsm8k.train={rows}", "--task-option", "gsm8k.test=null"),
+        *("--task-option", "gsm8k.test_examples=3", "--task-option", "gsm8k.validation_examples=2"),
+        *("--task-option", "countdown.train_examples=2"),
+    ]
+    table = evaluate(folder, tmp_path / "test", *options)["results"]
+    assert [(row["task"], row["max_new_tokens"], row["steps"]) for row in table] == [
+        *(("gsm8k", 8, 4), ("gsm8k", 16, 8)),
+        *(("countdown", 8, 4), ("countdown", 16, 8)),
+    ]
+    assert {row["metric"] for row in table} == {"solved"}
+    assert table[0]["rewards"].keys() == {
+        *("reward", "correctness", "integer", "strict_format", "soft_format", "xml_count")
+    }
+    (row, *_) = evaluate(folder, tmp_path / "held_out", *options, "--split", "validation")[
+        "results"
+    ]
+    assert row["prompts"] == 2
+    asked = [
+        {record["prompt"][0]["content"] for record in samples(tmp_path / name, "gsm8k-8.jsonl")}
+        for name in ("test", "held_out")
+    ]
+    assert len(asked[0]) == 3 and not asked[0] & asked[1]
 
 
 def test_a_reward_that_fails_is_left_out_and_said(

@@ -32,7 +32,8 @@ examples:
 
 Of a run, the task is the run's own, with its options, unless --tasks says otherwise; where
 --tasks names it, options left out are the run's. Lengths left out are the one trained with,
-and steps grow with the length: as many tokens per step as in training.
+and steps grow with the length: as many tokens per step as in training. Decoding is greedy
+unless --temperature is given.
 
 Samples are on disk one by one: the same command goes on after an interrupt. More tasks,
 lengths, prompts or samples may be added later; anything else needs another folder. The
