@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from egspo import __version__
-from egspo.cli import data, generate, inspect, tools, training
+from egspo.cli import data, evaluate, generate, inspect, tools, training
 
 _DESCRIPTION = """\
 Reinforcement learning for masked diffusion language models by entropy-guided
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, overrides=[])
         return command
 
-    for module in (training, generate, inspect, data, tools):
+    for module in (training, evaluate, generate, inspect, data, tools):
         module.add_commands(add)
     return parser
 
