@@ -25,7 +25,7 @@ _EPILOG = """\
 examples:
   egspo eval runs/sudoku_tiny
   egspo eval runs/sudoku_tiny --checkpoint best
-  egspo eval GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k,math --lengths 128,256,512
+  egspo eval GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k,math500 --lengths 128,256,512
   egspo eval GSAI-ML/LLaDA-8B-Instruct --adapter runs/llada_8b_sudoku --checkpoint best
   egspo eval MODEL --tasks mine --task-file tasks/mine.py --task-option mine.words=50
   accelerate launch -m egspo.cli eval MODEL --tasks gsm8k        several GPUs
