@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     _take_overrides(parser, args, rest)
+    # Peft imports bitsandbytes where it is installed, which then advertises a kernel for CPUs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = getattr(args, "debug", False) or os.environ.get("EGSPO_DEBUG", "0") not in ("", "0")
     try:
         run: Callable[[argparse.Namespace], None] = args.run
