@@ -300,8 +300,14 @@ class EvalConfig:
     examples: int | None = None
     """Held-out prompts; None for all of them."""
     temperature: float = 0.0
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better held-out reward; None never does."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.patience is None or self.patience > 0,
+            f"eval.patience must be > 0, or null to train to the end, got {self.patience}",
+        )
         _require(self.every >= 0, f"eval.every must be >= 0, got {self.every}")
         _require(
             self.examples is None or self.examples > 0,
@@ -315,6 +321,8 @@ class CheckpointConfig:
     every: int = 50
     """RL steps between checkpoints; 0 saves at the end only."""
     keep_last: int = 2
+    keep_best: bool = True
+    """Also save the step of the best held-out reward so far, and keep it."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every must be >= 0, got {self.every}")

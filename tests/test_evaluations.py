@@ -357,7 +357,7 @@ def test_checkpoints_that_cannot_be_chosen(trained: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="best, last or a step, got 'newest'"):
         choose_checkpoint(copy, "newest")
     (copy / "metrics.jsonl").write_text('{"step": 3, "eval/reward": 0.5}\n')
-    with pytest.raises(CheckpointError, match=r"\[2, 4\] and evaluated at \[3\].*eval.every"):
+    with pytest.raises(CheckpointError, match=r"\[2, 4\] and evaluated at \[3\].*keep_best"):
         choose_checkpoint(copy, "best")
     weights = next((copy / "checkpoints" / "step-000004").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])

@@ -29,7 +29,7 @@ STATEFUL: dict[str, Any] = {
         "beta": 0.04,
     },
     "optimizer": {"schedule": "cosine", "warmup_steps": 2},
-    "checkpoint": {"every": 2, "keep_last": 1},
+    "checkpoint": {"every": 2, "keep_last": 1, "keep_best": False},
 }
 LORA: dict[str, Any] = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 SFT: dict[str, Any] = {

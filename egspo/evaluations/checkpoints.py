@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from egspo.best import HELD_OUT
 from egspo.checkpoint import CHECKPOINTS, CheckpointError, list_checkpoints, verify_checkpoint
 from egspo.metrics import read_metrics
 
 logger = logging.getLogger("egspo")
-
-HELD_OUT = "eval/reward"
-"""The metric of a run that its checkpoints are compared by."""
 
 
 def choose_checkpoint(run: Path, which: str) -> Path:
@@ -69,8 +67,7 @@ def best_checkpoint(run: Path) -> Path:
     if not candidates:
         raise CheckpointError(
             f"{run} keeps checkpoints of the steps {sorted(kept)} and evaluated at "
-            f"{sorted(rewards)}: the best cannot be told. Train with checkpoint.every a multiple "
-            "of eval.every, and checkpoint.keep_last as many as are to be compared"
+            f"{sorted(rewards)}: the best cannot be told. Train with checkpoint.keep_best"
         )
     best = max(candidates, key=lambda step: rewards[step])
     logger.info(
@@ -84,7 +81,7 @@ def best_checkpoint(run: Path) -> Path:
             *(top, rewards[top]),
             "so training helped none of them"
             if top == 0
-            else "its checkpoint was not kept (checkpoint.every, checkpoint.keep_last)",
+            else "its checkpoint was not kept (checkpoint.keep_best)",
         )
     return kept[best]
 
