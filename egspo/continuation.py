@@ -18,6 +18,8 @@ _FREE = (
     "trackers",
     "task.file",  # its content is compared instead
     "task.reward_timeout",
+    "micro_batch_size",  # how the same gradient is summed
+    "micro_batch_tokens",
 )
 _FREE_SFT = (
     *_FREE,
@@ -25,7 +27,6 @@ _FREE_SFT = (
     "algorithm",
     "optimizer",
     "prompts_per_step",
-    "micro_batch_size",
     "generation.steps",
     "generation.block_length",
     "generation.temperature",

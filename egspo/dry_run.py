@@ -169,10 +169,11 @@ def _trackers(config: TrainConfig) -> tuple[None, str]:
 def _sampling(config: TrainConfig) -> tuple[None, str]:
     generation, algorithm = config.generation, config.algorithm
     group = config.prompts_per_step * algorithm.group_size
+    at_once = config.micro_batch_size or f"{config.micro_batch_tokens:,} columns of them"
     return None, (
         f"{group} completions of {generation.max_new_tokens} tokens a step, in {generation.steps} "
         f"denoising steps, {algorithm.selected_steps} of them trained: up to "
-        f"{group * algorithm.selected_steps} states, {config.micro_batch_size} at a time"
+        f"{group * algorithm.selected_steps} states, {at_once} at a time"
     )
 
 
