@@ -21,7 +21,7 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, write: Callable[[Path], None], *, keep_last: int
+    folder: Path, step: int, write: Callable[[Path], object], *, keep_last: int
 ) -> Path:
     """Write ``folder/step-<step>`` and delete all but the newest ``keep_last``.
 
@@ -42,7 +42,7 @@ def save_checkpoint(
     return target
 
 
-def publish(target: Path, write: Callable[[Path], None]) -> None:
+def publish(target: Path, write: Callable[[Path], object]) -> None:
     """Fill ``target`` by ``write`` so that it exists complete, with checksums, or not at all."""
     partial = target.parent / f"{_PARTIAL}{target.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from egspo.config import GenerationConfig
+from egspo.work import Work
 
 if TYPE_CHECKING:
     from egspo.scoring import States
@@ -46,19 +47,35 @@ class Columns:
             states.block_starts(generation.block_length).tolist(),
         )
 
-    def count(self, index: Sequence[int]) -> int:
-        """Of a micro-batch of the states ``index``."""
-        generation, length = self.generation, self.generation.max_new_tokens
+    def work(self, index: Sequence[int]) -> Work:
+        """The passes of the policy over a micro-batch of the states ``index``, without the head."""
+        generation, length, work = self.generation, self.generation.max_new_tokens, Work()
+        copies = 2 if generation.guidance else 1
         width = max(self.prompt[i] for i in index) + length
         if generation.cache == "none":
-            columns = len(index) * width
-        else:
-            builds = len({(self.row[i], self.start[i]) for i in index})
-            window = generation.block_length
-            if generation.cache == "prefix":
-                window = length - min(self.start[i] for i in index)
-            columns = builds * width + len(index) * (window + self.prediction_shift)
-        return columns * (2 if generation.guidance else 1)
+            work.add(copies * len(index), width, width)
+            return work
+        blocks = {(self.row[i], self.start[i]) for i in index}
+        window = generation.block_length
+        if generation.cache == "prefix":
+            window = length - min(self.start[i] for i in index)
+        work.add(copies * len(blocks), width, width)
+        work.add(copies * len(index), window + self.prediction_shift, width)
+        return work
+
+    def count(self, index: Sequence[int]) -> int:
+        """Columns of the same."""
+        return self.work(index).tokens
+
+    def packed(self, index: Sequence[int], most: int) -> list[list[int]]:
+        """``index``, in its order, in micro-batches of at most ``most`` columns or one state."""
+        micro_batches: list[list[int]] = []
+        for state in index:
+            if micro_batches and self.count([*micro_batches[-1], state]) <= most:
+                micro_batches[-1].append(state)
+            else:
+                micro_batches.append([state])
+        return micro_batches
 
 
 class MicroBatches:
@@ -106,7 +123,11 @@ class MicroBatches:
             assert self.size is not None
             return [part for index in micro_batches for part in torch.split(index, self.size)]
         columns = self._columns(states)
-        return [part for index in micro_batches for part in _packed(index, columns, self.tokens)]
+        return [
+            torch.tensor(part, device=index.device)
+            for index in micro_batches
+            for part in columns.packed(index.tolist(), self.tokens)
+        ]
 
     def shrink(
         self, states: States, index: Tensor, doing: str, error: torch.OutOfMemoryError
@@ -137,17 +158,6 @@ class MicroBatches:
 
     def _columns(self, states: States) -> Columns:
         return Columns.of(states, self.generation, self.prediction_shift)
-
-
-def _packed(index: Tensor, columns: Columns, most: int) -> list[Tensor]:
-    """The states ``index``, in their order, in micro-batches of at most ``most`` columns."""
-    micro_batches: list[list[int]] = []
-    for state in index.tolist():
-        if micro_batches and columns.count([*micro_batches[-1], state]) <= most:
-            micro_batches[-1].append(state)
-        else:
-            micro_batches.append([state])
-    return [torch.tensor(states, device=index.device) for states in micro_batches]
 
 
 def release_memory(device: torch.device) -> None:
