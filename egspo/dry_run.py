@@ -255,6 +255,8 @@ def described_model(config: TrainConfig, model_config: PretrainedConfig) -> tupl
         if config.model.adapter is None:
             model = trainable_model(config.model, base, config.seed)
         else:
+            if config.model.gradient_checkpointing:
+                base.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
             model = PeftModel(base, PeftConfig.from_pretrained(config.model.adapter))
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)

@@ -19,7 +19,7 @@ from egspo.config import TrainConfig
 from egspo.expected_work import Shares
 from egspo.memory import estimate_memory
 from egspo.metrics import read_metrics
-from egspo.models import LLaDAConfig
+from egspo.models import LLaDAConfig, add_lora, load_model
 from egspo.plan import PHASES, PlanError, Planner, measured_shares, read_rates
 from egspo.recipe import config_to_dict
 from egspo.tasks import Reward
@@ -79,6 +79,22 @@ def test_flops_are_those_a_run_logs(changes: dict[str, Any], tmp_path: Path) -> 
         logged = sum(record[f"flops/{phase}"] for record in records) / 4
         exact = phase != "score"
         assert plan.flops[phase] == pytest.approx(logged, rel=1e-6 if exact else 0.02), phase
+
+
+def test_an_adapter_to_continue_from_is_checkpointed_too(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", weights=True)
+    add_lora(load_model(folder), rank=4, alpha=8, dropout=0.0, seed=0).save_pretrained(
+        tmp_path / "adapter"
+    )
+    plain, again = (
+        planned(runs.config(tmp_path / "run", by_path(folder, **options))).plan
+        for options in (
+            {"adapter": str(tmp_path / "adapter")},
+            {"adapter": str(tmp_path / "adapter"), "gradient_checkpointing": True},
+        )
+    )
+    assert again.flops["update"] > plain.flops["update"]
+    assert again.flops["score"] == plain.flops["score"]
 
 
 def test_what_early_exit_and_skipped_groups_save(tmp_path: Path) -> None:
