@@ -93,7 +93,7 @@ def signalled(
         ("egspo.iteration.apply_gradients", 6, 2),  # between two updates of one step
         ("egspo.metrics._append", 5, 2),  # before the record of a step is written,
         ("egspo.state.save_checkpoint", 2, 2),  # and after, before its checkpoint
-        ("egspo.checkpoint._digest", 12, 2),  # in the middle of a checkpoint
+        ("egspo.checkpoint._digest", 18, 2),  # in the middle of a checkpoint
         ("egspo.checkpoint._delete", 1, 4),  # the new one is there, the old one too
         ("egspo.trainer.plot_run", 1, 6),
     ],
@@ -112,6 +112,18 @@ def test_killed_and_resumed_is_bit_identical(
     train(config, resume=tmp_path)
     assert outcome(tmp_path) == outcome(uninterrupted)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000006"]
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_killed_before_the_base_is_kept(
+    uninterrupted: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    """The model that the KL goes with appears whole or not at all; nothing was trained yet."""
+    config = runs.config(tmp_path, STATEFUL)
+    assert signalled(processes, config, "egspo.checkpoint._digest", 4) == -SIGKILL
+    assert not (tmp_path / "base").exists() and list(tmp_path.glob(".partial*"))
+    train(config)
+    assert outcome(tmp_path) == outcome(uninterrupted)
     assert not list(tmp_path.glob(".partial*"))
 
 
