@@ -21,7 +21,7 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, write: Callable[[Path], object], *, keep_last: int
+    folder: Path, step: int, write: Callable[[Path], None], *, keep_last: int
 ) -> Path:
     """Write ``folder/step-<step>`` and delete all but the newest ``keep_last``.
 
