@@ -49,7 +49,7 @@ def save_checkpoint(
     return target
 
 
-def publish(target: Path, write: Callable[[Path], None]) -> None:
+def publish(target: Path, write: Callable[[Path], object]) -> None:
     """Fill ``target`` by ``write`` so that it exists complete, with checksums, or not at all."""
     partial = target.parent / f"{_PARTIAL}{target.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)

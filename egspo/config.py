@@ -348,16 +348,27 @@ class TrainConfig:
     """RL iterations: rollout, select, score, update."""
     prompts_per_step: int = 8
     """Over all processes; each is answered ``algorithm.group_size`` times."""
-    micro_batch_size: int = 32
-    """States in one forward of replay and update."""
+    micro_batch_size: int | None = None
+    """States in one forward of replay and update, at most; or else"""
+    micro_batch_tokens: int | None = None
+    """columns that it computes, at most, so that short prompts pack more states. With neither,
+    ``micro_batch_size`` is 32. Where memory runs out, both are halved for the rest of the run."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """``auto``: bf16 autocast where there is a GPU that has it."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "micro_batch_size"):
+        for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
-            _require(value > 0, f"{name} must be > 0, got {value}")
+            _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        size, tokens = self.micro_batch_size, self.micro_batch_tokens
+        _require(
+            size is None or tokens is None,
+            f"micro_batch_size ({size}) and micro_batch_tokens ({tokens}) are two ways to say the "
+            "same: set one of them to null",
+        )
+        if size is None and tokens is None:
+            self.micro_batch_size = 32
         _require(
             self.algorithm.selected_steps <= self.generation.steps,
             f"algorithm.selected_steps ({self.algorithm.selected_steps}) must be at most "

@@ -19,6 +19,8 @@ _FREE = (
     "generation.cuda_graphs",
     "task.file",  # its content is compared instead
     "task.reward_timeout",
+    "micro_batch_size",  # how the same gradient is summed
+    "micro_batch_tokens",
 )
 _FREE_SFT = (
     *_FREE,
@@ -26,7 +28,6 @@ _FREE_SFT = (
     "algorithm",
     "optimizer",
     "prompts_per_step",
-    "micro_batch_size",
     "generation.steps",
     "generation.block_length",
     "generation.temperature",

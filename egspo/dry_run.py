@@ -7,7 +7,7 @@ tokenizer's files is enough for ``model.path``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -69,6 +69,9 @@ class DryRun:
     """Of one process on a GPU; empty where the model is not known."""
     prompt_tokens: int = ASSUMED_PROMPT_TOKENS
     prompts_known: bool = False
+    prompt_lengths: list[int] = field(default_factory=list)
+    """Tokens of every training prompt; empty where they are not known."""
+    model_config: PretrainedConfig | None = None
 
     @property
     def failed(self) -> list[Check]:
@@ -108,9 +111,10 @@ def dry_run(config: TrainConfig) -> DryRun:
     if tokenizer is not None:
         report.check("special tokens", lambda: _special_tokens(tokenizer, model_config))
     report.check("context", lambda: _context(config, data, model_config))
-    model = report.check("weights", lambda: _weights(config, model_config))
+    model = report.check("weights", lambda: described_model(config, model_config))
     if model is not None:
         found = report.found
+        found.model_config = model_config
         found.memory = estimate_memory(config, model, found.prompt_tokens)
     return report.found
 
@@ -169,10 +173,11 @@ def _trackers(config: TrainConfig) -> tuple[None, str]:
 def _sampling(config: TrainConfig) -> tuple[None, str]:
     generation, algorithm = config.generation, config.algorithm
     group = config.prompts_per_step * algorithm.group_size
+    at_once = config.micro_batch_size or f"{config.micro_batch_tokens:,} columns of them"
     return None, (
         f"{group} completions of {generation.max_new_tokens} tokens a step, in {generation.steps} "
         f"denoising steps, {algorithm.selected_steps} of them trained: up to "
-        f"{group * algorithm.selected_steps} states, {config.micro_batch_size} at a time"
+        f"{group * algorithm.selected_steps} states, {at_once} at a time"
     )
 
 
@@ -200,6 +205,7 @@ def _prompts(
     data = tokenised(config, task, tokenizer)
     lengths = [len(ids) for ids in (*data.train.token_ids, *data.held_out.token_ids)]
     found.prompt_tokens, found.prompts_known = max(lengths), True
+    found.prompt_lengths = [len(ids) for ids in data.train.token_ids]
     mean = sum(lengths) / len(lengths)
     return data, f"{min(lengths)} to {max(lengths)} tokens, {mean:.0f} on average"
 
@@ -239,8 +245,8 @@ def _context(
     return None, f"prompts and {length} new tokens fit {context:,}"
 
 
-def _weights(config: TrainConfig, model_config: PretrainedConfig) -> tuple[nn.Module, str]:
-    """The model to train, on the meta device."""
+def described_model(config: TrainConfig, model_config: PretrainedConfig) -> tuple[nn.Module, str]:
+    """The model to train, on the meta device in its dtype on a GPU; and its sizes in words."""
     base = model_on_meta(model_config)
     nn.Module.to(base, weights_dtype(config.model, torch.device("cuda")))
     total = base.num_parameters()
@@ -249,6 +255,8 @@ def _weights(config: TrainConfig, model_config: PretrainedConfig) -> tuple[nn.Mo
         if config.model.adapter is None:
             model = trainable_model(config.model, base, config.seed)
         else:
+            if config.model.gradient_checkpointing:
+                base.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
             model = PeftModel(base, PeftConfig.from_pretrained(config.model.adapter))
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
@@ -274,18 +282,23 @@ def print_report(report: DryRun, console: Console) -> None:
     if not report.memory:
         console.print("Memory: not estimated, the model is not known.")
         return
+    console.print(memory_table(report.memory, report))
+
+
+def memory_table(items: Sequence[MemoryItem], report: DryRun) -> Table:
+    """The parts of an estimate and their peak; ``report`` says what is known of the prompts."""
     prompts = "the longest prompt" if report.prompts_known else "an assumed prompt"
     title = f"Memory of one process on a GPU, {prompts} of {report.prompt_tokens} tokens"
     memory = Table("part", "when", title=title, title_justify="left")
     memory.add_column("bytes", justify="right", no_wrap=True)
     memory.add_column("GiB", justify="right", no_wrap=True)
     memory.add_column("formula")
-    for item in report.memory:
+    for item in items:
         style = "dim" if item.phase == "instead" else None
         amounts = (f"{item.bytes:,}", f"{item.bytes / 2**30:.2f}")
         memory.add_row(item.name, item.phase, *amounts, item.formula, style=style)
-    peak = peak_bytes(report.memory)
+    peak = peak_bytes(items)
     memory.add_section()
     text = "always + the larger of rollout and update"
     memory.add_row("peak", "", f"{peak:,}", f"{peak / 2**30:.2f}", text, style="bold")
-    console.print(memory)
+    return memory

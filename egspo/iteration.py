@@ -21,8 +21,9 @@ from egspo.advantages import (
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
+from egspo.micro_batches import MicroBatches, release_memory
 from egspo.optimization import NonFiniteError, apply_gradients, clip_gradients
-from egspo.reduction import Count, part
+from egspo.reduction import Count, part, surrogate_metrics
 from egspo.reward_queue import RewardQueue
 from egspo.rewards import ScoredRewards
 from egspo.rollout import rollout_blocks
@@ -72,6 +73,12 @@ class Iteration:
         self.optimizer, self.reduce_gradients = optimizer, reduce_gradients
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
         self.rewards = TrainingRewards(config.task, data, denoiser.eos_id)
+        self.micro_batches = MicroBatches(
+            config.micro_batch_size,
+            config.micro_batch_tokens,
+            config.generation,
+            denoiser.prediction_shift,
+        )
         self.cost = ModelCost.of(denoiser.model)
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
@@ -99,17 +106,12 @@ class Iteration:
                 samples = self._reward(step, prompt_index, trajectory, queue, metrics)
         with self._phase(metrics, "select"):
             states, kept = self._select(samples, ids, metrics)
-        groups = states.micro_batches(
-            self.config.micro_batch_size,
-            ranks=self._ranks if self.config.algorithm.schedule == "per_step" else None,
-            by_trajectory=self.config.generation.cache != "none",
-        )
         with self._phase(metrics, "score"):
-            scores, one_step = self._replay(step, samples, kept, states, groups, metrics)
+            scores, one_step = self._replay(step, samples, kept, states, metrics)
             advantage = self._advantages(step, samples, kept, states, one_step, metrics)
         with self._phase(metrics, "update"):
             sequences = len(trajectory)
-            metrics.update(self._update(step, states, groups, scores, advantage, sequences))
+            metrics.update(self._update(step, states, scores, advantage, sequences))
         tokens = int((trajectory.unmask_step != NEVER).sum())
         metrics["speed/tokens_per_second"] = tokens / max(metrics["time/rollout"], 1e-9)
         metrics["memory/peak"] = peak_memory(self.denoiser.device)
@@ -234,13 +236,15 @@ class Iteration:
         samples: Samples,
         kept: Tensor,
         states: States,
-        groups: list[list[Tensor]],
         metrics: Metrics,
     ) -> tuple[Scores, OneStepCompletions | None]:
         """Score the states; the rewards of a micro-batch's one-step completions are found while
         the next is replayed."""
-        if not self.config.algorithm.stepwise:
-            return self.scorer.replay(states, groups, complete=False), None
+        algorithm, limit = self.config.algorithm, self.micro_batches
+        ranks = self._ranks if algorithm.schedule == "per_step" else None
+        groups = limit.plan(states, ranks=ranks)
+        if not algorithm.stepwise:
+            return self.scorer.replay(states, groups, complete=False, limit=limit), None
         prompts = [samples.prompt_index[int(kept[i])] for i in states.row.cpu() // self._group_size]
         with RewardQueue(self.rewards.score, self.rewards.intermediate, samples.known) as queue:
 
@@ -248,7 +252,9 @@ class Iteration:
                 places = index.tolist()
                 queue.add(places, self.rewards.decode(completions), [prompts[i] for i in places])
 
-            scores = self.scorer.replay(states, groups, complete=True, on_completions=add)
+            scores = self.scorer.replay(
+                states, groups, complete=True, on_completions=add, limit=limit
+            )
             start = time.perf_counter()
             texts, scored = queue.collect(len(states))
         metrics["time/step_reward"] = time.perf_counter() - start
@@ -312,13 +318,7 @@ class Iteration:
         return result.to(self.denoiser.device)
 
     def _update(
-        self,
-        step: int,
-        states: States,
-        groups: list[list[Tensor]],
-        scores: Scores,
-        advantage: Tensor,
-        sequences: int,
+        self, step: int, states: States, scores: Scores, advantage: Tensor, sequences: int
     ) -> Metrics:
         """``num_iterations`` epochs over the groups of micro-batches, an optimizer step each.
 
@@ -331,11 +331,8 @@ class Iteration:
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
         for _ in range(algorithm.num_iterations):
-            for group in groups:
-                outcome = [
-                    self._backward(step, states, index, scores, advantage, weight)
-                    for index in group
-                ]
+            for group in scores.groups:
+                outcome = self._accumulate(step, states, group, scores, advantage, weight)
                 if not self.reduce_gradients(bool(group)):
                     continue
                 limit = self.config.optimizer.max_grad_norm
@@ -344,6 +341,35 @@ class Iteration:
                 apply_gradients(self.optimizer)
                 outcomes.append(outcome)
         return surrogate_metrics(outcomes, norms, with_kl=algorithm.beta > 0)
+
+    def _accumulate(
+        self,
+        step: int,
+        states: States,
+        group: list[Tensor],
+        scores: Scores,
+        advantage: Tensor,
+        weight: float,
+    ) -> list[Surrogate]:
+        """Add up the gradient of a group.
+
+        Where memory runs out, the group begins again with smaller micro-batches: a backward pass
+        that failed may have added the gradients of some of the weights.
+        """
+        while True:
+            outcomes: list[Surrogate] = []
+            group = self.micro_batches.split(states, group)
+            for index in group:
+                try:
+                    outcome = self._backward(step, states, index, scores, advantage, weight)
+                except torch.OutOfMemoryError as error:
+                    self.micro_batches.shrink(states, index, "updating on", error)
+                    break
+                outcomes.append(outcome)
+            else:
+                return outcomes
+            self.optimizer.zero_grad(set_to_none=True)
+            release_memory(self.denoiser.device)
 
     def _backward(
         self,
@@ -363,35 +389,3 @@ class Iteration:
             )
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         return outcome._replace(loss=outcome.loss.detach())
-
-
-def surrogate_metrics(
-    outcomes: list[list[Surrogate]], norms: list[float], *, with_kl: bool
-) -> Metrics:
-    """What the updates of one iteration did.
-
-    Args:
-        outcomes: by optimizer step and micro-batch; a step to which only other processes had
-            something to give is an empty list.
-        norms: of the gradient, by optimizer step.
-        with_kl: whether there is a reference policy.
-    """
-    every = [outcome for group in outcomes for outcome in group]
-
-    def of(name: str, source: list[Surrogate] = every) -> Tensor:
-        return torch.cat([getattr(outcome, name) for outcome in source] or [torch.empty(0)])
-
-    loss = [sum(float(outcome.loss) for outcome in every) / len(outcomes)] if outcomes else []
-    return {
-        "updates": len(norms),
-        "loss": part(torch.tensor(loss)),
-        "ratio/mean": part(of("ratio")),
-        "ratio/max": part(of("ratio"), "max"),
-        # Of the first update, where the policy has not moved: anything but rounding is a defect.
-        "ratio/drift": part((of("ratio", outcomes[0] if outcomes else []) - 1).abs(), "max"),
-        "ratio/clamped": Count(sum(int(outcome.clamped) for outcome in every)),
-        "clip/low": part(of("clipped_low")),
-        "clip/high": part(of("clipped_high")),
-        "kl": part(of("kl")) if with_kl else None,
-        "grad_norm": sum(norms) / len(norms) if norms else None,
-    }

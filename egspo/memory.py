@@ -164,18 +164,31 @@ def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[Memory
     return items
 
 
+def micro_batch_states(config: TrainConfig, columns: int) -> int:
+    """States in a micro-batch, each of which has ``columns`` to compute."""
+    algorithm = config.algorithm
+    ranks = algorithm.selected_steps if algorithm.strategy != "all" else config.generation.steps
+    existing = config.prompts_per_step * algorithm.group_size
+    existing *= 1 if algorithm.schedule == "per_step" else ranks
+    if config.micro_batch_tokens is not None:
+        return min(existing, max(1, config.micro_batch_tokens // columns))
+    assert config.micro_batch_size is not None
+    return min(existing, config.micro_batch_size)
+
+
 def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[MemoryItem]:
-    states, generation = config.micro_batch_size, config.generation
+    generation = config.generation
     columns = prompt_tokens + generation.max_new_tokens
-    text = f"{states} states x {columns} columns"
+    text = f"{columns} columns"
     if generation.cache != "none":  # a pass for the cache, and one for what a step recomputes
         again = generation.max_new_tokens
         again = generation.block_length if generation.cache == "dual" else again
         columns += again
         text += f", {again} of them again"
-    tokens = states * columns
     if generation.guidance:
-        tokens, text = 2 * tokens, f"2 passes x {text}"
+        columns, text = 2 * columns, f"2 passes x {text}"
+    states = micro_batch_states(config, columns)
+    tokens, text = states * columns, f"{states} states x {text}"
     saved = sizes.saved_per_token() * tokens
     inputs = sizes.layers * sizes.width * sizes.weight * tokens
     with_it, without = inputs + saved, sizes.layers * saved

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from egspo_kernels import Surrogate
+
 How = Literal["mean", "rms", "std", "max"]
 
 
@@ -85,3 +87,35 @@ def _join(parts: Sequence[Part]) -> float | None:
     square = math.fsum(part.squares for part in parts) / number
     centre = mean * mean if parts[0].how == "std" else 0.0
     return math.sqrt(max(square - centre, 0.0))
+
+
+def surrogate_metrics(
+    outcomes: list[list[Surrogate]], norms: list[float], *, with_kl: bool
+) -> dict[str, Any]:
+    """What the updates of one iteration did.
+
+    Args:
+        outcomes: by optimizer step and micro-batch; a step to which only other processes had
+            something to give is an empty list.
+        norms: of the gradient, by optimizer step.
+        with_kl: whether there is a reference policy.
+    """
+    every = [outcome for group in outcomes for outcome in group]
+
+    def of(name: str, source: list[Surrogate] = every) -> Tensor:
+        return torch.cat([getattr(outcome, name) for outcome in source] or [torch.empty(0)])
+
+    loss = [sum(float(outcome.loss) for outcome in every) / len(outcomes)] if outcomes else []
+    return {
+        "updates": len(norms),
+        "loss": part(torch.tensor(loss)),
+        "ratio/mean": part(of("ratio")),
+        "ratio/max": part(of("ratio"), "max"),
+        # Of the first update, where the policy has not moved: anything but rounding is a defect.
+        "ratio/drift": part((of("ratio", outcomes[0] if outcomes else []) - 1).abs(), "max"),
+        "ratio/clamped": Count(sum(int(outcome.clamped) for outcome in every)),
+        "clip/low": part(of("clipped_low")),
+        "clip/high": part(of("clipped_high")),
+        "kl": part(of("kl")) if with_kl else None,
+        "grad_norm": sum(norms) / len(norms) if norms else None,
+    }

@@ -16,6 +16,7 @@ from torch import Tensor
 from egspo.config import AlgorithmConfig, GenerationConfig
 from egspo.decoder import BlockContext, Decoder, Window
 from egspo.denoiser import Denoiser
+from egspo.micro_batches import MicroBatches, release_memory
 from egspo.trajectory import PromptBatch, Trajectory
 from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate, linear_token_stats
 
@@ -41,21 +42,37 @@ class States:
     def __len__(self) -> int:
         return self.row.shape[0]
 
-    def micro_batches(
-        self, size: int, *, ranks: int | None, by_trajectory: bool = False
-    ) -> list[list[Tensor]]:
-        """Groups of micro-batches of state indices; one optimizer step per group.
+    def prompt_lengths(self) -> Tensor:
+        """int64 [M], tokens of the prompt of each state."""
+        return self.trajectory.prompts.mask.sum(1)[self.row]
+
+    def block_starts(self, block_length: int) -> Tensor:
+        """int64 [M], first position of the block that the step of each state is in."""
+        revealed = self.trajectory.unmask_step[self.row] == self.step[:, None]
+        return revealed.int().argmax(1) // block_length * block_length
+
+    def groups(self, ranks: int | None, *, by_trajectory: bool = False) -> list[Tensor]:
+        """State indices int64 [m] in the order of replay; one optimizer step per group.
 
         Args:
-            size: states in a micro-batch, at most.
             ranks: None for a single group; otherwise one group per rank in [0, ranks).
             by_trajectory: keep the states of a trajectory together, in the order of their steps,
                 so that those of a block share the pass that makes its cache.
+
+        States with prompts of similar length stand together, the longest first.
         """
         index = torch.arange(len(self), device=self.row.device)
         if by_trajectory:
             index = (self.row * self.trajectory.num_steps + self.step).argsort()
-        groups = [index] if ranks is None else [index[self.rank == r] for r in range(ranks)]
+        lengths = self.prompt_lengths()[index]
+        index = index[lengths.argsort(descending=True, stable=True)]
+        return [index] if ranks is None else [index[self.rank[index] == r] for r in range(ranks)]
+
+    def micro_batches(
+        self, size: int, *, ranks: int | None, by_trajectory: bool = False
+    ) -> list[list[Tensor]]:
+        """:meth:`groups` in micro-batches of at most ``size`` states."""
+        groups = self.groups(ranks, by_trajectory=by_trajectory)
         return [list(torch.split(group, size)) if group.numel() else [] for group in groups]
 
 
@@ -67,11 +84,12 @@ class Scores:
     """float [M], aggregated over the tokens of the step as the loss does."""
     ref_log_prob: Tensor | None
     """float [M], the same under the reference policy (``kl: k3``)."""
-    ref_hidden: dict[int, Tensor] | None
-    """First state of a micro-batch -> reference hidden states of its revealed tokens (``kl:
-    exact``)."""
+    ref_hidden: list[Tensor] | None
+    """Of every state, reference hidden states [n, D] of its revealed tokens (``kl: exact``)."""
     completions: Tensor | None
     """int64 [M, L], greedy one-step completion of every state, where asked for."""
+    groups: list[list[Tensor]]
+    """The micro-batches that were replayed: those given, split where memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +125,7 @@ class Scorer:
         *,
         complete: bool,
         on_completions: Callable[[Tensor, Tensor], object] = lambda index, completions: None,
+        limit: MicroBatches | None = None,
     ) -> Scores:
         """Score every state under the behaviour policy, before any update.
 
@@ -116,39 +135,65 @@ class Scorer:
             complete: also make the greedy one-step completions.
             on_completions: called with int64 [m] and the one-step completions [m, L] of each
                 micro-batch as soon as it is done.
+            limit: splits what does not fit into memory; None raises torch.OutOfMemoryError.
         """
-        tokens, beta = states.trajectory.tokens, self.algorithm.beta
-        completions = tokens.new_empty(len(states), tokens.shape[1]) if complete else None
-        old_log_prob = torch.empty(len(states), dtype=torch.float64, device=tokens.device)
-        ref_log_prob = torch.empty_like(old_log_prob) if beta > 0 else None
-        ref_hidden: dict[int, Tensor] = {}
-        for index in (micro for group in groups for micro in group):
-            with self.denoiser.autocast():
-                batch = _Batch.build(states, index, self.generation.block_length)
+        scores = self._unscored(states, complete)
+        for group in groups:
+            waiting, done = list(group), []
+            while waiting:
+                index = waiting[0]
+                try:
+                    self._score(states, index, scores)
+                except torch.OutOfMemoryError as error:
+                    if limit is None:
+                        raise
+                    limit.shrink(states, index, "replaying", error)
+                else:
+                    done.append(waiting.pop(0))
+                    if scores.completions is not None:
+                        on_completions(index, scores.completions[index])
+                    continue
+                release_memory(self.denoiser.device)  # now that the error holds no tensors
+                waiting = limit.split(states, waiting)
+            scores.groups.append(done)
+        return scores
+
+    def _unscored(self, states: States, complete: bool) -> Scores:
+        """Room for what replay finds."""
+        tokens, config, count = states.trajectory.tokens, self.algorithm, len(states)
+        log_prob = torch.empty(count, dtype=torch.float64, device=tokens.device)
+        k3, exact = (config.beta > 0 and config.kl == kind for kind in ("k3", "exact"))
+        return Scores(
+            old_log_prob=log_prob,
+            ref_log_prob=torch.empty_like(log_prob) if k3 else None,
+            ref_hidden=[log_prob.new_empty(0)] * count if exact else None,
+            completions=tokens.new_empty(count, tokens.shape[1]) if complete else None,
+            groups=[],
+        )
+
+    def _score(self, states: States, index: Tensor, scores: Scores) -> None:
+        """Fill in ``scores`` at the micro-batch ``index``."""
+        with self.denoiser.autocast():
+            batch = _Batch.build(states, index, self.generation.block_length)
+            context = batch.context(self.decoder)
+            window = self.decoder.window(context, batch.canvas)
+            log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
+            scores.old_log_prob[index] = log_prob.double()
+            if scores.completions is not None:
+                hidden = self.decoder.completions(context, window)
+                scores.completions[index] = self._greedy(batch, hidden, argmax)
+            if scores.ref_log_prob is None and scores.ref_hidden is None:
+                return
+            with self.denoiser.reference():
                 context = batch.context(self.decoder)
                 window = self.decoder.window(context, batch.canvas)
-                log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
-                old_log_prob[index] = log_prob.double()
-                if completions is not None:
-                    hidden = self.decoder.completions(context, window)
-                    completions[index] = greedy = self._greedy(batch, hidden, argmax)
-                    on_completions(index, greedy)
-                if ref_log_prob is not None:
-                    with self.denoiser.reference():
-                        context = batch.context(self.decoder)
-                        window = self.decoder.window(context, batch.canvas)
-                        rows = batch.revealed_rows(window)
-                        if self.algorithm.kl == "exact":
-                            ref_hidden[int(index[0])] = rows
-                        else:
-                            ref_log_prob[index] = self._revealed(batch, rows)[0].double()
-        exact = self.algorithm.kl == "exact"
-        return Scores(
-            old_log_prob,
-            None if exact else ref_log_prob,
-            ref_hidden if exact and beta > 0 else None,
-            completions,
-        )
+                rows = batch.revealed_rows(window)
+                if scores.ref_log_prob is not None:
+                    scores.ref_log_prob[index] = self._revealed(batch, rows)[0].double()
+                if scores.ref_hidden is not None:
+                    counts = batch.step_ids.bincount(minlength=len(batch)).tolist()
+                    for state, part in zip(index.tolist(), torch.split(rows, counts), strict=True):
+                        scores.ref_hidden[state] = part
 
     def surrogate(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float
@@ -169,7 +214,7 @@ class Scorer:
             self.denoiser.work.head_rows += hidden.shape[0]
             ref_hidden = ref_weight = ref_log_prob = None
             if scores.ref_hidden is not None:
-                ref_hidden = scores.ref_hidden[int(index[0])]
+                ref_hidden = torch.cat([scores.ref_hidden[i] for i in index.tolist()])
                 with self.denoiser.reference():
                     ref_weight = self.denoiser.head_weight
             if scores.ref_log_prob is not None:
@@ -286,7 +331,8 @@ class _Batch:
             length = self.canvas.shape[1]
             blocks, place = torch.unique(row * length + start, return_inverse=True)
             row, start = blocks // length, blocks % length
-        prompts = PromptBatch(self.trajectory.prompts.ids[row], self.trajectory.prompts.mask[row])
+        prompts = self.trajectory.prompts
+        prompts = PromptBatch(prompts.ids[row], prompts.mask[row])[:]  # no padding common to all
         context = decoder.begin_block(
             prompts,
             self.trajectory.block_canvas(row, start),

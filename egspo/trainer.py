@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -43,8 +44,8 @@ from egspo.quantization import check_quantization
 from egspo.recipe import config_to_dict, save_config
 from egspo.reduction import merge
 from egspo.samples import write_group
-from egspo.state import TrainingState, termination_raises, trained_bytes
-from egspo.warm_start import save_model, warm_start
+from egspo.state import WEIGHTS, TrainingState, termination_raises, trained_bytes
+from egspo.warm_start import kept_base, needs_base, save_model, warm_start
 
 logger = logging.getLogger("egspo")
 
@@ -56,8 +57,9 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
     """Train by ``config``; returns the folder of the trained model.
 
     ``config.output_dir`` gets ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``final/`` and
-    ``curves.png``. An error, interrupt or SIGTERM ends the run with a checkpoint of the last whole
-    step, unless it comes in the middle of an update; what kills at once leaves the last one made.
+    ``curves.png``, and ``base/`` where a new model gets an adapter or has a reference policy. An
+    error, interrupt or SIGTERM ends the run with a checkpoint of the last whole step, unless it
+    comes in the middle of an update; what kills at once leaves the last one made.
 
     Args:
         config: the run.
@@ -101,6 +103,7 @@ class Trainer:
         if checkpoint is not None:
             check_continuation(config, checkpoint.parent.parent, "train")
 
+        self.resumed = None if checkpoint is None else checkpoint.parent.parent
         self.data = build_data(config)
         with self.accelerator.main_process_first():
             base = self._base()
@@ -116,7 +119,6 @@ class Trainer:
         self.iteration = Iteration(
             config, self.data, self.denoiser, optimizer, self._reduce_gradients
         )
-        self.resumed = None if checkpoint is None else checkpoint.parent.parent
         self.completed = 0
         if checkpoint is not None:
             self.completed = self.state.load(checkpoint, "steps", config.steps)
@@ -266,10 +268,22 @@ class Trainer:
         config, device = self.config.model, self.accelerator.device
         if config.path is not None:
             return base_model(config, config.path, device)
+        if needs_base(self.config):
+            main = self.accelerator.is_main_process
+            folder = kept_base(self.output, self.resumed, self._write_base, main=main)
+            return base_model(config, str(folder), device)
         if self.config.sft is None:
             return fresh_model(config, self.data.tokenizer, self.config.seed, device)
         folder = warm_start(self.config, self.data, device)
         return base_model(config, str(folder), device)
+
+    def _write_base(self, folder: Path) -> None:
+        config, tokenizer, device = self.config, self.data.tokenizer, self.accelerator.device
+        if config.sft is not None:
+            shutil.copytree(warm_start(config, self.data, device), folder / WEIGHTS)
+        else:
+            model = fresh_model(config.model, tokenizer, config.seed, device)
+            save_model(model, tokenizer, config.generation, folder)
 
     def _reduce_gradients(self, has_gradient: bool) -> bool:
         """Average gradients over processes; False if no process has any.

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -41,10 +42,13 @@ from egspo.denoiser import Denoiser
 from egspo.generation import save_generation_config
 from egspo.recipe import save_config
 from egspo.sft import SupervisedData, train_supervised
-from egspo.state import save_weights, trained_bytes
+from egspo.state import WEIGHTS, save_weights, trained_bytes
 from egspo.tasks import Example
 
 logger = logging.getLogger("egspo")
+
+BASE = "base"
+"""Folder of a run, for the model that its adapter or its KL goes with; see :func:`kept_base`."""
 
 # Changes when the procedure does, so that cached warm starts of an older one are not used.
 _PROCEDURE = 3
@@ -82,6 +86,40 @@ def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
                 cached, lambda folder: save_model(model, data.tokenizer, config.generation, folder)
             )
     return cached / "model"
+
+
+def needs_base(config: TrainConfig) -> bool:
+    """Whether the model that training starts from is needed later and nothing else keeps it."""
+    model = config.model
+    adapters = model.lora is not None or model.adapter is not None
+    return model.path is None and (adapters or config.algorithm.beta > 0)
+
+
+def kept_base(
+    output: Path, resumed: Path | None, write: Callable[[Path], object], *, main: bool = True
+) -> Path:
+    """The folder of the model that the run in ``output`` starts from.
+
+    It is in the run itself, as a cache may be deleted any time.
+
+    Args:
+        output: folder of the run.
+        resumed: the run that is resumed, whose base is taken where it has one.
+        write: puts the model into a folder, as :func:`save_model` does.
+        main: whether this process writes; the others come later and find the folder.
+
+    Raises:
+        CheckpointError: the base of ``resumed`` is damaged.
+    """
+    target = output / BASE
+    earlier = None if resumed is None else resumed / BASE
+    if main and earlier is not None and earlier.is_dir():
+        verify_checkpoint(earlier)
+        if earlier.resolve() != target.resolve():
+            publish(target, lambda path: shutil.copytree(earlier / WEIGHTS, path / WEIGHTS))
+    elif main:
+        publish(target, write)
+    return target / WEIGHTS
 
 
 def _is_complete(cached: Path) -> bool:
@@ -126,6 +164,14 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
     examples = supervised_examples(config, data)
     if config.model.path is None:
         base = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
+        if config.model.lora is not None or config.model.adapter is not None:
+            resumed = None if checkpoint is None else checkpoint.parent.parent
+            folder = kept_base(
+                output,
+                resumed,
+                lambda path: save_model(base, data.tokenizer, config.generation, path),
+            )
+            base = base_model(config.model, str(folder), device)
     else:
         base = base_model(config.model, config.model.path, device)
     check_data(config, data, getattr(base.config, "max_sequence_length", None))

@@ -36,6 +36,10 @@ class Work:
         self.tokens += sequences * queries
         self.pairs += sequences * queries * keys
 
+    def __add__(self, other: Work) -> Work:
+        names = [f.name for f in fields(self)]
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
     def __sub__(self, other: Work) -> Work:
         names = [f.name for f in fields(self)]
         return Work(**{name: getattr(self, name) - getattr(other, name) for name in names})

@@ -142,6 +142,14 @@ def train_and_signal(config: TrainConfig, target: str, call: int, number: int, s
     (run_sft if sft else train)(config)
 
 
+def command_and_signal(arguments: list[str], target: str, call: int, number: int) -> None:
+    """The same by the command line ``egspo ARGUMENTS``."""
+    from egspo.cli import main
+
+    strike(target, call, lambda: os.kill(os.getpid(), number))
+    raise SystemExit(main(arguments))
+
+
 SIGKILL, SIGTERM = int(signal.SIGKILL), int(signal.SIGTERM)
 
 

@@ -65,7 +65,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
     ).stdout
     assert output.endswith("loaded: []\n")
-    for name in ("train", "sft", "generate", "inspect", "doctor", "plot"):
+    for name in ("train", "sft", "plan", "generate", "export", "inspect", "doctor", "plot"):
         assert f"\n    {name} " in output
     assert "\n  egspo train recipes/sudoku_tiny.yaml --resume\n" in output  # layout is kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any
 import pytest
 
 from egspo.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, publish
+from egspo.cli import main
 from egspo.config import TrainConfig
 from egspo.metrics import read_metrics
+from egspo.recipe import save_config
 from egspo.trainer import train
 from egspo.warm_start import run_sft
 from tests import runs
 from tests.runs import LETTERS, SIGKILL, SIGTERM, outcome, strike
+
+SIGINT = int(signal.SIGINT)
 
 # Everything at once that has a state or counts steps.
 STATEFUL: dict[str, Any] = {
@@ -88,7 +93,7 @@ def signalled(
         ("egspo.iteration.apply_gradients", 6, 2),  # between two updates of one step
         ("egspo.metrics._append", 5, 2),  # before the record of a step is written,
         ("egspo.state.save_checkpoint", 2, 2),  # and after, before its checkpoint
-        ("egspo.checkpoint._digest", 12, 2),  # in the middle of a checkpoint
+        ("egspo.checkpoint._digest", 18, 2),  # in the middle of a checkpoint
         ("egspo.checkpoint._delete", 1, 4),  # the new one is there, the old one too
         ("egspo.trainer.plot_run", 1, 6),
     ],
@@ -107,6 +112,18 @@ def test_killed_and_resumed_is_bit_identical(
     train(config, resume=tmp_path)
     assert outcome(tmp_path) == outcome(uninterrupted)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000006"]
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_killed_before_the_base_is_kept(
+    uninterrupted: Path, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    """The model that the KL goes with appears whole or not at all; nothing was trained yet."""
+    config = runs.config(tmp_path, STATEFUL)
+    assert signalled(processes, config, "egspo.checkpoint._digest", 4) == -SIGKILL
+    assert not (tmp_path / "base").exists() and list(tmp_path.glob(".partial*"))
+    train(config)
+    assert outcome(tmp_path) == outcome(uninterrupted)
     assert not list(tmp_path.glob(".partial*"))
 
 
@@ -137,6 +154,33 @@ def test_terminated_saves_first(
     assert find_checkpoint(tmp_path).name == "step-000003"
     train(config, resume=tmp_path)
     assert outcome(tmp_path) == outcome(uninterrupted)
+
+
+COMMANDS = {
+    "train": ("egspo.iteration.rollout_blocks", ["sft=null", "optimizer.schedule=constant"]),
+    "sft": ("egspo.sft.supervised_loss", []),
+}
+
+
+@pytest.mark.parametrize(("number", "code"), [(SIGTERM, 143), (SIGINT, 130), (SIGKILL, -SIGKILL)])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_exit_codes_of_the_command_line(
+    command: str, number: int, code: int, tmp_path: Path, processes: ForkServerContext
+) -> None:
+    """In the fifth step, with a checkpoint every three: only the first two save the fourth."""
+    recipe = tmp_path / "recipe.yaml"
+    save_config(runs.config(tmp_path / "run", STATEFUL, SFT), recipe)
+    target, overrides = COMMANDS[command]
+    arguments = [command, str(recipe), *overrides]
+    process = processes.Process(target=runs.command_and_signal, args=(arguments, target, 5, number))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code
+    saved = 3 if number == SIGKILL else 4
+    assert find_checkpoint(tmp_path / "run").name == f"step-{saved:06d}"
+    assert not (tmp_path / "run" / "final").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 class interrupting:

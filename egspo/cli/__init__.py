@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from egspo import __version__
-from egspo.cli import data, evaluate, generate, inspect, tools, training
+from egspo.cli import data, evaluate, export, generate, inspect, plan, tools, training
+from egspo.cli.common import Command
 
 _DESCRIPTION = """\
 Reinforcement learning for masked diffusion language models by entropy-guided
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; returns the exit code.
 
     0 success, 1 unexpected error (with traceback), 2 wrong usage, configuration, input or
-    files, 130 interrupted.
+    files, 3 ``egspo plan``: the recipe does not fit, 130 interrupted, 143 terminated (SIGTERM)
+    after saving.
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -42,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = getattr(args, "debug", False) or os.environ.get("EGSPO_DEBUG", "0") not in ("", "0")
     try:
-        run: Callable[[argparse.Namespace], None] = args.run
-        run(args)
+        run: Command = args.run
+        code = run(args)
     except KeyboardInterrupt:
         print("egspo: interrupted", file=sys.stderr)
         return 130
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2 if _is_expected(error) else 1
         print(f"egspo: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     def add(
         name: str,
         help_text: str,
-        run: Callable[[argparse.Namespace], None],
+        run: Command,
         epilog: str = "",
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, overrides=[])
         return command
 
-    for module in (training, evaluate, generate, inspect, data, tools):
+    for module in (training, plan, evaluate, generate, export, inspect, data, tools):
         module.add_commands(add)
     return parser
 
@@ -95,8 +97,9 @@ def _take_overrides(
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return
     args.overrides = list(args.overrides)
-    if args.resume and "=" in args.resume and not Path(args.resume).exists():
-        args.overrides.append(args.resume)  # --resume key=value
+    resume = getattr(args, "resume", None)
+    if resume and "=" in resume and not Path(resume).exists():
+        args.overrides.append(resume)  # --resume key=value
         args.resume = ""
     args.overrides += rest
     for text in args.overrides:

@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
+Command = Callable[[argparse.Namespace], int | None]
+"""Runs a command and returns its exit code, None for 0."""
+
 
 class AddCommand(Protocol):
     """Adds a command to the parser of ``egspo`` and returns its own."""
@@ -16,7 +19,7 @@ class AddCommand(Protocol):
         self,
         name: str,
         help_text: str,
-        run: Callable[[argparse.Namespace], None],
+        run: Command,
         epilog: str = "",
     ) -> argparse.ArgumentParser: ...
 
