@@ -13,6 +13,7 @@ from torch import Tensor
 from egspo_kernels import (
     Surrogate,
     TokenStats,
+    aggregate_steps,
     linear_stepwise_surrogate,
     linear_token_stats,
     vocab_parallel_stepwise_surrogate,
@@ -78,7 +79,7 @@ class Case:
         tensors = (self.hidden, self.weight[held], self.bias[held])
         return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
-    def step_arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+    def step_arguments(self, aggregation: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Steps with ratios on both sides of both clips, the last without a token."""
         rows = self.hidden.shape[0]
         step_ids = torch.arange(rows) % 3
@@ -88,7 +89,7 @@ class Case:
         )
         assert stats.log_prob is not None
         log_prob = stats.log_prob.masked_fill(stats.log_prob.isinf(), -5.0)
-        old = torch.zeros(4, dtype=log_prob.dtype).index_add(0, step_ids, log_prob)
+        old = aggregate_steps(log_prob, step_ids, 4, aggregation)
         offsets = torch.tensor([0.5, -0.5, 0.05, 0.1], dtype=old.dtype)
         return step_ids, old + offsets, torch.tensor([-1.0, 2.0, 0.7, 1.0], dtype=old.dtype)
 
@@ -100,7 +101,7 @@ def statistics(
     hidden, weight, bias = operands = case.operands(rank)
     function: Any = linear_token_stats if rank is None else vocab_parallel_token_stats
     place = {} if rank is None else {"vocab_start": case.shards[rank][0]}
-    options = {"backend": "reference", **case.options, **place, **changes}
+    options = {"backend": "reference", **place, **case.options, **changes}
     stats = function(hidden, weight, case.targets, bias=bias, **options)
     places = torch.arange(1, len(stats.entropy) + 1)
     loss = (stats.entropy * places).sum() + (stats.logsumexp[:2] / 3).sum()
@@ -116,15 +117,13 @@ def surrogate(
     """The surrogate and the gradients of its loss; without a KL the bias is trained too."""
     hidden, weight, bias = operands = case.operands(rank)
     function: Any = linear_stepwise_surrogate if rank is None else vocab_parallel_stepwise_surrogate
-    step_ids, old_log_prob, advantage = case.step_arguments()
-    if aggregation == "mean":
-        old_log_prob = old_log_prob / 3
+    step_ids, old_log_prob, advantage = case.step_arguments(aggregation)
     if kl:
         changes |= {"kl": kl, "beta": changes.pop("beta", BETA), "ref_hidden": case.ref_hidden}
         changes |= {"ref_weight": case.ref_weight[case.held(rank)]}
         operands, bias = operands[:2], bias.detach()
     place = {} if rank is None else {"vocab_start": case.shards[rank][0]}
-    options = {"backend": "reference", **case.options, **place, **changes}
+    options = {"backend": "reference", **place, **case.options, **changes}
     result = function(
         hidden,
         weight,
