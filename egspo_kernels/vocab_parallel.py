@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from egspo_kernels._backend import Dispatcher, always_available
-from egspo_kernels._checks import check_banned, check_index, check_vector
+from egspo_kernels._backend import Dispatcher, always_available, triton_probe
+from egspo_kernels._checks import check_banned, check_index, check_vector, refuse_float64
 from egspo_kernels._linear_checks import check_linear, check_ref_weight, linear_settings
 from egspo_kernels._linear_product import Settings
 from egspo_kernels._objective import (
@@ -31,8 +31,9 @@ from egspo_kernels.types import Surrogate, TokenStats
 
 _Function = TypeVar("_Function")
 
-_STATS = Dispatcher("vocab_parallel_token_stats", {"reference": always_available})
-_SURROGATE = Dispatcher("vocab_parallel_stepwise_surrogate", {"reference": always_available})
+_BACKENDS = {"triton": triton_probe, "reference": always_available}
+_STATS = Dispatcher("vocab_parallel_token_stats", _BACKENDS)
+_SURROGATE = Dispatcher("vocab_parallel_stepwise_surrogate", _BACKENDS)
 
 
 def _eager(function: _Function) -> _Function:
@@ -73,9 +74,8 @@ def vocab_parallel_token_stats(
         group: the ranks among which the head is spread; None for all of them.
         bias: [V_r] or None.
         banned_token: token id in [0, V), or None.
-        temperature, workspace_bytes, logits_dtype: as :func:`egspo_kernels.linear_token_stats`;
-            the workspace is this rank's.
-        backend: ``"auto"`` or ``"reference"``.
+        temperature, workspace_bytes, logits_dtype, backend: as
+            :func:`egspo_kernels.linear_token_stats`; the workspace is this rank's.
 
     Returns:
         :class:`TokenStats` of [N] tensors; ``argmax`` is a token id of the whole vocabulary.
@@ -87,9 +87,9 @@ def vocab_parallel_token_stats(
     """
     with agreement(_STATS.function, group) as mine:
         operands = check_linear(hidden, weight, bias, temperature, None)
-        _STATS.choose(backend, hidden.device)
+        chosen = _STATS.choose(backend, hidden.device, refuse_float64(operands[0]))
         settings = linear_settings(
-            "reference",
+            chosen,
             operands,
             temperature,
             None,
@@ -98,8 +98,10 @@ def vocab_parallel_token_stats(
             with_reference=False,
         )
         _describe(mine, operands, targets, vocab_start, settings, banned_token)
+        mine.facts["backend"] = chosen
     settings = _check_tokens(mine.shard, targets, settings, banned_token)
-    return TokenStats(*shard_rows(*operands, targets, None, None, settings, mine.shard)[:5])
+    rows = shard_rows(*operands, targets, None, None, settings, mine.shard, chosen)
+    return TokenStats(*rows[:5])
 
 
 @_eager
@@ -159,9 +161,9 @@ def vocab_parallel_stepwise_surrogate(
         check_steps(hidden.shape[0], hidden.device, *steps)
         ref_hidden, ref_weight = _check_ref(operands, ref_hidden, ref_weight)
         check_reference(objective, "ref_hidden", ref_hidden, ref_log_prob)
-        _SURROGATE.choose(backend, hidden.device)
+        chosen = _SURROGATE.choose(backend, hidden.device, refuse_float64(operands[0]))
         settings = linear_settings(
-            "reference",
+            chosen,
             operands,
             temperature,
             None,
@@ -171,17 +173,17 @@ def vocab_parallel_stepwise_surrogate(
         )
         check_vector("targets", targets, hidden.shape[0], hidden.device)
         _describe(mine, operands, targets, vocab_start, settings, banned_token)
+        mine.facts["backend"] = chosen
         mine.add_tensors(steps._asdict())
         mine.facts |= {"objective": objective, "ref_hidden": ref_hidden is not None}
     settings = _check_tokens(mine.shard, targets, settings, banned_token)
     if objective.kl == "k3" and ref_log_prob is None:
         with torch.no_grad():
-            ref_rows = shard_rows(
-                ref_hidden, ref_weight, operands[2], targets, None, None, settings, mine.shard
-            )
+            ref_operands = (ref_hidden, ref_weight, operands[2])
+            ref_rows = shard_rows(*ref_operands, targets, None, None, settings, mine.shard, chosen)
         steps = steps.with_reference(ref_rows[2], objective)
     exact = (ref_hidden, ref_weight) if objective.needs_exact_kl else (None, None)
-    rows = shard_rows(*operands, targets, *exact, settings, mine.shard)
+    rows = shard_rows(*operands, targets, *exact, settings, mine.shard, chosen)
     return step_objective(objective, rows[2], steps, rows[5])
 
 
