@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import functools
 import multiprocessing
 import pickle
 import tempfile
@@ -19,17 +21,18 @@ torch.set_num_threads(1)
 
 
 class Ranks:
-    """``world_size`` processes with a gloo group, forked from one that has the imports done."""
+    """``world_size`` processes with a group, forked from one that has the imports done."""
 
-    def __init__(self, world_size: int, timeout: float = 30.0) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.kernels.vocab_cases"])
+    def __init__(self, world_size: int, timeout: float = 30.0, backend: str = "gloo") -> None:
+        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+        if backend == "gloo":
+            context.set_forkserver_preload(["tests.kernels.vocab_cases"])
         self._folder = tempfile.TemporaryDirectory()
         store = Path(self._folder.name) / "store"
         pipes = [context.Pipe() for _ in range(world_size)]
         self._pipes = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(theirs, store, rank, world_size, timeout))
+            context.Process(target=_serve, args=(theirs, store, rank, world_size, timeout, backend))
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -55,6 +58,14 @@ class Ranks:
         self._folder.cleanup()
 
 
+@functools.cache
+def shared_ranks(world_size: int, backend: str = "gloo") -> Ranks:
+    """Processes that all tests use that leave them well."""
+    ranks = Ranks(world_size, backend=backend)
+    atexit.register(ranks.close)
+    return ranks
+
+
 def _received(pipe: Connection) -> Any:
     if not pipe.poll(60):
         return TimeoutError("the rank hangs")
@@ -64,9 +75,13 @@ def _received(pipe: Connection) -> Any:
         return EOFError(repr(error))
 
 
-def _serve(pipe: Connection, store: Path, rank: int, world_size: int, timeout: float) -> None:
+def _serve(
+    pipe: Connection, store: Path, rank: int, world_size: int, timeout: float, backend: str
+) -> None:
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,

@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from egspo_kernels import last_backend, vocab_parallel_token_stats
+from egspo_kernels import last_backend, linear_token_stats, vocab_parallel_token_stats
 from tests.kernels import vocab_cases
-from tests.kernels.ranks import Ranks
-from tests.kernels.surrogate_cases import assert_same_bits, rounding_of
-from tests.kernels.vocab_cases import Case, statistics, surrogate
-
-GROUPS: dict[int, Ranks] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups() -> Iterator[None]:
-    yield
-    for ranks in GROUPS.values():
-        ranks.close()
-    GROUPS.clear()
-
-
-def on_ranks(case: Case, function: Any, *arguments: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    """The result, checked to be of the same bits on all ranks, and the gradients put together."""
-    world_size = len(case.shards)
-    if world_size not in GROUPS:
-        GROUPS[world_size] = Ranks(world_size)
-    answers = GROUPS[world_size].call(function, case, *arguments)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    (result, (grad_hidden, *_)), *others = answers
-    for other, (same_gradient, *_) in others:
-        assert_same_bits(grad_hidden, same_gradient)
-        for mine, theirs in zip(result, other, strict=True):
-            assert (mine is None) == (theirs is None)
-            if mine is not None:
-                assert_same_bits(mine, theirs)
-    in_order = sorted(range(world_size), key=lambda rank: case.shards[rank])
-    parts = [answers[rank][1][1:] for rank in in_order]
-    return result, (grad_hidden, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+from tests.kernels.ranks import Ranks, shared_ranks
+from tests.kernels.surrogate_cases import rounding_of
+from tests.kernels.vocab_cases import Case, compiled, on_ranks, statistics, surrogate
 
 
 def assert_equal_to_one_rank(case: Case, function: Any, *arguments: Any) -> Any:
@@ -176,7 +143,7 @@ def cases(draw: st.DrawFn) -> Case:
     return dataclasses.replace(case, shards=[case.shards[i] for i in order])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(cases(), st.sampled_from([None, "k3", "exact"]))
 def test_any_shards(case: Case, kl: str | None) -> None:
     assert_equal_to_one_rank(case, statistics)
@@ -240,6 +207,16 @@ def test_one_rank_is_a_group_too() -> None:
     case = Case.make([17], banned_token=2)
     assert_equal_to_one_rank(case, statistics)
     assert_equal_to_one_rank(case, surrogate, "exact", "sum")
+
+
+def test_called_from_a_compiled_function() -> None:
+    case = Case.make([5, 12])
+    stats, (grad_hidden, _) = on_ranks(case, compiled)
+    hidden = (2 * case.hidden).requires_grad_()
+    expected = linear_token_stats(hidden, case.weight, case.targets)
+    (gradient,) = torch.autograd.grad(expected.entropy.sum(), hidden)
+    torch.testing.assert_close(stats.entropy, expected.entropy.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad_hidden, 2 * gradient, rtol=1e-10, atol=1e-10)
 
 
 def test_needs_a_group() -> None:
@@ -323,9 +300,7 @@ def test_ranks_that_would_wait_for_each_other_are_refused(function: Any, match: 
 
 def answers_of(function: Any, case: Case, *arguments: Any) -> list[Exception]:
     """The exceptions of three ranks: each must have raised."""
-    if 3 not in GROUPS:
-        GROUPS[3] = Ranks(3)
-    answers = GROUPS[3].call(function, case, *arguments)
+    answers = shared_ranks(3).call(function, case, *arguments)
     assert all(isinstance(answer, Exception) for answer in answers), answers
     return answers
 

@@ -19,6 +19,8 @@ from egspo_kernels import (
     vocab_parallel_stepwise_surrogate,
     vocab_parallel_token_stats,
 )
+from tests.kernels.ranks import shared_ranks
+from tests.kernels.surrogate_cases import assert_same_bits
 
 LOW, HIGH, BETA = 0.2, 0.3, 0.1
 
@@ -80,18 +82,25 @@ class Case:
         return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
     def step_arguments(self, aggregation: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps with ratios on both sides of both clips, the last without a token."""
-        rows = self.hidden.shape[0]
-        step_ids = torch.arange(rows) % 3
-        options = {k: v for k, v in self.options.items() if k != "workspace_bytes"}
-        stats = linear_token_stats(
-            self.hidden, self.weight, self.targets, bias=self.bias, backend="reference", **options
-        )
-        assert stats.log_prob is not None
-        log_prob = stats.log_prob.masked_fill(stats.log_prob.isinf(), -5.0)
+        """Steps with ratios on both sides of both clips, the last without a token.
+
+        In float32, and the same for a case in another dtype.
+        """
+        step_ids = torch.arange(self.hidden.shape[0]) % 3
+        double = self.to(torch.float64)
+        options = {k: v for k, v in self.options.items() if k not in ("workspace_bytes", "backend")}
+        log_prob = linear_token_stats(
+            double.hidden,
+            double.weight,
+            self.targets,
+            bias=double.bias,
+            backend="reference",
+            **options,
+        ).log_prob
+        assert log_prob is not None
         old = aggregate_steps(log_prob, step_ids, 4, aggregation)
-        offsets = torch.tensor([0.5, -0.5, 0.05, 0.1], dtype=old.dtype)
-        return step_ids, old + offsets, torch.tensor([-1.0, 2.0, 0.7, 1.0], dtype=old.dtype)
+        offsets = torch.tensor([0.5, -0.5, 0.05, 0.1])
+        return step_ids, (old + offsets).float(), torch.tensor([-1.0, 2.0, 0.7, 1.0])
 
 
 def statistics(
@@ -142,6 +151,57 @@ def surrogate(
 
 def _detached(result: Any) -> Any:
     return type(result)(*(None if t is None else t.detach() for t in result))
+
+
+def on_ranks(
+    case: Case, function: Any, *arguments: Any, backend: str = "gloo", **changes: Any
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """The result, checked to be of the same bits on all ranks, and the gradients put together."""
+    case = dataclasses.replace(case, options=case.options | changes)
+    world_size = len(case.shards)
+    ranks = shared_ranks(world_size, backend)
+    run = (function, case) if backend == "gloo" else (on_gpu, function, case)
+    answers = ranks.call(*run, *arguments)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    (result, (grad_hidden, *_)), *others = answers
+    for other, (same_gradient, *_) in others:
+        assert_same_bits(grad_hidden, same_gradient)
+        for mine, theirs in zip(result, other, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert_same_bits(mine, theirs)
+    in_order = sorted(range(world_size), key=lambda rank: case.shards[rank])
+    parts = [answers[rank][1][1:] for rank in in_order]
+    return result, (grad_hidden, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def on_gpu(rank: int | None, function: Any, case: Case, *arguments: Any) -> Any:
+    """``function`` with the tensors of the case on the GPU of the rank; its answer on the CPU."""
+    device = torch.device("cuda", rank or 0)
+    names = (field.name for field in dataclasses.fields(case))
+    tensors = {name: getattr(case, name) for name in names}
+    moved = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+    with device:
+        result, gradients = function(rank, dataclasses.replace(case, **moved), *arguments)
+    return (
+        type(result)(*(None if t is None else t.cpu() for t in result)),
+        tuple(gradient.cpu() for gradient in gradients),
+    )
+
+
+def compiled(rank: int, case: Case) -> tuple[TokenStats, tuple[Tensor, ...]]:
+    """:func:`statistics` called from a compiled function."""
+
+    def function(hidden: Tensor, weight: Tensor) -> TokenStats:
+        start = case.shards[rank][0]
+        return vocab_parallel_token_stats(2 * hidden, weight, case.targets, vocab_start=start)
+
+    hidden, weight, _ = case.operands(rank)
+    stats = torch.compile(function, backend="eager")(hidden, weight)
+    gradients = torch.autograd.grad(stats.entropy.sum(), (hidden, weight))
+    return _detached(stats), gradients
 
 
 # What a rank does wrong in the tests of failures.
