@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egspo_kernels import last_backend, linear_token_stats, vocab_parallel_token_stats
+from egspo_kernels._vocab_combine import Partials, combine
+from egspo_kernels._vocab_shards import Shard
 from tests.kernels import vocab_cases
 from tests.kernels.ranks import Ranks, shared_ranks
 from tests.kernels.surrogate_cases import rounding_of
-from tests.kernels.vocab_cases import Case, compiled, on_ranks, statistics, surrogate
+from tests.kernels.vocab_cases import Case, compiled, on_ranks, statistics, summed, surrogate
 
 
 def assert_equal_to_one_rank(case: Case, function: Any, *arguments: Any) -> Any:
@@ -207,6 +209,27 @@ def test_one_rank_is_a_group_too() -> None:
     case = Case.make([17], banned_token=2)
     assert_equal_to_one_rank(case, statistics)
     assert_equal_to_one_rank(case, surrogate, "exact", "sum")
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 1), (3, 4), (0, 5)])
+def test_sum_over_ranks(shape: tuple[int, int]) -> None:
+    """Shares of any size; half precision is rounded once, and 256 + 1 + 1 is not 256."""
+    ones = torch.ones(shape, dtype=torch.bfloat16)
+    places = torch.arange(ones.numel()).view(shape)
+    for answer in shared_ranks(3).call(summed, [256 * ones, ones, ones]):
+        assert torch.equal(answer, 258 * ones)
+    for answer in shared_ranks(3).call(summed, [places, 10 * places, 100 * places]):
+        assert torch.equal(answer, 111 * places)
+
+
+def test_a_target_that_no_shard_holds_is_nan() -> None:
+    """On a GPU, where targets are not read: everything else is as it was."""
+    whole = Shard("test", None, 4, 3, 9).local_targets(torch.tensor([3, 4, 6, 7, 9, -1]))
+    assert whole.tolist() == [-1, 0, 2, -1, -1, -1]
+    partials = Partials(*torch.ones(7, 2, 3))
+    rows = combine(partials, torch.zeros(2, 3).long(), torch.tensor([8, 9, -1]), 9, 1.0)
+    assert rows.log_prob.isnan().tolist() == [False, True, True]
+    assert bool(rows.entropy.isfinite().all())
 
 
 def test_called_from_a_compiled_function() -> None:

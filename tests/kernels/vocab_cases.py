@@ -19,6 +19,7 @@ from egspo_kernels import (
     vocab_parallel_stepwise_surrogate,
     vocab_parallel_token_stats,
 )
+from egspo_kernels._vocab_shards import Shard
 from tests.kernels.ranks import shared_ranks
 from tests.kernels.surrogate_cases import assert_same_bits
 
@@ -202,6 +203,10 @@ def compiled(rank: int, case: Case) -> tuple[TokenStats, tuple[Tensor, ...]]:
     stats = torch.compile(function, backend="eager")(hidden, weight)
     gradients = torch.autograd.grad(stats.entropy.sum(), (hidden, weight))
     return _detached(stats), gradients
+
+
+def summed(rank: int, values: list[Tensor]) -> Tensor:
+    return Shard("summed", None, rank, 1, len(values)).sum_over_ranks(values[rank], "test")
 
 
 # What a rank does wrong in the tests of failures.
