@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from egspo.config import TrainConfig
 from egspo.micro_batches import Columns
-from egspo.rollout import _MAX_PADDING
+from egspo.rollout import MAX_PADDING
 from egspo.unmasking import Step, schedule
 from egspo.work import Work
 
@@ -65,7 +65,7 @@ def _rollout(config: TrainConfig, plan: Sequence[Step], lengths: Sequence[int], 
     length, copies = generation.max_new_tokens, 2 if generation.guidance else 1
     queue = sorted(lengths, reverse=True)
     while queue:  # as the rollout fills its batches
-        allowed = _MAX_PADDING * (queue[0] + length)
+        allowed = MAX_PADDING * (queue[0] + length)
         batch = [n for n in queue[: generation.batch_size] if queue[0] - n <= allowed]
         sequences, width = copies * len(batch), queue[0] + length
         queue = queue[len(batch) :]

@@ -24,7 +24,7 @@ logger = logging.getLogger("egspo")
 
 # Share of the columns of a batch that may be padding, before shorter prompts wait for a batch of
 # their own.
-_MAX_PADDING = 1 / 8
+MAX_PADDING = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Rollout:
         """The running sequences, and from the queue what fits beside them."""
         rows = self.running[: self.batch_size]
         width = max((self.prompt_lengths[i] for i in rows or self.queue[:1]), default=0)
-        allowed = _MAX_PADDING * (width + self.config.max_new_tokens)
+        allowed = MAX_PADDING * (width + self.config.max_new_tokens)
         while self.queue and len(rows) < self.batch_size:
             if width - self.prompt_lengths[self.queue[0]] > allowed:
                 break

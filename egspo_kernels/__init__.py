@@ -11,6 +11,10 @@ from egspo_kernels.selection import select_steps, select_steps_segmented
 from egspo_kernels.stats import sample_tokens, token_stats
 from egspo_kernels.surrogate import aggregate_steps, stepwise_surrogate
 from egspo_kernels.types import SampledTokens, Surrogate, TokenStats
+from egspo_kernels.vocab_parallel import (
+    vocab_parallel_stepwise_surrogate,
+    vocab_parallel_token_stats,
+)
 
 __all__ = [
     "SampledTokens",
@@ -29,4 +33,6 @@ __all__ = [
     "select_steps_segmented",
     "stepwise_surrogate",
     "token_stats",
+    "vocab_parallel_stepwise_surrogate",
+    "vocab_parallel_token_stats",
 ]

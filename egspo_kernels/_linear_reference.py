@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class _LinearRows(torch.autograd.Function):
         logsumexp, entropy, log_prob, confidence, kl = values.unbind(0)
         argmax = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
         for chunk in chunks(rows, settings.chunk_rows):
-            scores = _scores(hidden[chunk], weight, bias, settings)
+            scores = tempered_scores(hidden[chunk], weight, bias, settings)
             log_probs = reference.log_softmax(scores)
             logsumexp[chunk] = scores.logsumexp(-1)
             entropy[chunk] = reference.entropy_of(log_probs)
@@ -49,7 +50,7 @@ class _LinearRows(torch.autograd.Function):
                 log_prob[chunk] = reference.gather_last(log_probs, targets[chunk])
             if ref_hidden is not None:
                 assert ref_weight is not None
-                ref_scores = _scores(ref_hidden[chunk], ref_weight, bias, settings)
+                ref_scores = tempered_scores(ref_hidden[chunk], ref_weight, bias, settings)
                 ref_log_probs = reference.log_softmax(ref_scores)
                 kl[chunk] = (log_probs.exp() * _difference(log_probs, ref_log_probs)).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl)
@@ -73,52 +74,97 @@ class _LinearRows(torch.autograd.Function):
             )
         hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl = ctx.saved_tensors
         settings: Settings = ctx.settings
-        grad_logsumexp, grad_entropy, grad_log_prob, _, _, grad_kl = grads
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        accumulation = reference.accumulation_dtype(weight.dtype)
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulation) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulation) if needs_bias else None
-        for chunk in chunks(hidden.shape[0], settings.chunk_rows):
-            log_probs = reference.log_softmax(_scores(hidden[chunk], weight, bias, settings))
+        _, _, grad_log_prob, _, _, grad_kl = grads
+
+        def scores_gradient(chunk: slice) -> Tensor:
+            log_probs = reference.log_softmax(
+                tempered_scores(hidden[chunk], weight, bias, settings)
+            )
             probs = log_probs.exp()
-            # d(scores): softmax Jacobian of each output, collected in one buffer.
-            grad = torch.zeros_like(probs)
-            if grad_logsumexp is not None:
-                grad += grad_logsumexp[chunk, None] * probs
-            if grad_entropy is not None:
-                finite = log_probs.masked_fill(log_probs == float("-inf"), 0.0)
-                grad -= grad_entropy[chunk, None] * probs * (finite + entropy[chunk, None])
+            grad = statistics_gradient(log_probs, probs, entropy, grads[:3], chunk)
             if grad_log_prob is not None and targets is not None:
-                scale = grad_log_prob[chunk, None]
-                grad -= scale * probs
-                grad.scatter_add_(1, targets[chunk, None].long(), scale)
+                grad.scatter_add_(1, targets[chunk, None].long(), grad_log_prob[chunk, None])
             if grad_kl is not None and ref_hidden is not None:
-                ref_scores = _scores(ref_hidden[chunk], ref_weight, bias, settings)
+                ref_scores = tempered_scores(ref_hidden[chunk], ref_weight, bias, settings)
                 ref_log_probs = reference.log_softmax(ref_scores)
                 difference = _difference(log_probs, ref_log_probs)
                 grad += grad_kl[chunk, None] * probs * (difference - kl[chunk, None])
-            if settings.banned_token is not None:
-                grad[:, settings.banned_token] = 0.0
-            grad = (grad / settings.temperature).to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[chunk]
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+            return grad
+
+        needed = ctx.needs_input_grad[:3]
+        gradients = head_gradients(hidden, weight, bias, needed, settings, scores_gradient)
+        return *gradients, None, None, None, None
 
 
-def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
+def head_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needed: Sequence[bool],
+    settings: Settings,
+    scores_gradient: Callable[[slice], Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, None for one that is not needed.
+
+    Args:
+        scores_gradient: called with a chunk of rows; the gradient of their scores, which may be
+            overwritten.
+    """
+    accumulation = reference.accumulation_dtype(weight.dtype)
+    grad_hidden = torch.zeros_like(hidden) if needed[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=accumulation) if needed[1] else None
+    grad_bias = (
+        torch.zeros_like(bias, dtype=accumulation) if bias is not None and needed[2] else None
+    )
+    for chunk in chunks(hidden.shape[0], settings.chunk_rows):
+        grad = scores_gradient(chunk)
+        if settings.banned_token is not None:
+            grad[:, settings.banned_token] = 0.0
+        grad = (grad / settings.temperature).to(weight.dtype)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = grad @ weight
+        if grad_weight is not None:
+            grad_weight += grad.t() @ hidden[chunk]
+        if grad_bias is not None:
+            grad_bias += grad.sum(0)
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None else grad_bias.to(weight.dtype),
+    )
+
+
+def statistics_gradient(
+    log_probs: Tensor,
+    probs: Tensor,
+    entropy: Tensor,
+    grads: Sequence[Tensor | None],
+    chunk: slice,
+) -> Tensor:
+    """Gradient of the statistics of a chunk of rows with respect to its scores, in one buffer.
+
+    What a log-probability adds at its own target is left to the caller.
+
+    Args:
+        entropy: of all rows.
+        grads: of log-sum-exp, entropy and log-probability of all rows, or None.
+    """
+    grad_logsumexp, grad_entropy, grad_log_prob = grads
+    grad = torch.zeros_like(probs)
+    if grad_logsumexp is not None:
+        grad += grad_logsumexp[chunk, None] * probs
+    if grad_entropy is not None:
+        finite = log_probs.masked_fill(log_probs == float("-inf"), 0.0)
+        grad -= grad_entropy[chunk, None] * probs * (finite + entropy[chunk, None])
+    if grad_log_prob is not None:
+        grad -= grad_log_prob[chunk, None] * probs
+    return grad
+
+
+def tempered_scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings
+) -> Tensor:
+    """Logits of some rows at the temperature, the banned token at -inf."""
     logits = product(hidden, weight, bias, settings.logits_dtype)
     return reference.tempered(logits, settings.temperature, settings.banned_token)
 

@@ -1,0 +1,109 @@
+"""Checks and settings shared by the functions that start from hidden states and a head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from egspo_kernels import reference
+from egspo_kernels._checks import check_banned, check_matrix, check_temperature
+from egspo_kernels._linear_product import Settings
+from egspo_kernels._linear_reference import LIVE_ROWS
+
+
+def linear_settings(
+    backend: str,
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    temperature: float,
+    banned_token: int | None,
+    workspace_bytes: int,
+    logits_dtype: torch.dtype | None,
+    *,
+    with_reference: bool,
+) -> Settings:
+    """As many rows to a chunk as the workspace holds, with the temporaries of the backend."""
+    weight = operands[1]
+    dtype = _check_logits_dtype(logits_dtype, weight)
+    vocab_size = weight.shape[0]
+    if backend == "triton":
+        from egspo_kernels.triton_kernels.linear import row_bytes
+
+        trained = any(tensor is not None and tensor.requires_grad for tensor in operands)
+        needed = row_bytes(
+            vocab_size,
+            weight.dtype,
+            dtype,
+            with_reference=with_reference,
+            with_gradient=trained and torch.is_grad_enabled(),
+        )
+    else:
+        needed = LIVE_ROWS * reference.accumulation_dtype(weight.dtype).itemsize * vocab_size
+    if workspace_bytes < needed:
+        raise ValueError(
+            f"workspace_bytes must hold one row of logits and its temporaries, {needed} bytes "
+            f"for a vocabulary of {vocab_size} with backend {backend!r}, got {workspace_bytes}"
+        )
+    return Settings(float(temperature), banned_token, workspace_bytes // needed, dtype)
+
+
+def _check_logits_dtype(logits_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+    if logits_dtype is None or logits_dtype == weight.dtype:
+        return weight.dtype
+    if logits_dtype != torch.float32 or weight.dtype == torch.float64:
+        raise TypeError(
+            f"logits_dtype must be None, {weight.dtype} (the dtype of the product) or a wider "
+            f"torch.float32, got {logits_dtype}"
+        )
+    if weight.device.type != "cuda":
+        raise ValueError(
+            f"logits_dtype=torch.float32 of {weight.dtype} operands needs a GPU: on "
+            f"{weight.device} torch has no such product"
+        )
+    return logits_dtype
+
+
+def check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    banned_token: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks, and the three operands in the dtype of the product."""
+    check_matrix("hidden", hidden)
+    check_matrix("weight", weight)
+    check_temperature(temperature)
+    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight must have shape (V > 0, {hidden.shape[1]}) to match hidden, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(f"weight is on {weight.device}, hidden on {hidden.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_banned(banned_token, weight.shape[0])
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    elif weight.dtype != hidden.dtype:
+        raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    return hidden, weight, bias
+
+
+def check_ref_weight(weight: Tensor, ref_weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The reference head, detached, in the dtype of the product."""
+    if bias is not None and bias.requires_grad:
+        raise ValueError("bias is shared with the reference policy: it must be frozen")
+    if ref_weight is None:
+        if weight.requires_grad:
+            raise ValueError("weight is trained: the reference policy needs its own ref_weight")
+        return weight
+    if ref_weight.shape != weight.shape:
+        raise ValueError(
+            f"ref_weight must have the shape of weight, {tuple(weight.shape)}, "
+            f"got {tuple(ref_weight.shape)}"
+        )
+    return ref_weight.detach().to(weight.dtype)
