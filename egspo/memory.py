@@ -19,6 +19,11 @@ from egspo_kernels.linear import DEFAULT_WORKSPACE_BYTES
 
 Phase = Literal["always", "rollout", "update", "instead"]
 
+# A 4-bit weight, its block's scale in 8 bits (64 weights), and that scale's own (256 scales).
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Two moments in 8 bits, each with a scale of 4 bytes for 256 of them.
+_MOMENTS_8_BIT = 2 * (1 + 4 / 256)
+
 # What the reference backend's statistics take per vocabulary entry of a row; Triton's take less.
 _STATISTICS_BYTES = 24
 
@@ -90,6 +95,8 @@ class Sizes:
     layer_weights: int
     trainable_weights: int
     """Weights of all layers, and of those that are trained."""
+    projections: int
+    """Weights of the layers' projections, adapters left out."""
 
     @classmethod
     def of(cls, model: Any, compute: int) -> Sizes:
@@ -113,6 +120,12 @@ class Sizes:
             adapters=any(hasattr(m, "lora_A") for m in base.modules()),
             layer_weights=sum(p.numel() for p in parameters),
             trainable_weights=sum(p.numel() for p in parameters if p.requires_grad),
+            projections=sum(
+                module.weight.numel()
+                for layer in layers
+                for name, module in layer.named_modules()
+                if isinstance(module, nn.Linear) and "lora_" not in name
+            ),
         )
 
     def saved_per_token(self) -> int:
@@ -151,17 +164,31 @@ def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[Memory
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in trainable)
     items = []
+    if config.model.quantization == "nf4":
+        four_bit = int(sizes.projections * _NF4_BYTES)
+        text = f"{sizes.projections} x {_NF4_BYTES:.3f} B, scales included"
+        items.append(MemoryItem("projections in 4 bits", four_bit, text, "always"))
+        largest = sizes.width * max(sizes.mlp, sizes.query) * sizes.compute
+        items.append(MemoryItem("one projection restored", largest, "for its product", "always"))
+        frozen -= sizes.projections * sizes.weight
     if frozen:
         items.append(MemoryItem("frozen weights", frozen, "their number x their bytes", "always"))
     name = "adapters" if sizes.adapters else "weights"
     items.append(MemoryItem(name, trained, "their number x their bytes", "always"))
     if config.algorithm.beta > 0 and not sizes.adapters:
         items.append(MemoryItem("reference policy", frozen + trained, "a frozen copy", "always"))
-    items.append(
-        MemoryItem("optimizer", 2 * trained, "AdamW: 2 moments x trained weights", "always")
-    )
+    items.append(_optimizer(config, sum(p.numel() for p in trainable), trained))
     items.append(MemoryItem("gradients", trained, "trained weights", "update"))
     return items
+
+
+def _optimizer(config: TrainConfig, count: int, trained: int) -> MemoryItem:
+    """Moments of ``count`` trained weights, which take ``trained`` bytes."""
+    name = config.optimizer.name
+    text = f"{name}: 2 moments x trained weights"
+    if name.endswith("8bit"):
+        return MemoryItem("optimizer", int(count * _MOMENTS_8_BIT), f"{text}, in 8 bits", "always")
+    return MemoryItem("optimizer", 2 * trained, text, "always")
 
 
 def micro_batch_states(config: TrainConfig, columns: int) -> int:
@@ -211,7 +238,9 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
             "update",
         ),
     ]
-    casts = sizes.cast_bytes(1 if on else n)
+    # Four-bit weights are restored for each product, and not kept.
+    at_once = 0 if config.model.quantization == "nf4" else 1 if on else n
+    casts = sizes.cast_bytes(at_once)
     if casts:
         items.append(
             MemoryItem("weights in bfloat16", casts, "autocast's copies, 2 B each", "update")

@@ -11,8 +11,9 @@ import torch
 
 from egspo.build import base_model, trainable_model
 from egspo.config import LoraConfig, ModelConfig
+from egspo.memory import estimate_memory
 from egspo.metrics import read_metrics
-from egspo.models import load_model, new_model
+from egspo.models import load_config, load_model, model_on_meta, new_model
 from egspo.trainer import train
 from tests import runs
 
@@ -156,3 +157,31 @@ def test_what_is_missing_is_said_before_the_warm_start(
         with pytest.raises(ValueError, match=r"(quantization|name): .* pip install 'egspo\[bits"):
             train(recipe(tmp_path / "b", changes))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("fields", [LLADA, DREAM], ids=["llada", "dream"])
+def test_the_memory_estimate_counts_four_bits(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Of tensors whose blocks come out even, to the byte."""
+    wide = "d_model" if fields is LLADA else "hidden_size"
+    deep = "mlp_hidden_size" if fields is LLADA else "intermediate_size"
+    fields = {**fields, wide: 512, deep: 512, "num_key_value_heads": 2}
+    path = checkpoint(tmp_path, fields)
+    run = runs.config(
+        tmp_path / "run",
+        {"model": {"config": None, "path": path, **QLORA}, "algorithm": {"beta": 0.0}},
+        {"optimizer": {"name": "adamw_8bit"}},
+    )
+    base = base_model(run.model, path, CPU)
+    actual = 0
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            tensors = (module.weight, state.absmax, state.state2.absmax)
+            actual += sum(t.numel() * t.element_size() for t in tensors)
+    model = trainable_model(run.model, model_on_meta(load_config(path)), seed=0)
+    items = {item.name: item.bytes for item in estimate_memory(run, model, prompt_tokens=20)}
+    assert items["projections in 4 bits"] == actual
+    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert items["optimizer"] == int(adapters * 2 * (1 + 4 / 256))
+    kept = sum(p.numel() * 4 for n, p in base.named_parameters() if p.dtype == torch.float32)
+    assert items["frozen weights"] == kept
