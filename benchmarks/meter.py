@@ -20,6 +20,8 @@ from torch.utils.flop_counter import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+Mode = Literal["time", "memory", "count"]
+
 
 @dataclass
 class PhaseCost:
@@ -34,14 +36,16 @@ class PhaseCost:
 
 @dataclass
 class Meter:
-    """Measures phases: ``time`` without any counting in the way, or ``count`` FLOPs and memory.
+    """Measures phases: ``time``, without any counting in the way; ``memory``; or ``count``, memory
+    and FLOPs.
 
-    Memory is what the caching allocator gave out on a GPU, in both modes; on a CPU, in ``count``,
-    the tensors that operators returned and that are still alive. Their inner buffers are not seen.
+    Memory is what the caching allocator gave out on a GPU, in every mode; on a CPU, but for
+    ``time``, the tensors that operators returned and that are still alive. Their inner buffers are
+    not seen.
     """
 
     device: torch.device
-    mode: Literal["time", "count"]
+    mode: Mode
     phases: dict[str, PhaseCost] = field(default_factory=dict)
     _live: LiveBytes | None = None
     _held: int = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.iteration.baseline import Baseline, BaselineOutcome
 from benchmarks.iteration.problem import SIZES, Problem
-from benchmarks.meter import Meter, PhaseCost, merged
+from benchmarks.meter import Meter, Mode, PhaseCost, merged
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
@@ -130,11 +130,11 @@ class Bench:
         with meter.running():
             return baseline, baseline.run(meter, follow)
 
-    def meter(self, mode: Literal["time", "count"]) -> Meter:
+    def meter(self, mode: Mode) -> Meter:
         return Meter(self.device, mode)
 
     def run(
-        self, implementation: Implementation, algorithm: Algorithm, mode: Literal["time", "count"]
+        self, implementation: Implementation, algorithm: Algorithm, mode: Mode
     ) -> dict[str, PhaseCost]:
         """Costs by phase of one iteration."""
         meter = self.meter(mode)
@@ -164,8 +164,10 @@ class Bench:
         selected = ours.selected() == theirs.selected
         return Agreement(float(same.double().mean()), float(selected.double().mean()))
 
-    def work(self, implementation: Implementation, algorithm: Algorithm) -> dict[str, Work]:
-        """Passes made, by phase."""
+    def work(
+        self, implementation: Implementation, algorithm: Algorithm
+    ) -> tuple[dict[str, Work], dict[str, PhaseCost]]:
+        """Passes made, and seconds, by phase."""
         meter = WorkMeter(self.device, "time")
         if implementation == "egspo":
             meter.work = self.denoiser.work
@@ -176,7 +178,7 @@ class Bench:
             baseline = Baseline(config, self.data, self.denoiser, optimizer)
             meter.work = baseline.work
             baseline.run(meter)
-        return meter.done
+        return meter.done, meter.phases
 
 
 class WorkMeter(Meter):
@@ -224,4 +226,4 @@ def passes_of(
     problem: Problem, implementation: Implementation, algorithm: Algorithm
 ) -> dict[str, Work]:
     """Passes by phase of an iteration with the sequences of ``problem``, run with a tiny model."""
-    return Bench(problem.at_size_of(SIZES["tiny"])).work(implementation, algorithm)
+    return Bench(problem.at_size_of(SIZES["tiny"])).work(implementation, algorithm)[0]

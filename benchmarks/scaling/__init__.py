@@ -1,0 +1,4 @@
+"""How the cost of an iteration grows with its sizes.
+
+python -m benchmarks.scaling --help
+"""
