@@ -107,7 +107,7 @@ class Sampler:
         self._graph, self.method = graph, "graph"
 
 
-def rounds_for(seconds: float, budget: float, least: int = 7, most: int = 50) -> int:
+def rounds_for(seconds: float, budget: float, least: int = 5, most: int = 50) -> int:
     """Samples of ``seconds`` that fit in ``budget`` seconds, within bounds."""
     return max(least, min(most, int(budget / max(seconds, 1e-9))))
 

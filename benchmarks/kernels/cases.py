@@ -24,7 +24,7 @@ from benchmarks.kernels.workloads import (
 )
 from benchmarks.timing import Clock, Sampler, peak_bytes, ring_of, rounds_for
 
-BUDGET_SECONDS = 1.0
+BUDGET_SECONDS = {"cuda": 1.0, "cpu": 0.5}
 """Of samples for each case."""
 
 
@@ -61,7 +61,7 @@ class Case:
         # Entropies have just been written where steps are selected: they are in the cache.
         ring = [prepared] if workload.selects else ring_of(prepared, device)
         calls = [functools.partial(eager.run, function, workload, each) for each in ring]
-        return Ready(calls, sorted(outputs), first, self._errors(inputs, outputs))
+        return Ready(calls, sorted(outputs), self._errors(inputs, outputs), first)
 
     def _errors(self, inputs: dict[str, Any], outputs: Outputs) -> dict[str, float] | None:
         try:
@@ -80,7 +80,7 @@ class Case:
 
         started = time.perf_counter()
         sampler.sample()
-        rounds = rounds_for(time.perf_counter() - started, BUDGET_SECONDS)
+        rounds = rounds_for(time.perf_counter() - started, BUDGET_SECONDS[device.type])
         benchmark.pedantic(sample, rounds=rounds)
         workload, work = self.workload, work_of(self.workload)
         benchmark.extra_info.update(

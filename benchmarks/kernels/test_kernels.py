@@ -1,6 +1,6 @@
 """Every kernel against plain PyTorch, torch.compile of it, and its peers.
 
-    pytest benchmarks/kernels --benchmark-only
+pytest benchmarks/kernels --benchmark-only
 """
 
 from __future__ import annotations
