@@ -21,16 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.hardware import provenance
-from benchmarks.iteration.measure import (
-    ALGORITHMS,
-    IMPLEMENTATIONS,
-    PHASES,
-    Bench,
-    flops_at,
-    passes_of,
-)
+from benchmarks.iteration.measure import ALGORITHMS, IMPLEMENTATIONS, Algorithm, Bench
 from benchmarks.iteration.problem import SIZES, Problem, changed
-from benchmarks.meter import PhaseCost
+from benchmarks.iteration.tables import cost_rows, counted_rows, table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,60 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
         args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def rows_of(bench: Bench, algorithm: Any, repeats: int) -> list[dict[str, Any]]:
-    """Measured: a row for each implementation and phase, and one for the whole iteration."""
+def rows_of(bench: Bench, algorithm: Algorithm, repeats: int) -> list[dict[str, Any]]:
+    """Measured costs of both implementations."""
     agreement = bench.agreement(algorithm)  # also warms up
     rows = []
     for implementation in IMPLEMENTATIONS:
         phases = bench.measure(implementation, algorithm, repeats)
-        for name, cost in {**phases, "iteration": total(phases)}.items():
-            row = {"algorithm": algorithm, "implementation": implementation, "phase": name}
-            rows.append({**row, **asdict(cost), "same_tokens": agreement.tokens})
+        rows += cost_rows(algorithm, implementation, phases, agreement.tokens)
     return rows
-
-
-def counted_rows(problem: Problem, algorithm: Any) -> list[dict[str, Any]]:
-    """FLOPs alone: the passes are made by a tiny model, their costs are those of ``problem``."""
-    rows = []
-    for implementation in IMPLEMENTATIONS:
-        flops = flops_at(problem, implementation, passes_of(problem, implementation, algorithm))
-        flops["iteration"] = sum(flops.values())
-        row = {"algorithm": algorithm, "implementation": implementation}
-        rows += [{**row, "phase": name, "flops": value} for name, value in flops.items()]
-    return rows
-
-
-def total(phases: dict[str, PhaseCost]) -> PhaseCost:
-    return PhaseCost(
-        sum(cost.seconds for cost in phases.values()),
-        sum(cost.flops for cost in phases.values()),
-        max(cost.peak_bytes for cost in phases.values()),
-    )
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each algorithm and phase, egspo beside the baseline."""
-    units = {"seconds": ("seconds", 1.0), "flops": ("TFLOP", 1e12), "peak_bytes": ("peak MB", 1e6)}
-    if max(row["flops"] for row in rows) < 1e12:
-        units["flops"] = ("GFLOP", 1e9)
-    columns = [name for name in units if name in rows[0]]
-    head = [f"{units[name][0]}, {who}" for name in columns for who in (*IMPLEMENTATIONS, "ratio")]
-    lines = ["| | phase | " + " | ".join(head) + " |", "|---|---|" + "--:|" * len(head)]
-    cells = {(r["algorithm"], r["phase"], r["implementation"]): r for r in rows}
-    for algorithm in dict.fromkeys(row["algorithm"] for row in rows):
-        for phase in (*PHASES, "iteration"):
-            ours, theirs = (cells[algorithm, phase, who] for who in IMPLEMENTATIONS)
-            values = []
-            for name in columns:
-                scale = units[name][1]
-                pair = [ours[name] / scale, theirs[name] / scale]
-                values += [f"{value:.4g}" for value in pair]
-                values.append(f"{pair[1] / pair[0]:.2f}" if pair[0] else "")
-            lines.append(f"| {algorithm} | {phase} | " + " | ".join(values) + " |")
-    agreement = {row["same_tokens"] for row in rows if "same_tokens" in row}
-    if agreement:
-        lines += ["", f"Tokens that both rollouts agree on: {100 * min(agreement):.2f} %."]
-    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -226,4 +226,6 @@ def passes_of(
     problem: Problem, implementation: Implementation, algorithm: Algorithm
 ) -> dict[str, Work]:
     """Passes by phase of an iteration with the sequences of ``problem``, run with a tiny model."""
-    return Bench(problem.at_size_of(SIZES["tiny"])).work(implementation, algorithm)[0]
+    return Bench(problem.at_size_of(replace(SIZES["tiny"], layers=1))).work(
+        implementation, algorithm
+    )[0]

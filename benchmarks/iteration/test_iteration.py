@@ -43,6 +43,7 @@ def bench() -> Bench:
 def test_iteration(
     bench: Bench, algorithm: Algorithm, implementation: Implementation, benchmark: BenchmarkFixture
 ) -> None:
+    benchmark.group = f"iteration, {algorithm}, {SIZE}"
     agreement = bench.agreement(algorithm)
     counted = bench.run(implementation, algorithm, "count")
     rounds: list[dict[str, PhaseCost]] = []
@@ -50,7 +51,6 @@ def test_iteration(
         lambda: rounds.append(bench.run(implementation, algorithm, "time")), rounds=ROUNDS
     )
     phases = merged(min(rounds, key=seconds), counted)
-    benchmark.group = f"iteration, {algorithm}, {SIZE}"
     benchmark.extra_info.update(
         suite="iteration",
         algorithm=algorithm,

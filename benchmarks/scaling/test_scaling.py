@@ -23,9 +23,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("axis", AXES)
 def test_scaling(axis: str, implementation: Implementation, benchmark: BenchmarkFixture) -> None:
     """What pytest-benchmark times is the whole sweep; the points are in ``extra_info``."""
+    benchmark.group = f"scaling, {axis}"
     arguments = (BASE, axis, MULTIPLES, implementation, "egspo-sa", DEVICE, 1)
     points = benchmark.pedantic(measure, args=arguments, rounds=1)
-    benchmark.group = f"scaling, {axis}"
     benchmark.extra_info.update(
         suite="scaling",
         implementation=implementation,
