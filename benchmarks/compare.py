@@ -11,8 +11,8 @@ spread is not divided by the root of the number of samples: load on a machine mo
 a case together. The first quartile must agree because load slows some samples and hastens none.
 
 A case is worse too if its peak memory grew by more than ``least``, if an error against float64
-more than doubled (beyond 1e-6), or if it no longer ran. The exit status is 1 if anything is worse, 2 if
-the files cannot be compared.
+more than doubled (beyond 1e-6), or if it no longer ran. The exit status is 1 if anything is worse,
+2 if the files cannot be compared.
 """
 
 from __future__ import annotations

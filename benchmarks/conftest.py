@@ -49,8 +49,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """Instead of pytest-benchmark's, which has the name of the machine."""
-    arguments = [str(argument) for argument in config.invocation_params.args]
-    record = provenance(shlex.join(["pytest", *arguments]))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = [f"OMP_NUM_THREADS={threads}"] if threads else []
+    command += ["pytest", *(str(argument) for argument in config.invocation_params.args)]
+    record = provenance(shlex.join(command))
     record["versions"] |= {name: version_of(name) for name in DISTRIBUTIONS}
     return record
 

@@ -52,7 +52,7 @@ def _colours(file: ResultFile) -> dict[str, str]:
 def _times(file: ResultFile, path: Path) -> None:
     """A row of dots for each workload."""
     workloads, colours = file.workloads(), _colours(file)
-    figure, axes = _subplots(figsize=(10, 1 + 0.42 * len(workloads)))
+    figure, axes = _subplots(figsize=(13, 1 + 0.36 * len(workloads)))
     for place, rows in enumerate(workloads.values()):
         for row in rows:
             axes.plot(row.median, place, "o", color=colours[row.implementation], alpha=0.85)
@@ -60,7 +60,7 @@ def _times(file: ResultFile, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("median seconds of one call")
-    axes.set_title(f"{file.device}, {file.machine['threads']} thread(s): CPU backends")
+    axes.set_title(f"{file.device}, torch threads: {file.machine['threads']}; CPU backends")
     axes.grid(axis="x", alpha=0.3)
     for name, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=name)

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         files = [read(path) for path in sorted(args.results.glob(PATTERN))]
         text = args.document.read_text("utf-8")
-        made = replace_section(text, "kernels", "\n\n".join(map(section, files)))
+        made = replace_section(text, "kernels", body(files))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,6 +64,13 @@ def replace_section(text: str, name: str, body: str) -> str:
     return pattern.sub(lambda _: f"\n{body}\n\n" if body else "\n", text)
 
 
+def body(files: list[ResultFile]) -> str:
+    """Every result file, GPUs first."""
+    gpus = [file for file in files if file.machine["gpu"]]
+    parts = [] if gpus else ["No GPU has run these yet."]
+    return "\n\n".join([*parts, *map(section, gpus + [f for f in files if f not in gpus])])
+
+
 def section(file: ResultFile) -> str:
     """Everything about one result file."""
     gpu = file.machine["gpu"] is not None
@@ -85,7 +92,7 @@ def section(file: ResultFile) -> str:
 def _provenance(file: ResultFile) -> str:
     machine, rates = file.machine, file.ceilings["flops_per_second"]
     versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v is not None)
-    where = f"{machine['cpu']}, {machine['threads']} thread(s) on {machine['cores']} cores"
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch threads: {machine['threads']}"
     lines = [
         f"{where}; Python {machine['python']}; {versions}; commit `{machine['commit']}`.",
         f"Measured in the same run: copy bandwidth {file.ceilings['bytes_per_second'] / 1e9:.1f} "
@@ -107,7 +114,8 @@ def _load(file: ResultFile) -> str:
 
 def _pivot(file: ResultFile) -> str:
     """Median times, a line per workload and a column per implementation."""
-    names = list(dict.fromkeys(row.implementation for row in file.rows))
+    ours = {row.implementation: row.ours for row in file.rows}
+    names = sorted(ours, key=lambda name: not ours[name])
     lines = []
     for workload, rows in file.workloads().items():
         times = {row.implementation: row.median for row in rows}
@@ -118,6 +126,7 @@ def _pivot(file: ResultFile) -> str:
 
 
 def _details(file: ResultFile, function: str) -> str:
+    unit, scale = ("TFLOP/s", 1e12) if file.machine["gpu"] else ("GFLOP/s", 1e9)
     heads = [
         "workload",
         "implementation",
@@ -126,27 +135,28 @@ def _details(file: ResultFile, function: str) -> str:
         "of the floor",
         "GB/s",
         "of copy",
-        "TFLOP/s",
+        unit,
         "of GEMM",
         "peak memory",
         "error against float64",
     ]
     rows = [row for row in file.rows if row.info["function"] == function]
-    return f"#### {function}\n\n" + _table(heads, [_detail(row) for row in rows])
+    table = _table(heads, [_detail(row, scale) for row in rows])
+    return f"<details><summary><code>{function}</code></summary>\n\n{table}\n\n</details>"
 
 
-def _detail(row: Row) -> list[str]:
+def _detail(row: Row, scale: float) -> list[str]:
     info = row.info
     errors = info["errors"]
     return [
-        f"`{row.workload.partition(' ')[2]}`" + (f" {info['kl']}" if info["kl"] else ""),
+        f"`{row.workload.partition(' ')[2]}`" + (f", {info['kl']} KL" if info["kl"] else ""),
         row.implementation + ("" if info["timing"] != "graph" else " (graph)"),
         _time(row.median),
         f"{100 * row.spread:.0f} %",
         f"{100 * info['share_of_floor']:.1f} %",
         f"{info['bytes_per_second'] / 1e9:.2f}",
         f"{100 * info['share_of_bandwidth']:.1f} %",
-        f"{info['flops_per_second'] / 1e12:.3g}",
+        f"{info['flops_per_second'] / scale:.3g}",
         f"{100 * info['share_of_gemm_rate']:.1f} %",
         f"{info['peak_bytes'] / 2**20:.2f} MiB",
         "did not fit"
@@ -162,9 +172,9 @@ def _error(error: float) -> str:
 def _not_run(file: ResultFile) -> str:
     lines = []
     for reason, names in sorted(file.not_run.items()):
-        what = sorted({f"{_function(n)} ({n.rpartition('-')[2]})" for n in names})
+        what = sorted({f"{_function(n)} ({n.rpartition(' by ')[2]})" for n in names})
         lines.append([reason, str(len(names)), ", ".join(what)])
-    return "#### Not run here\n\n" + _table(["reason", "cases", "what"], lines)
+    return "Not run here:\n\n" + _table(["reason", "cases", "what"], lines)
 
 
 def _function(test: str) -> str:
@@ -179,8 +189,11 @@ def _time(seconds: float, bold: bool = False) -> str:
     raise AssertionError("unreachable")
 
 
+_TEXT = ("workload", "implementation", "reason", "what", "error against float64")
+
+
 def _table(heads: list[str], lines: Iterable[list[str]]) -> str:
-    align = ["---", *("--:" for _ in heads[1:])]
+    align = ["---" if head in _TEXT else "--:" for head in heads]
     return "\n".join("| " + " | ".join(line) + " |" for line in [heads, align, *lines])
 
 

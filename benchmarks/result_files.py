@@ -26,7 +26,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.workload}-{self.implementation}"
+        return f"{self.workload} by {self.implementation}"
 
     @property
     def ours(self) -> bool:

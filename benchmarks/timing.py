@@ -170,11 +170,7 @@ def measure_ceilings(device: torch.device) -> dict[str, Any]:
         ``flops_per_second`` by dtype of the operands of a square product.
     """
     gpu = device.type == "cuda"
-    source = torch.randn((2**30 if gpu else 2**28) // 4, device=device)
-    target = torch.empty_like(source)
-    seconds = _median_seconds(lambda: target.copy_(source), device)
-    bandwidth = 2 * source.nbytes / seconds
-    del source, target
+    bandwidth = _copy_bandwidth(2**30 if gpu else 2**28, device)
     size = 8192 if gpu else 1024
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -183,6 +179,12 @@ def measure_ceilings(device: torch.device) -> dict[str, Any]:
         call = _product(left, right, product)
         rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / _median_seconds(call, device)
     return {"bytes_per_second": bandwidth, "flops_per_second": rates}
+
+
+def _copy_bandwidth(size: int, device: torch.device) -> float:
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Call:

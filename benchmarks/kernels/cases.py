@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ BUDGET_SECONDS = {"cuda": 1.0, "cpu": 0.5}
 class Ready(NamedTuple):
     """What is left to time."""
 
-    calls: list[Callable[[], object]]
+    calls: Sequence[Callable[[], object]]
     """The same on each set of inputs."""
     outputs: list[str]
     errors: dict[str, float] | None
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        return f"{self.workload.id}-{self.implementation.name}"
+        return f"{self.workload.id} by {self.implementation.name}"
 
     def ready(self, device: torch.device) -> Ready:
         """Inputs made, code compiled, outputs compared with float64."""
@@ -56,7 +56,7 @@ class Case:
         function = self.implementation.build(workload)
         prepared = self.implementation.prepare(inputs)
         started = time.perf_counter()
-        outputs = eager.run(function, workload, prepared)
+        outputs = self.implementation.restore(eager.run(function, workload, prepared))
         first = time.perf_counter() - started
         # Entropies have just been written where steps are selected: they are in the cache.
         ring = [prepared] if workload.selects else ring_of(prepared, device)

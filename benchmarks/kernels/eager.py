@@ -5,6 +5,8 @@ Half precision is computed in float32. These are what ``torch.compile`` compiles
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -116,16 +118,13 @@ TRUTH_ROWS = 64
 
 def truth(workload: Workload, inputs: Inputs, outputs: Outputs) -> Outputs:
     """The outputs in float64; statistics of a sample are those of the token that was drawn."""
-    exact = {
-        name: value.detach().double()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
+    exact = dict(inputs)
     if not workload.surrogate and not workload.selects:
-        for name in ("hidden", "logits", "targets"):
-            if name in exact:
-                exact[name] = exact[name][:TRUTH_ROWS]
+        for name in exact.keys() & {"hidden", "logits", "targets"}:
+            exact[name] = exact[name][:TRUTH_ROWS]
+    for name, value in exact.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            exact[name] = value.detach().double()
     if workload.function == "sample_tokens":
         stats = token_stats({**exact, "targets": outputs["token"][:TRUTH_ROWS].long()})
         confidence = stats["log_prob"].exp()
@@ -135,7 +134,7 @@ def truth(workload: Workload, inputs: Inputs, outputs: Outputs) -> Outputs:
     return run(FUNCTIONS[workload.function], workload, exact)
 
 
-def run(function, workload: Workload, inputs: Inputs) -> Outputs:  # type: ignore[no-untyped-def]
+def run(function: Callable[[Inputs], Outputs], workload: Workload, inputs: Inputs) -> Outputs:
     """Outputs, and the gradient of the loss where the workload has a backward pass."""
     if not workload.backward:
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,8 +16,8 @@ from benchmarks.kernels.workloads import BETA, CLIP, Inputs, Outputs, Workload
 Function = Callable[[Inputs], Outputs]
 
 
-def _same(inputs: Inputs) -> Inputs:
-    return inputs
+def _same(values: Inputs) -> Inputs:
+    return values
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Implementation:
     """One way to compute a workload.
 
     ``lacks`` says why it cannot run a workload on a device, or None. ``build`` imports, compiles
-    and returns the function that is timed; ``prepare`` lays out its inputs beforehand.
+    and returns the function that is timed; ``prepare`` lays out its inputs beforehand, ``restore``
+    undoes that in its outputs before they are compared.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Implementation:
     build: Callable[[Workload], Function]
     lacks: Callable[[Workload, torch.device], str | None]
     prepare: Callable[[Inputs], Inputs] = _same
+    restore: Callable[[Outputs], Outputs] = _same
 
 
 EVERY_FUNCTION = tuple(eager.FUNCTIONS)
@@ -66,7 +69,7 @@ def _backend_lacks(workload: Workload, device: torch.device, backend: str) -> st
 
 def _own_call(workload: Workload, backend: str) -> Function:
     function = getattr(egspo_kernels, workload.function)
-    options = {"backend": backend}
+    options: dict[str, Any] = {"backend": backend}
     if workload.surrogate:
         options |= {"clip_low": CLIP, "clip_high": CLIP, "aggregation": "mean", "kl": workload.kl}
         options["beta"] = BETA if workload.kl else 0.0

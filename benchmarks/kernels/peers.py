@@ -75,6 +75,12 @@ def _liger_layout(inputs: Inputs) -> Inputs:
     return {"logits": padded, "advantage": inputs["advantage"], **per_step}
 
 
+def _liger_restore(outputs: Outputs) -> Outputs:
+    if "gradient" not in outputs:
+        return outputs
+    return {**outputs, "gradient": outputs["gradient"][:, :-1].flatten(0, 1)}
+
+
 def _liger_grpo(workload: Workload) -> Function:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
@@ -247,6 +253,7 @@ PEERS = [
         _liger_grpo,
         _needs(LIGER, also=_only_equal_steps_without_kl),
         _liger_layout,
+        _liger_restore,
     ),
     Implementation("TRL", _STATS, _trl_stats, _needs(TRL, gpu=False)),
     Implementation("TRL", _LINEAR, _trl_linear, _needs(TRL, gpu=False)),
