@@ -38,7 +38,8 @@ class ResultFile:
     path: Path
     machine: dict[str, Any]
     """Hardware, versions, commit and command: :func:`benchmarks.hardware.provenance`."""
-    ceilings: dict[str, Any]
+    ceilings: dict[str, Any] | None
+    """None where no kernel was measured."""
     load_average: list[float]
     not_run: dict[str, list[str]]
     rows: list[Row]

@@ -2,3 +2,7 @@
 
 python -m benchmarks.iteration --help
 """
+
+from benchmarks.iteration.tables import section
+
+__all__ = ["section"]

@@ -10,17 +10,28 @@ from benchmarks.iteration.measure import (
     IMPLEMENTATIONS,
     PHASES,
     Algorithm,
-    Implementation,
     flops_at,
     passes_of,
 )
 from benchmarks.iteration.problem import Problem
 from benchmarks.meter import PhaseCost
+from benchmarks.result_files import Row
+
+
+def section(results: Sequence[Row]) -> str:
+    """The table of the iteration suite of a result file."""
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        info = result.info
+        phases = {name: PhaseCost(**cost) for name, cost in info["phases"].items()}
+        rows += cost_rows(info["algorithm"], result.implementation, phases, info["same_tokens"])
+    problem = ", ".join(f"{name} {value}" for name, value in results[0].info["problem"].items())
+    return f"Sizes `{results[0].info['size']}`: {problem}.\n\n{table(rows)}"
 
 
 def cost_rows(
     algorithm: Algorithm,
-    implementation: Implementation,
+    implementation: str,
     phases: Mapping[str, PhaseCost],
     same_tokens: float,
 ) -> list[dict[str, Any]]:

@@ -2,3 +2,7 @@
 
 python -m benchmarks.scaling --help
 """
+
+from benchmarks.scaling.tables import section
+
+__all__ = ["section"]

@@ -13,10 +13,8 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,9 +22,7 @@ from benchmarks.hardware import provenance
 from benchmarks.iteration.measure import IMPLEMENTATIONS
 from benchmarks.iteration.problem import SIZES
 from benchmarks.scaling.sweeps import AXES, BASE, MULTIPLES, Point, measure, slopes
-
-QUANTITIES = {"flops": "FLOPs", "peak_bytes": "memory", "seconds": "seconds"}
-PHASES = ("rollout", "score", "update", "iteration")
+from benchmarks.scaling.tables import table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,29 +47,6 @@ def main(arguments: list[str] | None = None) -> None:
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each axis and phase."""
-    timed = any(row["seconds"] is not None for row in rows)
-    columns = [name for name in QUANTITIES if timed or name != "seconds"]
-    head = [f"{QUANTITIES[name]}, {who}" for name in columns for who in IMPLEMENTATIONS]
-    lines = ["| | grows | phase | " + " | ".join(head) + " |", "|---|---|---|" + "--:|" * len(head)]
-    cells = {(row["axis"], row["implementation"], row["phase"]): row for row in rows}
-    for axis in dict.fromkeys(row["axis"] for row in rows):
-        for phase in PHASES:
-            values = [cells[axis, who, phase][name] for name in columns for who in IMPLEMENTATIONS]
-            text = " | ".join(described(value) for value in values)
-            lines.append(f"| {axis} | {AXES[axis][0]} | {phase} | {text} |")
-    return "\n".join(lines)
-
-
-def described(slope: float | None) -> str:
-    """``0.98 linear``, ``0.03 flat``, or the number alone."""
-    if slope is None:
-        return ""
-    word = " flat" if abs(slope) < 0.1 else " linear" if abs(slope - 1) < 0.1 else ""
-    return f"{slope + 0.0:.2f}{word}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks.iteration.measure import Implementation
 from benchmarks.iteration.problem import SIZES
-from benchmarks.scaling.__main__ import described, main
+from benchmarks.scaling.__main__ import main
 from benchmarks.scaling.sweeps import AXES, Point, measure, problems, slope, slopes
+from benchmarks.scaling.tables import described
 
 BASE = replace(
     SIZES["tiny"],
