@@ -12,7 +12,7 @@ from benchmarks.iteration.problem import Problem
 
 BASE = Problem(
     d_model=64,
-    layers=2,
+    layers=1,
     heads=4,
     mlp=192,
     vocabulary=2048,
@@ -46,7 +46,7 @@ AXES: dict[str, tuple[str, Callable[[Problem, int], Problem]]] = {
 }
 """By symbol: what grows, and the problem in which it is ``m`` times as large."""
 
-MULTIPLES = (1, 2, 4, 8)
+MULTIPLES = (1, 2, 4)
 QUANTITIES = ("seconds", "flops", "peak_bytes")
 
 
