@@ -1,14 +1,18 @@
-"""Whether anything became worse between two result files, beyond noise.
+"""Whether anything of this project became worse between two result files, beyond noise.
 
     python -m benchmarks.compare BEFORE.json AFTER.json
 
-A case is slower if its median and its first quartile both grew by more than
+The other implementations of a workload are its controls: they ran in the same minute, and what
+changed them is the machine. A case of ours is slower if its median and its first quartile both
+grew, relative to the median change of the controls, by more than
 
-    max(least, 3 * sqrt(spread_before^2 + spread_after^2))      in log seconds,
+    max(least, 3 * sqrt(spread_before^2 + spread_after^2), disagreement of the controls)
 
-where the spread of a case is the standard deviation of its samples, from their quartiles. The
-spread is not divided by the root of the number of samples: load on a machine moves all samples of
-a case together. The first quartile must agree because load slows some samples and hastens none.
+in log seconds. The spread is the standard deviation of the samples, from their quartiles; it is not
+divided by the root of their number, as load moves all samples of a case together. The disagreement
+is the largest change of a control less the smallest. The first quartile must agree with the median
+because load slows some samples and hastens none. Where torch has another version the controls
+changed too: then they only widen the noise.
 
 A case is worse too if its peak memory grew by more than ``least``, if an error against float64
 more than doubled (beyond 1e-6), or if it no longer ran. The exit status is 1 if anything is worse,
@@ -19,14 +23,23 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.result_files import ResultFile, Row, read
 
 SIGMAS = 3.0
 ERROR_FLOOR = 1e-6
 SAME = ("cpu", "gpu", "threads")
+
+
+class Machine(NamedTuple):
+    """What the controls of a workload say about the machine, in log seconds."""
+
+    drift: float = 0.0
+    disagreement: float = 0.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,35 +61,56 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, versions in _changed_versions(before, after).items():
+    changed = _changed_versions(before, after)
+    for name, versions in changed.items():
         print(f"note: {name} {versions[0]} -> {versions[1]}")
-    old = {row.name: row for row in before.rows}
     new = {row.name: row for row in after.rows}
+    ours = [row for row in before.rows if row.ours]
     failed = 0
-    for name, row in old.items():
-        worse = regressions(row, new.get(name), args.least)
+    for row in ours:
+        machine = machine_of(row.workload, before, new)
+        if "torch" in changed:
+            machine = machine._replace(drift=0.0)
+        worse = regressions(row, new.get(row.name), machine, args.least)
         failed += bool(worse)
-        if worse or args.all:
-            print(
-                f"{'WORSE' if worse else 'ok   '} {name}: {'; '.join(worse) or _change(row, new)}"
-            )
-    print(f"{failed} of {len(old)} cases worse, {len(new.keys() - old.keys())} new")
+        if worse:
+            print(f"WORSE {row.name}: {'; '.join(worse)}")
+        elif args.all:
+            ratio = _times(math.log(new[row.name].median / row.median))
+            print(f"ok    {row.name}: {ratio} the time, machine {_times(machine.drift)}")
+    print(f"{failed} of {len(ours)} cases worse")
     return 1 if failed else 0
 
 
-def regressions(before: Row, after: Row | None, least: float) -> list[str]:
+def machine_of(workload: str, before: ResultFile, new: dict[str, Row]) -> Machine:
+    """How the other implementations of a workload changed."""
+    changes = [
+        math.log(new[row.name].median / row.median)
+        for row in before.workloads()[workload]
+        if not row.ours and row.name in new
+    ]
+    if not changes:
+        return Machine()
+    return Machine(statistics.median(changes), max(changes) - min(changes))
+
+
+def regressions(before: Row, after: Row | None, machine: Machine, least: float) -> list[str]:
     """What became worse, in words."""
     if after is None:
         return ["did not run"]
     found = []
-    noise = SIGMAS * math.hypot(before.spread, after.spread)
+    noise = max(SIGMAS * math.hypot(before.spread, after.spread), machine.disagreement)
     allowed = max(math.log1p(least), noise)
-    slower = min(
+    growth = min(
         math.log(after.median / before.median),
         math.log(after.first_quartile / before.first_quartile),
     )
+    slower = growth - machine.drift
     if slower > allowed:
-        found.append(f"{_times(slower)} slower, noise up to {_times(allowed)}")
+        found.append(
+            f"{_times(slower)} slower than the machine, which changed by {_times(machine.drift)}; "
+            f"noise is up to {_times(allowed)}"
+        )
     memory = before.info["peak_bytes"], after.info["peak_bytes"]
     if memory[1] > (1 + least) * memory[0] + 1024:
         found.append(f"peak memory {memory[0] / 2**20:.1f} -> {memory[1] / 2**20:.1f} MiB")
@@ -85,10 +119,6 @@ def regressions(before: Row, after: Row | None, least: float) -> list[str]:
         if name in errors[1] and errors[1][name] > 2 * error + ERROR_FLOOR:
             found.append(f"error of {name} {error:.1e} -> {errors[1][name]:.1e}")
     return found
-
-
-def _change(row: Row, new: dict[str, Row]) -> str:
-    return f"{_times(math.log(new[row.name].median / row.median))} the time"
 
 
 def _times(log_ratio: float) -> str:
