@@ -1,7 +1,7 @@
 """The same iteration as published research code does it: what egspo is measured against.
 
 The mathematics, the noise and the order of steps are egspo's, and so are tokens, selected steps,
-loss and gradient (``tests/test_benchmarks_iteration.py``). What differs is how:
+loss and gradient (``tests/benchmarks/test_iteration.py``). What differs is how:
 
 * every forward pass has logits of the whole canvas, prompt included;
 * the rollout keeps every canvas, and the probabilities of the revealed tokens over the whole
@@ -11,7 +11,7 @@ loss and gradient (``tests/test_benchmarks_iteration.py``). What differs is how:
 
 Nothing slows it down beyond that: sequences are denoised in the same batches, attention is the same
 fused one, a state's replay gives its old log-probability and its one-step completion in one pass,
-nothing is read back from the device inside a step, and noise is drawn only where a token may be
+nothing is read back from the device between steps or states, and noise is drawn only where a token may be
 revealed (published code draws float64 noise over the canvas). On a GPU that noise comes from plain
 tensor operations, where egspo's sampling kernel draws its own.
 
@@ -239,7 +239,8 @@ class Baseline:
         self, denoised: Denoised, selected: Tensor, replayed: Replayed, advantage: Tensor
     ) -> float:
         """One optimizer step; returns the loss, the mean over all states."""
-        algorithm, total = self.config.algorithm, 0.0
+        algorithm = self.config.algorithm
+        total = torch.zeros((), device=selected.device)
         low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
         for row, steps in enumerate(selected.tolist()):
             for rank, step in enumerate(steps):
@@ -253,13 +254,13 @@ class Baseline:
                     loss = loss + algorithm.beta * (difference.exp() - difference - 1)
                 loss = loss / denoised.revealed[step].shape[1] / selected.numel()
                 loss.backward()
-                total += float(loss.detach())
+                total += loss.detach()
         self.before_step()
         trained = [p for p in self.denoiser.model.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return float(total)
 
     def _logits(self, canvas: Tensor) -> Tensor:
         """float32 [B, S, V] of the whole canvas, [MASK] left out."""
