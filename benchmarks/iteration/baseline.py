@@ -11,9 +11,9 @@ loss and gradient (``tests/benchmarks/test_iteration.py``). What differs is how:
 
 Nothing slows it down beyond that: sequences are denoised in the same batches, attention is the same
 fused one, a state's replay gives its old log-probability and its one-step completion in one pass,
-nothing is read back from the device between steps or states, and noise is drawn only where a token may be
-revealed (published code draws float64 noise over the canvas). On a GPU that noise comes from plain
-tensor operations, where egspo's sampling kernel draws its own.
+nothing is read back from the device between steps or states, and noise is drawn only where a token
+may be revealed (published code draws float64 noise over the canvas). On a GPU that noise comes from
+plain tensor operations, where egspo's sampling kernel draws its own.
 
 Not in it, as published code has it otherwise or not at all: padding, early exit, block caches,
 guidance, several inner epochs, exact KL.
