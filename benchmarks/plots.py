@@ -105,7 +105,7 @@ def _roofline(file: ResultFile, path: Path) -> None:
     ridge = rate / bandwidth
     intensities = [0.1, ridge, 20 * ridge]
     axes.plot(intensities, [min(rate, bandwidth * each) for each in intensities], "k-")
-    axes.annotate(f"copy {bandwidth / 1e12:.2f} TB/s", (0.3, bandwidth * 0.35), fontsize=8)
+    axes.annotate(f"copy {bandwidth / 1e12:.2f} TB/s", (0.5, bandwidth * 0.3), fontsize=8)
     axes.annotate(f"bfloat16 GEMM {rate / 1e12:.0f} TFLOP/s", (ridge, rate * 1.08), fontsize=8)
     # Selection compares and moves: it has no floating-point rate.
     ours = [row for row in file.rows if row.ours and row.info["flops"]]

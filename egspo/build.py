@@ -18,6 +18,7 @@ from egspo.evaluation import PromptSet
 from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.loading import special_token_ids
+from egspo.quantization import keep_differentiable, nf4_config
 from egspo.tasks import Example, Task, build_task, load_task_file
 from egspo.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
 
@@ -153,12 +154,21 @@ def fresh_fields(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dic
 
 def base_model(config: ModelConfig, source: str, device: torch.device) -> PreTrainedModel:
     """The checkpoint at ``source`` in the precision of the recipe, on ``device``."""
+    dtype = weights_dtype(config, device)
+    attention = config.attn_implementation
+    if config.quantization == "none":
+        model = load_model(source, dtype=dtype, attn_implementation=attention)
+        return on_device(model, device)
+    # Quantised as it is read, so that the whole model never lies in memory.
     model = load_model(
         source,
-        dtype=weights_dtype(config, device),
-        attn_implementation=config.attn_implementation,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=nf4_config(dtype),
+        device_map={"": device},
     )
-    return on_device(model, device)
+    keep_differentiable(model)
+    return model
 
 
 def weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:

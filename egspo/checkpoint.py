@@ -21,15 +21,21 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, write: Callable[[Path], None], *, keep_last: int
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep_last: int,
+    keep: int | None = None,
 ) -> Path:
-    """Write ``folder/step-<step>`` and delete all but the newest ``keep_last``.
+    """Write ``folder/step-<step>`` and delete all but the newest ``keep_last`` and ``keep``.
 
     Args:
         folder: parent of the checkpoints.
         step: training step the state belongs to.
         write: called with an empty folder, puts the files there.
         keep_last: checkpoints to keep, this one included.
+        keep: step of one that is kept besides, and does not count.
 
     A kill at any moment leaves either the old checkpoints or the old and the new one: the files
     are written elsewhere, synced, and renamed. An intact checkpoint of the step is left as it is.
@@ -37,7 +43,8 @@ def save_checkpoint(
     target = folder / f"{_PREFIX}{step:06d}"
     if not _intact(target):
         publish(target, write)
-    for old in list_checkpoints(folder)[:-keep_last]:
+    others = [path for path in list_checkpoints(folder) if _step(path) != keep]
+    for old in others[:-keep_last]:
         _delete(old)
     return target
 

@@ -140,6 +140,8 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
     tokens belongs to the last of them. (A token decoded alone would lose the space that
     sentencepiece puts before it.)
     """
+    if not ids:  # which some versions of transformers decode as one empty text
+        return []
     ends = range(1, len(ids) + 1)
     texts: list[str] = tokenizer.batch_decode(
         [list(ids[:end]) for end in ends], clean_up_tokenization_spaces=False

@@ -52,6 +52,9 @@ class ModelConfig:
     """Folder or hub name; None takes ``path``'s, or the character tokenizer for a new model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights in memory; ``auto`` is bfloat16 for a frozen base on a GPU, else float32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """``nf4``: the frozen base under an adapter in 4 bits (QLoRA), by bitsandbytes. The head stays
+    in ``dtype``."""
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
@@ -66,6 +69,11 @@ class ModelConfig:
         _require(
             self.adapter is None or self.lora is None,
             "model.adapter continues an existing adapter: it excludes model.lora",
+        )
+        _require(
+            self.quantization == "none" or self.lora is not None or self.adapter is not None,
+            f"model.quantization: {self.quantization} freezes the weights: it needs model.lora or "
+            "model.adapter",
         )
 
 
@@ -236,6 +244,9 @@ class AlgorithmConfig:
 class OptimizerConfig:
     """AdamW; the defaults are the published settings."""
 
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """All but the first by bitsandbytes: moments in 8 bits, or paged to host memory (GPU only)."""
+
     learning_rate: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.1
@@ -289,8 +300,14 @@ class EvalConfig:
     examples: int | None = None
     """Held-out prompts; None for all of them."""
     temperature: float = 0.0
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better held-out reward; None never does."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.patience is None or self.patience > 0,
+            f"eval.patience must be > 0, or null to train to the end, got {self.patience}",
+        )
         _require(self.every >= 0, f"eval.every must be >= 0, got {self.every}")
         _require(
             self.examples is None or self.examples > 0,
@@ -304,6 +321,8 @@ class CheckpointConfig:
     every: int = 50
     """RL steps between checkpoints; 0 saves at the end only."""
     keep_last: int = 2
+    keep_best: bool = True
+    """Also save the step of the best held-out reward so far, and keep it."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every must be >= 0, got {self.every}")
@@ -349,6 +368,13 @@ class TrainConfig:
             self.algorithm.entropy_over != "masked" or cache != "dual",
             "algorithm.entropy_over: masked needs the hidden states of later blocks, which the "
             "steps of generation.cache: dual do not compute",
+        )
+        _require(
+            self.model.quantization == "none"
+            or self.model.path is not None
+            or self.sft is not None,
+            f"model.quantization: {self.model.quantization} needs trained weights: model.path, or "
+            "an sft section",
         )
         _require(
             not self.algorithm.detach_cache or cache != "none",

@@ -16,6 +16,7 @@ _FREE = (
     "eval",
     "checkpoint",
     "trackers",
+    "generation.cuda_graphs",
     "task.file",  # its content is compared instead
     "task.reward_timeout",
 )
@@ -31,6 +32,11 @@ _FREE_SFT = (
     "generation.temperature",
     "generation.policy",
     "generation.batch_size",
+    "generation.cache",
+    "generation.guidance",
+    "generation.threshold",
+    "generation.max_tokens_per_step",
+    "generation.early_exit",
     "task.reward_weights",
     "task.on_reward_error",
     "task.intermediate_rewards",

@@ -16,7 +16,7 @@ import egspo
 
 PACKAGES = (
     *("torch", "triton", "transformers", "accelerate", "peft", "datasets"),
-    *("flash-attn", "math-verify"),  # optional
+    *("flash-attn", "lm-eval", "math-verify"),  # optional
 )
 
 

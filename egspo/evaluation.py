@@ -76,6 +76,25 @@ def evaluate(
         sequence_ids=torch.tensor(index, device=denoiser.device),
     )
     texts = decode_completions(tokenizer, trajectory.tokens.tolist(), denoiser.eos_id)
+    return score(task, prompts, index, texts, on_error=on_error)[0]
+
+
+def score(
+    task: Task,
+    prompts: PromptSet,
+    index: Sequence[int],
+    texts: Sequence[str],
+    *,
+    on_error: Literal["raise", "skip"],
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Score N completions of the prompts at ``index``, which may repeat.
+
+    Returns:
+        What :func:`evaluate` does, and what went wrong where failures are skipped.
+
+    Raises:
+        RewardError: as :func:`evaluate`.
+    """
     messages = [prompts.examples[i].prompt for i in index]
     columns = prompts.columns(index)
     scored = score_completions(task.rewards, messages, texts, columns, on_error=on_error)
@@ -84,10 +103,11 @@ def evaluate(
     if task.solved is not None:
         solved = Reward("solved", task.solved)
         named["solved"] = score_completions([solved], messages, texts, columns).total
-    return [
+    records = [
         {name: float(values[i]) for name, values in named.items() if not values[i].isnan()}
         for i in range(len(index))
     ]
+    return records, scored.errors
 
 
 def average(records: Sequence[dict[str, float]]) -> dict[str, float]:

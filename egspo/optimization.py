@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,14 +12,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from egspo.config import OptimizerConfig
+from egspo.quantization import optimizer_class
 
 
 class NonFiniteError(FloatingPointError):
     """A loss or gradient is NaN or infinite; the weights were not touched by it."""
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not.
+
+    Raises:
+        ValueError: nothing is trainable, or ``optimizer.name`` is not possible here.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameters")
@@ -26,12 +32,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    make: Any = optimizer_class(config, trainable[0].device)
+    optimizer: torch.optim.Optimizer = make(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
     )
+    return optimizer
 
 
 def build_scheduler(

@@ -61,7 +61,7 @@ class TrainingState:
     write_model: Callable[[Path], object]
     """Puts what :func:`save_weights` does, and what goes with it, into a folder."""
 
-    def save(self, folder: Path, step: int, *, keep_last: int) -> Path:
+    def save(self, folder: Path, step: int, *, keep_last: int, keep: int | None = None) -> Path:
         """Checkpoint after ``step`` under ``folder``.
 
         Raises:
@@ -82,7 +82,7 @@ class TrainingState:
             )
             (path / STATE).write_text(json.dumps({"command": self.command, "step": step}))
 
-        return save_checkpoint(folder, step, write, keep_last=keep_last)
+        return save_checkpoint(folder, step, write, keep_last=keep_last, keep=keep)
 
     def load(self, path: Path, option: str, total_steps: int) -> int:
         """Restore in place; returns the step.

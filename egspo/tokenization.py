@@ -113,6 +113,8 @@ def decode_completions(
     """Texts of completions up to their first EOS or end of turn, special tokens left out."""
     ends = {eos_id, end_of_turn(tokenizer)}
     kept = [list(takewhile(lambda token: token not in ends, ids)) for ids in completions]
+    if not kept:  # which some versions of transformers decode as one empty text
+        return []
     texts: list[str] = tokenizer.batch_decode(
         kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )

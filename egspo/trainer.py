@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from egspo.best import BestSoFar
 from egspo.build import (
     base_model,
     build_data,
@@ -34,10 +35,11 @@ from egspo.continuation import check_continuation, flat
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.iteration import Iteration, Metrics
-from egspo.metrics import MetricsWriter
+from egspo.metrics import MetricsWriter, read_metrics
 from egspo.optimization import NonFiniteError, advance, build_optimizer, build_scheduler
 from egspo.plotting import plot_run
 from egspo.progress import RunProgress
+from egspo.quantization import check_quantization
 from egspo.recipe import config_to_dict, save_config
 from egspo.reduction import merge
 from egspo.samples import write_group
@@ -87,6 +89,7 @@ class Trainer:
             project_dir=config.output_dir,
         )
         self._check_processes()
+        check_quantization(config, self.accelerator.device)
         if config.generation.cuda_graphs and self.accelerator.device.type != "cuda":
             raise ValueError(
                 "generation.cuda_graphs needs a GPU, this process trains on "
@@ -105,7 +108,8 @@ class Trainer:
         self.denoiser = build_denoiser(config, base, self.data.tokenizer)
         model = self.denoiser.model
         # Enough for the checkpoints, one being written, and the final model.
-        check_writable(self.output, trained_bytes(model, config.checkpoint.keep_last + 2))
+        copies = config.checkpoint.keep_last + config.checkpoint.keep_best + 2
+        check_writable(self.output, trained_bytes(model, copies))
         optimizer = build_optimizer(model, config.optimizer)
         scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
         self.state = TrainingState("train", model, optimizer, scheduler, self._write_model)
@@ -116,6 +120,10 @@ class Trainer:
         self.completed = 0
         if checkpoint is not None:
             self.completed = self.state.load(checkpoint, "steps", config.steps)
+        self.best = BestSoFar()
+        if self.resumed is not None and (self.resumed / "metrics.jsonl").exists():
+            made = read_metrics(self.resumed)
+            self.best = BestSoFar.of(r for r in made if r["step"] <= self.completed)
         self._between_steps = True
 
     def run(self) -> Path:
@@ -144,10 +152,13 @@ class Trainer:
                 if not self.resumed:
                     self._log({"step": 0, **self._evaluate()}, writer, progress)
                 for step in range(self.completed + 1, config.steps + 1):
-                    self._log(self._step(step), writer, progress)
+                    if self._is_hopeless():
+                        break
+                    improved = self._log(self._step(step), writer, progress)
                     self.completed, self._between_steps = step, True
                     self.iteration.updated = False
-                    if config.checkpoint.every and step % config.checkpoint.every == 0:
+                    due = config.checkpoint.every and step % config.checkpoint.every == 0
+                    if due or (improved and config.checkpoint.keep_best):
                         self._save()
         except BaseException:
             # Halfway through an update the weights belong to no step; otherwise they are intact.
@@ -197,7 +208,20 @@ class Trainer:
         metrics = {f"eval/{name}": value for name, value in means.items()}
         return {**metrics, "time/eval": time.perf_counter() - start}
 
-    def _log(self, record: Metrics, writer: MetricsWriter, progress: RunProgress) -> None:
+    def _is_hopeless(self) -> bool:
+        """Whether ``eval.patience`` is at its end."""
+        patience = self.config.eval.patience
+        if patience is None or self.best.stale < patience:
+            return False
+        logger.info(
+            "stopping after step %d: no better held-out reward than %.4f of step %s in %d "
+            "evaluations (eval.patience)",
+            *(self.completed, self.best.reward, self.best.step, self.best.stale),
+        )
+        return True
+
+    def _log(self, record: Metrics, writer: MetricsWriter, progress: RunProgress) -> bool:
+        """Record a step; whether its held-out reward is the best so far."""
         writer.write(record)
         scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         self.accelerator.log(scalars, step=record["step"])
@@ -209,6 +233,7 @@ class Trainer:
             "speed/tokens_per_second",
         )
         progress.update(record["step"], {k: record[k] for k in shown if k in record})
+        return self.best.update(record)
 
     @property
     def _checkpoints(self) -> Path:
@@ -217,8 +242,11 @@ class Trainer:
     def _save(self) -> None:
         """From the main process, without waiting: where one process fails, others may not come."""
         if self.accelerator.is_main_process:
-            keep = self.config.checkpoint.keep_last
-            self.state.save(self._checkpoints, self.completed, keep_last=keep)
+            options = self.config.checkpoint
+            keep = self.best.step if options.keep_best else None
+            self.state.save(
+                self._checkpoints, self.completed, keep_last=options.keep_last, keep=keep
+            )
 
     def _finish(self) -> Path:
         final = self.output / "final"

@@ -173,6 +173,37 @@ def train_parallel(output: Path) -> None:
 
 def train_as_rank(output: Path, rank: int, world_size: int, port: int) -> None:
     """In a process of its own, with the environment that torchrun gives it."""
+    _become_rank(rank, world_size, port)
+    train_parallel(output)
+
+
+def evaluate_as_rank(arguments: list[str], rank: int, world_size: int, port: int) -> None:
+    """``egspo`` with ``arguments``, as one of several processes."""
+    from egspo.cli import main
+
+    _become_rank(rank, world_size, port)
+    raise SystemExit(main(arguments))
+
+
+def evaluate_and_die(arguments: list[str], call: int) -> None:
+    """``egspo eval`` that is killed when it is to write its ``call``-th samples."""
+    from egspo.cli import main
+    from egspo.evaluations.records import SampleFile
+
+    append, count = SampleFile.append, 0
+
+    def counting(self: SampleFile, process: int, records: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, process, records)
+
+    SampleFile.append = counting  # type: ignore[method-assign]
+    main(arguments)
+
+
+def _become_rank(rank: int, world_size: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -181,7 +212,6 @@ def train_as_rank(output: Path, rank: int, world_size: int, port: int) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    train_parallel(output)
 
 
 def forkserver() -> ForkServerContext:

@@ -124,7 +124,9 @@ def test_a_resumed_run_keeps_the_same(
     monkeypatch.setattr(runs, "rewards", [Reward("value", runs.varied)])
     output = tmp_path / "run"
     changes = {"steps": 5, "eval": {"every": 2}}
-    undo = runs.strike("egspo.iteration.rollout", 5, lambda: (_ for _ in ()).throw(OSError("no")))
+    undo = runs.strike(
+        "egspo.iteration.rollout_blocks", 5, lambda: (_ for _ in ()).throw(OSError("no"))
+    )
     # A second call in each evaluation's module is not counted: it has its own name.
     with pytest.raises(OSError, match="no"):
         train(runs.config(output, runs.LETTERS, changes))

@@ -25,7 +25,7 @@ HUB = {
     "dream_7b": "Dream-org/Dream-v0-Instruct-7B",
 }
 PARAMETERS = {"llada_8b": 8_015_581_184, "dream_7b": 7_615_616_512}
-TASKS = ("code", "countdown", "gsm8k", "math", "sudoku")
+TASKS = ("code", "countdown", "gsm8k", "math500", "sudoku")
 
 # arXiv 2603.12554 and its code, for LLaDA-8B-Instruct.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -155,7 +155,7 @@ DATA: dict[str, Callable[[Path], list[str]]] = {
     "code": code,
     "countdown": countdown,
     "gsm8k": gsm8k,
-    "math": math,
+    "math500": math,
     "sudoku": sudoku,
 }
 

@@ -29,7 +29,7 @@ STATEFUL: dict[str, Any] = {
         "beta": 0.04,
     },
     "optimizer": {"schedule": "cosine", "warmup_steps": 2},
-    "checkpoint": {"every": 2, "keep_last": 1},
+    "checkpoint": {"every": 2, "keep_last": 1, "keep_best": False},
 }
 LORA: dict[str, Any] = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 SFT: dict[str, Any] = {
@@ -118,7 +118,10 @@ def test_killed_again_and_again(
     with interrupting("egspo.iteration.rollout_blocks", 2), pytest.raises(KeyboardInterrupt):
         train(config, resume=tmp_path)
     assert find_checkpoint(tmp_path).name == "step-000003"
-    with interrupting("egspo.training_rewards.decode_completions", 1), pytest.raises(KeyboardInterrupt):
+    with (
+        interrupting("egspo.training_rewards.decode_completions", 1),
+        pytest.raises(KeyboardInterrupt),
+    ):
         train(config, resume=tmp_path)
     train(config, resume=tmp_path)
     assert outcome(tmp_path) == outcome(uninterrupted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from egspo import __version__
-from egspo.cli import data, generate, inspect, tools, training
+from egspo.cli import data, evaluate, generate, inspect, tools, training
 
 _DESCRIPTION = """\
 Reinforcement learning for masked diffusion language models by entropy-guided
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     _take_overrides(parser, args, rest)
+    # Peft imports bitsandbytes where it is installed, which then advertises a kernel for CPUs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     debug = getattr(args, "debug", False) or os.environ.get("EGSPO_DEBUG", "0") not in ("", "0")
     try:
         run: Callable[[argparse.Namespace], None] = args.run
@@ -78,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, overrides=[])
         return command
 
-    for module in (training, generate, inspect, data, tools):
+    for module in (training, evaluate, generate, inspect, data, tools):
         module.add_commands(add)
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from egspo.config import GenerationConfig
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -32,14 +33,22 @@ _HELP = {
 }
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of GenerationConfig; those not given leave no attribute."""
+def add_generation_arguments(
+    parser: argparse.ArgumentParser, *, without: Sequence[str] = ()
+) -> None:
+    """An option for every field of GenerationConfig; those not given leave no attribute.
+
+    Args:
+        without: fields that the command decides otherwise.
+    """
     group = parser.add_argument_group(
         "decoding",
         "options left out are those the model was trained with (egspo_generation.json\n"
         "beside its weights), or else a recipe's defaults",
     )
     for name, kind in get_type_hints(GenerationConfig).items():
+        if name in without:
+            continue
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _HELP[name]}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -86,8 +95,12 @@ class NamedModel:
         """Where training left its files: the adapter's folder, or the model's."""
         return self.path if self.adapter is None else self.adapter
 
-    def load(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        """The model, in evaluation mode, on the GPU where there is one; and its tokenizer."""
+    def load(self, device: torch.device | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+        """The model in evaluation mode, and its tokenizer.
+
+        Args:
+            device: None for the GPU where there is one.
+        """
         import torch
 
         from egspo.models import load_adapter, load_model, load_tokenizer
@@ -97,7 +110,9 @@ class NamedModel:
         tokenizer = load_tokenizer(self.trained if has_tokenizer else self.path, model.config)
         if self.adapter is not None:
             model = load_adapter(model, self.adapter)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+        if device is None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to(device).eval(), tokenizer
 
 
 def named_model(args: argparse.Namespace) -> NamedModel:
@@ -106,10 +121,11 @@ def named_model(args: argparse.Namespace) -> NamedModel:
     return NamedModel(weights_folder(args.model, "model"), adapter)
 
 
-def weights_folder(where: str, kind: str) -> str:
+def weights_folder(where: str, kind: str, *, option: str = "--model ") -> str:
     """The folder of a ``model`` or ``adapter``: ``where``, or inside the run or checkpoint there.
 
-    Anything else is returned as it is: a name on the hub.
+    Anything else is returned as it is: a name on the hub. ``option`` is what stands before a model
+    on the command line.
     """
     other = "adapter" if kind == "model" else "model"
     for name in (kind, other):
@@ -118,9 +134,9 @@ def weights_folder(where: str, kind: str) -> str:
             if not (candidate / file).is_file():
                 continue
             if name == other:
-                hint = f"--model BASE --adapter {where}" if kind == "model" else f"--model {where}"
+                own = f"{option}{where}" if kind == "adapter" else f"{option}BASE --adapter {where}"
                 raise ValueError(
-                    f"{where} has no {kind} but the {other} {candidate}: did you mean {hint}?"
+                    f"{where} has no {kind} but the {other} {candidate}: did you mean {own}?"
                 )
             return str(candidate)
     return where

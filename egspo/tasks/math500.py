@@ -46,8 +46,8 @@ def boxed_format(completions: Sequence[str], **_: Any) -> list[float]:
     return scores
 
 
-@register_task("math")
-def build_math(
+@register_task("math500")
+def build_math500(
     *,
     train: str = "ankner/math-500:train",
     test: str | None = "ankner/math-500:test",
@@ -83,7 +83,7 @@ def build_math(
         seed=seed,
     )
     return Task(
-        name="math",
+        name="math500",
         train=[_example(row, instruction) for row in splits.train],
         validation=[_example(row, instruction) for row in splits.validation],
         test=[_example(row, instruction) for row in splits.test],

@@ -70,18 +70,23 @@ def build_sudoku(
     test_examples: int = 256,
     empty_cells: int | list[int] | None = None,
     test_grids: int = 48,
+    validation_examples: int = 256,
+    validation_grids: int = 0,
     seed: int = 0,
     path: str | None = None,
     prompt_style: Literal["digits", "instruct"] = "instruct",
     careless: float = 0.0,
 ) -> Task:
-    """4x4 Sudoku, training and test split by solution grid.
+    """4x4 Sudoku, split by solution grid.
 
     Args:
-        train_examples, test_examples: puzzles to make; with ``path``, at most so many are taken.
+        train_examples, test_examples, validation_examples: puzzles to make; with ``path``, at most
+            so many are taken.
         empty_cells: how many cells are empty, or [fewest, most]. None makes puzzles of 8; with
             ``path``, it takes them all.
         test_grids: of the 288 solved grids, how many only the test puzzles use.
+        validation_grids: of the others, how many only the validation puzzles use. With 0 there
+            are none, and training is evaluated on the test puzzles.
         seed: of the split and the puzzles, independent of the training seed.
         path: a CSV file with the columns ``Puzzle,Solution`` instead of made puzzles.
         prompt_style: ``digits``: the 16 digits of the puzzle in, the 16 of the solution out;
@@ -101,18 +106,35 @@ def build_sudoku(
         ("train_examples", train_examples),
         ("test_examples", test_examples),
         ("test_grids", test_grids),
+        ("validation_examples", validation_examples),
     ):
         if not _is_int(count) or count < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
     train_grids, held_out = split_grids(test_grids, seed)
+    if not _is_int(validation_grids) or not 0 <= validation_grids < len(train_grids):
+        raise ValueError(
+            f"validation_grids must be a whole number in [0, {len(train_grids) - 1}], of the grids "
+            f"that test_grids leaves, got {validation_grids!r}"
+        )
+    chosen, train_grids = train_grids[:validation_grids], train_grids[validation_grids:]
+    validation: list[Puzzle] = []
     if path is None:
         bounds = _bounds(8 if empty_cells is None else empty_cells)
         train = make_puzzles(train_grids, train_examples, bounds, seed, "train")
         test = make_puzzles(held_out, test_examples, bounds, seed, "test")
+        if chosen:
+            validation = make_puzzles(chosen, validation_examples, bounds, seed, "validation")
     else:
         bounds = _bounds([1, MAX_EMPTY] if empty_cells is None else empty_cells)
         puzzles = [p for p in read_csv(path) if bounds[0] <= len(p.empty) <= bounds[1]]
         train, test = _split(puzzles, set(held_out), path)
+        validation = [p for p in train if p.solution in set(chosen)][:validation_examples]
+        train = [p for p in train if p.solution not in set(chosen)]
+        if not train or bool(chosen) != bool(validation):
+            raise ValueError(
+                f"path: with validation_grids={validation_grids}, {path} has {len(validation)} "
+                f"puzzles for validation and {len(train)} for training: both need at least one"
+            )
         train, test = train[:train_examples], test[:test_examples]
     return Task(
         name="sudoku",
@@ -120,6 +142,7 @@ def build_sudoku(
             _example(puzzle, prompt_style, careless=_draw(seed, i) < careless)
             for i, puzzle in enumerate(train)
         ],
+        validation=[_example(p, prompt_style) for p in validation],
         test=[_example(p, prompt_style) for p in test],
         rewards=[Reward("cell_accuracy", cell_accuracy)],
         solved=solved,

@@ -122,7 +122,7 @@ def test_a_worker_that_cannot_start(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_math_verify_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs math-verify.*pip install 'egspo\[math\]'"):
-        build_task("math")
+        build_task("math500")
 
 
 # --- the task
@@ -143,7 +143,7 @@ def build(folder: Path, rows: list[dict[str, Any]]) -> Task:
         lines = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(lines)
     files = {name: str(folder / f"{name}.jsonl") for name in ("train", "test")}
-    return build_task("math", **files, validation_examples=2)
+    return build_task("math500", **files, validation_examples=2)
 
 
 def test_examples(tmp_path: Path) -> None:

@@ -369,6 +369,35 @@ def test_csv_splits_share_no_solution(tmp_path: Path) -> None:
     assert answers(task.test) <= set(split_grids(48, 0)[1])
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_validation_puzzles_have_grids_of_their_own(from_file: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train_examples": 300, "test_grids": 40, "validation_grids": 30}
+    plain = build_task("sudoku", train_examples=300, test_grids=40)
+    if from_file:
+        options["path"] = tmp_path / "puzzles.csv"
+        grids = all_grids()
+        puzzles = make_puzzles(grids, 600, (6, 8), 3, "file")
+        write_csv(options["path"], puzzles)
+    task = build_task("sudoku", **options, validation_examples=50)
+    solutions = [
+        {example.columns["solution"] for example in split}
+        for split in (task.train, task.validation, task.test)
+    ]
+    assert all(solutions) and not any(a & b for a, b in itertools.combinations(solutions, 2))
+    assert len(task.validation) == 50 and not plain.validation
+    if not from_file:
+        assert task.test == plain.test
+
+
+def test_a_file_without_validation_puzzles_is_refused(tmp_path: Path) -> None:
+    """Not evaluated on the test puzzles instead."""
+    held_out = set(split_grids(40, 0)[1])
+    rest = split_grids(40, 0)[0][30:]
+    write_csv(tmp_path / "a.csv", make_puzzles([*rest, *held_out], 400, (6, 8), 3, "file"))
+    with pytest.raises(ValueError, match=r"validation_grids=30, .* 0 puzzles for validation"):
+        build_task("sudoku", path=str(tmp_path / "a.csv"), test_grids=40, validation_grids=30)
+
+
 def test_csv_options_are_used(tmp_path: Path) -> None:
     write_csv(tmp_path / "p.csv", make_puzzles(GRIDS, 300, (1, 10), 3, "file"))
     task = sudoku(path=str(tmp_path / "p.csv"), train_examples=7, test_examples=3)
@@ -404,6 +433,9 @@ def test_csv_in_one_split_is_a_clear_error(tmp_path: Path) -> None:
         {"train_examples": "10"},
         {"test_grids": 0},
         {"test_grids": 288},
+        {"validation_grids": 240},
+        {"validation_grids": -1},
+        {"validation_examples": 0},
         {"test_grids": 4.0},
         {"empty_cells": 0},
         {"empty_cells": 13},

@@ -1,0 +1,83 @@
+"""Samples of an evaluation on disk: a JSON line each, safe against a kill at any moment.
+
+Every process appends to a part of its own; the main process joins the parts before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class SampleFile:
+    """The samples of a task at one length: ``NAME.jsonl``, and while it runs ``NAME.part-N.jsonl``.
+
+    A sample is known by its ``index``, the place of its prompt, and ``sample``, which of the
+    completions of that prompt it is.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / f"{name}.jsonl"
+        self._parts = f"{name}.part-*.jsonl"
+
+    def part(self, process: int) -> Path:
+        return self.path.with_name(self._parts.replace("*", str(process)))
+
+    def append(self, process: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add samples, on disk before this returns."""
+        with self.part(process).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def join(self) -> None:
+        """Bring all parts into one file, in the order of the prompts; torn last lines are dropped.
+
+        Raises:
+            ValueError: another line than the last is no sample.
+        """
+        parts = sorted(self.path.parent.glob(self._parts))
+        if not parts:
+            return
+        known = {
+            (record["index"], record["sample"]): record
+            for file in (self.path, *parts)
+            for record in _read(file)
+        }
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as stream:
+            for key in sorted(known):
+                stream.write(json.dumps(known[key], allow_nan=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.path)
+        for part in parts:
+            part.unlink()
+
+    def read(self) -> list[Record]:
+        """The samples that :meth:`join` has brought together."""
+        return _read(self.path)
+
+
+def _read(file: Path) -> list[Record]:
+    """Every sample of the file; none if there is no file."""
+    if not file.exists():
+        return []
+    lines = file.read_text("utf-8", errors="replace").split("\n")
+    # What follows the last line break, if anything, was cut short.
+    return [_parse(line, number, file) for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _parse(line: str, number: int, file: Path) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or not {"index", "sample", "score"} <= record.keys():
+        raise ValueError(f"{file}, line {number} is no sample of an evaluation: {line[:80]!r}")
+    return record
