@@ -17,12 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import iteration, plots, scaling
-from benchmarks.result_files import RESULTS, ResultFile, Row, read
+from benchmarks.result_files import RESULTS, ResultFile, Row, read, suites
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 PATTERN = "kernels*.json"
 PHASED = {"iteration": iteration.section, "scaling": scaling.section}
-"""Suites of whole iterations, which share the files ``iteration*.json``: tables of their rows."""
+"""Suites of whole iterations, in any file that has them: tables of their rows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         text = args.document.read_text("utf-8")
         made = replace_section(text, "kernels", body(files))
         for suite, tables in PHASED.items():
-            phased = [read(path, suite) for path in sorted(args.results.glob("iteration*.json"))]
+            paths = [p for p in sorted(args.results.glob("*.json")) if suite in suites(p)]
+            phased = [read(path, suite) for path in paths]
             parts = [f"### {f.device}\n\n{_provenance(f)}\n\n{tables(f.rows)}" for f in phased]
             if parts:
                 made = replace_section(made, suite, "\n\n".join(parts))

@@ -80,6 +80,16 @@ def read(path: Path, suite: str = "kernels") -> ResultFile:
     return result
 
 
+def suites(path: Path) -> set[str | None]:
+    """The suites of which a file has results; none for JSON of another kind.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    content = json.loads(path.read_text("utf-8"))
+    return {_suite(each) for each in content.get("benchmarks", [])}
+
+
 def _suite(benchmark: dict[str, Any]) -> str | None:
     return benchmark["extra_info"].get("suite")
 
