@@ -31,7 +31,7 @@ class PhaseCost:
     flops: int = 0
     peak_bytes: int = 0
     """Most bytes of tensors alive in the phase, without those from before the meter began: the
-    model's weights, the optimizer's state."""
+    model's weights. A new optimizer's state counts."""
 
 
 @dataclass

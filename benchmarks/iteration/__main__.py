@@ -5,7 +5,7 @@
     python -m benchmarks.iteration --flops-only llada-8b        # counted, nothing is timed
 
 Seconds are those of the fastest of --repeats iterations, FLOPs are counted by torch while it runs,
-memory is the most that tensors took beyond weights and optimizer state.
+memory is the most that tensors took beyond the weights, optimizer state included.
 """
 
 from __future__ import annotations

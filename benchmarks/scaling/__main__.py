@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --size llada-8b       # on a GPU
 
 1 is linear, 0 is flat. FLOPs are counted from the passes made, memory is the most that tensors took
-beyond weights and optimizer state, seconds are those of the fastest of --repeats iterations.
+beyond the weights, seconds are those of the fastest of --repeats iterations.
 """
 
 from __future__ import annotations
