@@ -3,8 +3,9 @@
     python -m benchmarks.report            # write them
     python -m benchmarks.report --check    # exit with 1 if the tables are not those of the files
 
-What lies between ``<!-- kernels:begin -->`` and ``<!-- kernels:end -->`` is replaced; the rest of
-the document is written by hand.
+What lies between ``<!-- kernels:begin -->`` and ``<!-- kernels:end -->`` is replaced, and likewise
+for iteration and scaling; the rest of the document is written by hand, or by
+``python -m benchmarks.counted``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import plots
-from benchmarks.result_files import RESULTS, ResultFile, Row, read
+from benchmarks import iteration, plots, scaling
+from benchmarks.result_files import RESULTS, ResultFile, Row, read, suites
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 PATTERN = "kernels*.json"
+PHASED = {"iteration": iteration.section, "scaling": scaling.section}
+"""Suites of whole iterations, in any file that has them: tables of their rows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         files = [read(path) for path in sorted(args.results.glob(PATTERN))]
         text = args.document.read_text("utf-8")
         made = replace_section(text, "kernels", body(files))
+        for suite, tables in PHASED.items():
+            paths = [p for p in sorted(args.results.glob("*.json")) if suite in suites(p)]
+            phased = [read(path, suite) for path in paths]
+            parts = [f"### {f.device}\n\n{_provenance(f)}\n\n{tables(f.rows)}" for f in phased]
+            if parts:
+                made = replace_section(made, suite, "\n\n".join(parts))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,19 +99,28 @@ def section(file: ResultFile) -> str:
 
 
 def _provenance(file: ResultFile) -> str:
-    machine, rates = file.machine, file.ceilings["flops_per_second"]
+    machine = file.machine
     versions = ", ".join(f"{n} {v}" for n, v in machine["versions"].items() if v is not None)
     where = f"{machine['cpu']}, {machine['cores']} cores, torch threads: {machine['threads']}"
     lines = [
         f"{where}; Python {machine['python']}; {versions}; commit `{machine['commit']}`.",
-        f"Measured in the same run: copy bandwidth {file.ceilings['bytes_per_second'] / 1e9:.1f} "
-        "GB/s (read and written), matrix product "
-        + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
-        + ".",
+        *_ceilings(file),
         _load(file),
         f"\n```bash\n{machine['command']}\n```",
     ]
     return "\n".join(lines)
+
+
+def _ceilings(file: ResultFile) -> list[str]:
+    if file.ceilings is None:
+        return []
+    rates = file.ceilings["flops_per_second"]
+    return [
+        f"Measured in the same run: copy bandwidth {file.ceilings['bytes_per_second'] / 1e9:.1f} "
+        "GB/s (read and written), matrix product "
+        + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
+        + "."
+    ]
 
 
 def _load(file: ResultFile) -> str:

@@ -38,7 +38,8 @@ class ResultFile:
     path: Path
     machine: dict[str, Any]
     """Hardware, versions, commit and command: :func:`benchmarks.hardware.provenance`."""
-    ceilings: dict[str, Any]
+    ceilings: dict[str, Any] | None
+    """None where no kernel was measured."""
     load_average: list[float]
     not_run: dict[str, list[str]]
     rows: list[Row]
@@ -77,6 +78,16 @@ def read(path: Path, suite: str = "kernels") -> ResultFile:
     if not rows:
         raise ValueError(f"{path} has no result of the suite {suite!r}")
     return result
+
+
+def suites(path: Path) -> set[str | None]:
+    """The suites of which a file has results; none for JSON of another kind.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    content = json.loads(path.read_text("utf-8"))
+    return {_suite(each) for each in content.get("benchmarks", [])}
 
 
 def _suite(benchmark: dict[str, Any]) -> str | None:

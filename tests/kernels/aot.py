@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -38,6 +39,13 @@ class Compiled:
     """How many global loads, by width: ``"32"``, ``"v4.32"``, ..."""
     stores: dict[str, int]
     """How many global stores, likewise."""
+    read: int
+    """Bytes from global memory for each program, by the IR: the dearest way through its branches,
+    with every mask open; loops are counted once."""
+    written: int
+    """Bytes to global memory, likewise."""
+    loops: int
+    """In the IR."""
     conversions: int
     """Changes of layout through shared memory."""
     instructions: int
@@ -101,7 +109,7 @@ def inspect_kernel(name: str, kernel: Any) -> Compiled:
     numbers = {
         key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)
     }
-    ptx = kernel.asm["ptx"]
+    ptx, ir = kernel.asm["ptx"], kernel.asm["ttgir"]
     return Compiled(
         kernel=name,
         registers=numbers["REG"],
@@ -109,8 +117,11 @@ def inspect_kernel(name: str, kernel: Any) -> Compiled:
         shared=kernel.metadata.shared,
         loads=access_widths("ld", ptx),
         stores=access_widths("st", ptx),
+        read=bytes_moved("load", ir),
+        written=bytes_moved("store", ir),
+        loops=len(re.findall(r"\bscf\.(?:for|while)\b", ir)),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ (?!\s*NOP)", code.stdout, re.M)),
-        conversions=kernel.asm["ttgir"].count("ttg.convert_layout"),
+        conversions=ir.count("ttg.convert_layout"),
         arguments=str(kernel.src.signature) + str(kernel.src.attrs),
     )
 
@@ -123,6 +134,27 @@ def access_widths(instruction: str, ptx: str) -> dict[str, int]:
         width = f"{vector}.{bits}" if vector else bits
         widths[width] = widths.get(width, 0) + 1
     return widths
+
+
+def bytes_moved(operation: str, ir: str) -> int:
+    """By a program's ``tt.load`` or ``tt.store``; of two branches, the dearer one."""
+    # One list for each region that is open: its branches so far, the last one being read.
+    regions = [[0]]
+    for line in ir.splitlines():
+        line = line.rstrip()
+        if re.search(r"^\s*\} else \{", line):
+            regions[-1].append(0)
+        elif line.endswith("{"):
+            regions.append([0])
+        elif line.strip().startswith("}"):
+            branches = regions.pop()
+            regions[-1][-1] += max(branches)
+        elif f"tt.{operation} " in line:
+            count, element = re.findall(r": (?:tensor<([\dx]+)x)?!tt\.ptr<\w*?(\d+)>", line)[-1]
+            size = math.prod(int(n) for n in count.split("x")) if count else 1
+            regions[-1][-1] += size * int(element) // 8
+    assert len(regions) == 1, "unbalanced IR"
+    return regions[0][0]
 
 
 def compiled(script: str, capability: int, timeout: float = 300) -> dict[str, Compiled]:

@@ -5,29 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.kernels.aot import ARCHITECTURES, Compiled, compiled
+from tests.kernels.launches import STATISTICS as LAUNCHES
 
 pytest.importorskip("triton")
-
-LAUNCHES = """
-import torch
-from egspo_kernels.triton_kernels import rows, sampling
-
-LLADA = 126464
-
-def stats(n, vocab, dtype=torch.bfloat16, *, stride=None, skip=0, targets=False, picked=False,
-          temperature=1.0, banned=None):
-    logits = torch.empty(n, stride or vocab + skip, dtype=dtype)[:, skip : vocab + skip]
-    index = torch.zeros(n, dtype=torch.int64)
-    rows.token_stats(
-        logits, index if targets else None, index if picked else None, temperature, banned
-    )
-
-def sample(n, vocab, dtype=torch.bfloat16, *, temperature=1.0, seed=0, step=0, banned=None,
-           entropy_temperature=1.0):
-    ids = torch.zeros(n, dtype=torch.int64)
-    logits = torch.empty(n, vocab, dtype=dtype)
-    sampling.sample_tokens(logits, temperature, seed, step, ids, banned, entropy_temperature)
-"""
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -46,7 +26,8 @@ sample(2, LLADA, temperature=0.0)
     return compiled(LAUNCHES + script, request.param)
 
 
-# Registers for each of 256 threads (a processor has 65,536: four programs, or two), logits for each
+THREADS = 256  # of a program
+# Registers for each of them (a processor has 65,536: four programs, or two), logits for each
 # thread, and instructions for each logit, of which 2 run only in the block of a banned token. An
 # H200 has 12 to 15 for each bfloat16 logit at the speed of its memory: sampling is bound by them.
 LIMITS = {"block_statistics_kernel": (64, 32, 18.5), "block_sample_kernel": (102, 16, 105)}
@@ -68,6 +49,9 @@ def test_blocks_are_read_with_wide_loads_and_kept_in_registers(
         wide = 4 if "*fp32" in facts.arguments.split("partials")[0] else 8
         assert facts.loads.pop("v4.32") == logits // wide, facts
         assert set(facts.loads) <= {"64"}, facts
+        # Each logit once, and what a block leaves behind: 4 numbers, or 7.
+        assert 0 <= facts.read - THREADS * logits * (16 // wide) <= 16, facts
+        assert facts.written in (16, 28) and facts.loops == 0, facts
 
 
 def test_rows_are_combined_by_one_warp_without_spills(kernels: dict[str, Compiled]) -> None:

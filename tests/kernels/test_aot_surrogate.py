@@ -7,36 +7,9 @@ import re
 import pytest
 
 from tests.kernels.aot import ARCHITECTURES, Compiled, compiled
+from tests.kernels.launches import SURROGATE as LAUNCHES
 
 pytest.importorskip("triton")
-
-LAUNCHES = """
-import torch
-from egspo_kernels._objective import Objective, Steps
-from egspo_kernels.triton_kernels import row_gradient, surrogate
-
-LLADA = 126464
-
-def stepwise(n, steps, kl, dtype=torch.bfloat16, *, stride=None, beta=0.3,
-             aggregation="sum", temperature=0.9, banned=None, clips=(0.2, 0.3), skip=0):
-    logits, ref_logits = (
-        torch.empty(n, stride or LLADA, dtype=dtype)[:, :LLADA].requires_grad_() for _ in range(2)
-    )
-    index = torch.zeros(n + skip, dtype=torch.int64)[skip:]
-    values = torch.zeros(3, steps)
-    surrogate.stepwise_surrogate(
-        logits, index, Steps(index, *values, None), ref_logits.detach() if kl else None,
-        Objective(*clips, beta if kl else 0.0, kl, aggregation), temperature, banned, False,
-    ).loss.backward()
-
-def statistics_gradient(dtype, vocab=LLADA, stride=None):
-    values = torch.zeros(2)
-    row_gradient.row_gradient(
-        torch.empty(2, stride or vocab, dtype=dtype)[:, :vocab], (values, values),
-        row_gradient.Coefficients(values, values, values), 1.0, None,
-        targets=values.long(), entropy=values,
-    )
-"""
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -50,7 +23,9 @@ def kernels(request: pytest.FixtureRequest) -> dict[str, Compiled]:
     return compiled(LAUNCHES + script, request.param)
 
 
-# Registers for each of 256 threads: a processor has 65,536, for two programs or three. Logits of
+THREADS = 256  # of a program
+PARTIALS = 5  # numbers that a block leaves behind
+# Registers for each of them: a processor has 65,536, for two programs or three. Logits of
 # a row that a thread holds, and instructions for each of them.
 LIMITS = {
     "block_kl_kernel": (128, 32, 38),  # for a pair of logits
@@ -78,6 +53,11 @@ def test_blocks_move_in_wide_accesses_and_stay_in_registers(kernels: dict[str, C
         if facts.kernel == "row_gradient_kernel":
             # Zeros are written by a branch of their own.
             assert facts.stores == {"v4.32": 2 * wide}, facts
+        # Each logit of either row once; the gradient is written once, by one branch or the other.
+        block = THREADS * logits * (4 if dtype[1] == "fp32" else 2)
+        assert 0 <= facts.read - block * (2 if two_rows else 1) <= 80, facts
+        written = block if facts.kernel == "row_gradient_kernel" else 4 * PARTIALS
+        assert facts.written == written and facts.loops == 0, facts
 
 
 def test_small_kernels_do_not_spill(kernels: dict[str, Compiled]) -> None:

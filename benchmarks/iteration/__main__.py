@@ -1,0 +1,88 @@
+"""One iteration of EGSPO and EGSPO-SA, phase by phase: egspo against plain research code.
+
+    python -m benchmarks.iteration                              # small, on a CPU
+    python -m benchmarks.iteration --size llada-8b              # needs a GPU with 40 GB
+    python -m benchmarks.iteration --flops-only llada-8b        # counted, nothing is timed
+
+Seconds are those of the fastest of --repeats iterations, FLOPs are counted by torch while it runs,
+memory is the most that tensors took beyond the weights, optimizer state included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.hardware import provenance
+from benchmarks.iteration.measure import ALGORITHMS, IMPLEMENTATIONS, Algorithm, Bench
+from benchmarks.iteration.problem import SIZES, Problem, changed
+from benchmarks.iteration.tables import cost_rows, counted_rows, table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    changes = {f.name: getattr(args, f.name) for f in fields(Problem)}
+    problem = changed(SIZES[args.flops_only or args.size], changes)
+    if args.flops_only:
+        rows = [row for algorithm in args.algorithms for row in counted_rows(problem, algorithm)]
+    else:
+        torch.set_num_threads(args.threads)
+        bench = Bench(problem, args.device)
+        rows = [
+            row for algorithm in args.algorithms for row in rows_of(bench, algorithm, args.repeats)
+        ]
+    print(table(rows))
+    if args.output is not None:
+        given = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "-m", "benchmarks.iteration", *given])
+        record = {**provenance(command), "problem": asdict(problem), "rows": rows}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def rows_of(bench: Bench, algorithm: Algorithm, repeats: int) -> list[dict[str, Any]]:
+    """Measured costs of both implementations."""
+    agreement = bench.agreement(algorithm)  # also warms up
+    rows = []
+    for implementation in IMPLEMENTATIONS:
+        phases = bench.measure(implementation, algorithm, repeats)
+        rows += cost_rows(algorithm, implementation, phases, agreement.tokens)
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.iteration",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=sorted(SIZES), default="small")
+    parser.add_argument(
+        "--flops-only", choices=sorted(SIZES), help="count FLOPs at this size, run nothing of it"
+    )
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--repeats", type=int, default=3, help="of the timing; the fastest counts")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    sizes = parser.add_argument_group("sizes, over those of --size")
+    for field in fields(Problem):
+        default = field.default
+        kind: Any = type(default)
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            sizes.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            sizes.add_argument(flag, type=kind, metavar=kind.__name__.upper())
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Runs and measures an iteration of egspo and of the baseline on the same problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.iteration.baseline import Baseline, BaselineOutcome
+from benchmarks.iteration.problem import SIZES, Problem
+from benchmarks.meter import Meter, Mode, PhaseCost, merged
+from egspo.build import Data
+from egspo.config import TrainConfig
+from egspo.denoiser import Denoiser
+from egspo.iteration import Iteration, Metrics
+from egspo.optimization import build_optimizer
+from egspo.scoring import Scores, States
+from egspo.work import ModelCost, Work
+
+Algorithm = Literal["egspo", "egspo-sa"]
+Implementation = Literal["egspo", "baseline"]
+ALGORITHMS: tuple[Algorithm, ...] = ("egspo", "egspo-sa")
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("egspo", "baseline")
+PHASES = ("rollout", "select", "score", "update")
+
+
+class MeasuredIteration(Iteration):
+    """egspo's iteration, measured phase by phase; what it did is kept to be compared.
+
+    What is left of the rewards after the rollout counts as part of the rollout.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        denoiser: Denoiser,
+        optimizer: torch.optim.Optimizer,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        def reduce_gradients(any_gradient: bool) -> bool:
+            before_step()
+            return any_gradient
+
+        super().__init__(config, data, denoiser, optimizer, reduce_gradients)
+        self.meter: Meter | None = None
+        self.states: States
+        self.scores: Scores
+        self.advantage: Tensor
+
+    @contextmanager
+    def _phase(self, metrics: Metrics, name: str) -> Iterator[None]:
+        assert self.meter is not None
+        name_measured = "rollout" if name == "reward" else name
+        with super()._phase(metrics, name), self.meter.phase(name_measured):
+            yield
+
+    def _update(
+        self,
+        step: int,
+        states: States,
+        groups: list[list[Tensor]],
+        scores: Scores,
+        advantage: Tensor,
+        sequences: int,
+    ) -> Metrics:
+        self.states, self.scores, self.advantage = states, scores, advantage
+        return super()._update(step, states, groups, scores, advantage, sequences)
+
+    def selected(self) -> Tensor:
+        """int64 [B, K]."""
+        rows, ranks = len(self.states.trajectory), self.config.algorithm.selected_steps
+        selected = self.states.step.new_full((rows, ranks), -1)
+        selected[self.states.row, self.states.rank] = self.states.step
+        return selected
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the baseline with egspo."""
+
+    tokens: float
+    """Share of completion positions with the same token, revealed at the same step."""
+    selected: float
+    """Share of selected steps."""
+
+
+class Bench:
+    """Both implementations on one problem, sharing a model."""
+
+    def __init__(self, problem: Problem, device: torch.device | str = "cpu") -> None:
+        self.problem, self.device = problem, torch.device(device)
+        self.denoiser = problem.denoiser(self.device)
+        self.data = problem.data()
+
+    def egspo(
+        self, algorithm: Algorithm, meter: Meter, before_step: Callable[[], None] = lambda: None
+    ) -> MeasuredIteration:
+        """One iteration of egspo.
+
+        Raises:
+            RuntimeError: the rewards of a group are all equal, so that there was less to do.
+        """
+        config = self.problem.config(stepwise=algorithm == "egspo-sa")
+        optimizer = build_optimizer(self.denoiser.model, config.optimizer)
+        iteration = MeasuredIteration(config, self.data, self.denoiser, optimizer, before_step)
+        iteration.meter = meter
+        with meter.running():
+            # Step 1 of a run that evaluates at no step but the first and the last.
+            iteration.run(1, list(range(self.problem.prompts)), 0)
+        if len(iteration.states.trajectory) != self.problem.sequences:
+            raise RuntimeError("a group whose rewards are equal was skipped: nothing to compare")
+        return iteration
+
+    def baseline(
+        self,
+        algorithm: Algorithm,
+        meter: Meter,
+        follow: tuple[Tensor, Tensor, Tensor] | None = None,
+        before_step: Callable[[], None] = lambda: None,
+    ) -> tuple[Baseline, BaselineOutcome]:
+        """One iteration of the baseline; ``follow`` as :meth:`Baseline.run` takes it."""
+        config = self.problem.config(stepwise=algorithm == "egspo-sa")
+        optimizer = build_optimizer(self.denoiser.model, config.optimizer)
+        baseline = Baseline(config, self.data, self.denoiser, optimizer, before_step)
+        with meter.running():
+            return baseline, baseline.run(meter, follow)
+
+    def meter(self, mode: Mode) -> Meter:
+        return Meter(self.device, mode)
+
+    def run(
+        self, implementation: Implementation, algorithm: Algorithm, mode: Mode
+    ) -> dict[str, PhaseCost]:
+        """Costs by phase of one iteration."""
+        meter = self.meter(mode)
+        (self.egspo if implementation == "egspo" else self.baseline)(algorithm, meter)
+        return meter.phases
+
+    def measure(
+        self, implementation: Implementation, algorithm: Algorithm, repeats: int
+    ) -> dict[str, PhaseCost]:
+        """Costs by phase: seconds of the fastest of ``repeats`` iterations after one to warm up."""
+        counted = self.run(implementation, algorithm, "count")
+        runs = [self.run(implementation, algorithm, "time") for _ in range(repeats)]
+        return merged(min(runs, key=seconds), counted)
+
+    def agreement(self, algorithm: Algorithm) -> Agreement:
+        """How far the two rollouts and selections are the same."""
+        ours = self.egspo(algorithm, self.meter("time"))
+        _, theirs = self.baseline(algorithm, self.meter("time"))
+        trajectory = ours.states.trajectory
+        tokens, unmask_step = trajectory.tokens, trajectory.unmask_step
+        length = tokens.shape[1]
+        offset = theirs.denoised.final.shape[1] - length
+        when = torch.empty_like(tokens)
+        for step, columns in enumerate(theirs.denoised.revealed):
+            when.scatter_(1, columns - offset, torch.full_like(columns, step))
+        same = (theirs.denoised.final[:, -length:] == tokens) & (when == unmask_step)
+        selected = ours.selected() == theirs.selected
+        return Agreement(float(same.double().mean()), float(selected.double().mean()))
+
+    def work(
+        self, implementation: Implementation, algorithm: Algorithm
+    ) -> tuple[dict[str, Work], dict[str, PhaseCost]]:
+        """Passes made, and seconds, by phase."""
+        meter = WorkMeter(self.device, "time")
+        if implementation == "egspo":
+            meter.work = self.denoiser.work
+            self.egspo(algorithm, meter)
+        else:
+            config = self.problem.config(stepwise=algorithm == "egspo-sa")
+            optimizer = build_optimizer(self.denoiser.model, config.optimizer)
+            baseline = Baseline(config, self.data, self.denoiser, optimizer)
+            meter.work = baseline.work
+            baseline.run(meter)
+        return meter.done, meter.phases
+
+
+class WorkMeter(Meter):
+    """Also notes the passes of each phase."""
+
+    work: Work
+    done: dict[str, Work]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if not hasattr(self, "done"):
+            self.done = {}
+        before = self.work.copy()
+        with super().phase(name):
+            yield
+        made = self.work - before
+        self.done[name] = made if name not in self.done else self.done[name] - (Work() - made)
+
+
+def seconds(phases: dict[str, PhaseCost]) -> float:
+    """Of all phases."""
+    return sum(cost.seconds for cost in phases.values())
+
+
+def flops_at(
+    problem: Problem, implementation: Implementation, work: dict[str, Work]
+) -> dict[str, int]:
+    """FLOPs by phase of the passes ``work`` in a model of the sizes of ``problem``, which need not
+    fit anywhere: matrix products, counted from sizes as :mod:`egspo.work` does."""
+    cost, base = ModelCost.of(problem.meta_model()), ModelCost.of(problem.meta_model(adapted=False))
+    assert cost is not None and base is not None
+    result: dict[str, int] = {}
+    for name, done in work.items():
+        flops = cost.training(done) if name == "update" else cost.forward(done)
+        if name == "update" and implementation == "baseline":
+            flops -= cost.per_head_row * done.head_rows  # it keeps logits instead of remaking them
+        if name == "score" and problem.beta > 0:
+            # Every second pass is the reference policy's, without adapter.
+            flops = (flops + base.forward(done)) // 2
+        result[name] = flops
+    return result
+
+
+def passes_of(
+    problem: Problem, implementation: Implementation, algorithm: Algorithm
+) -> dict[str, Work]:
+    """Passes by phase of an iteration with the sequences of ``problem``, run with a tiny model."""
+    return Bench(problem.at_size_of(replace(SIZES["tiny"], layers=1))).work(
+        implementation, algorithm
+    )[0]
