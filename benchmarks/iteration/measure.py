@@ -60,16 +60,10 @@ class MeasuredIteration(Iteration):
             yield
 
     def _update(
-        self,
-        step: int,
-        states: States,
-        groups: list[list[Tensor]],
-        scores: Scores,
-        advantage: Tensor,
-        sequences: int,
+        self, step: int, states: States, scores: Scores, advantage: Tensor, sequences: int
     ) -> Metrics:
         self.states, self.scores, self.advantage = states, scores, advantage
-        return super()._update(step, states, groups, scores, advantage, sequences)
+        return super()._update(step, states, scores, advantage, sequences)
 
     def selected(self) -> Tensor:
         """int64 [B, K]."""

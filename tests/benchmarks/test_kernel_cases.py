@@ -51,7 +51,8 @@ def test_every_function_has_cases_with_their_own_names(device: str) -> None:
         mine = [c.implementation.name for c in suite if c.workload.function == function]
         assert {"eager", "torch.compile"} <= set(mine) and any("egspo" in name for name in mine)
     dispatched = set(egspo_kernels.available_backends())
-    assert set(EVERY_FUNCTION) == dispatched
+    several_ranks = {name for name in dispatched if name.startswith("vocab_parallel_")}
+    assert set(EVERY_FUNCTION) == dispatched - several_ranks
     assert {w.backward for w in workloads(device) if w.function.startswith("linear")} == {0, 1}
 
 
