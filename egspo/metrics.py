@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from egspo.files import replacing
+
 _CLOCK = ("time/", "speed/", "memory/")
 
 
@@ -89,10 +91,9 @@ def _split(path: Path, last_step: int) -> tuple[list[str], list[str]]:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    _append(temporary, lines)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.unlink(missing_ok=True)
+        _append(temporary, lines)
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:

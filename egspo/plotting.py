@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from egspo.files import replacing
 from egspo.metrics import read_metrics
 from egspo.recipe import ConfigError, load_config
 
@@ -347,7 +348,6 @@ def _plus_minus(value: float, half: float | None, digits: int) -> str:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from egspo.config import PRESETS, TrainConfig
+from egspo.files import replacing
 
 T = TypeVar("T")
 
@@ -122,9 +123,8 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def task_content(config: TrainConfig, run: Path) -> tuple[bytes | None, bytes | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from egspo.cli.model import (
     generation_config,
     weights_folder,
 )
+from egspo.files import set_aside
 
 if TYPE_CHECKING:
     from egspo.config import GenerationConfig, TaskConfig, TrainConfig
@@ -228,9 +228,7 @@ def _notes(
 def _set_aside(output: Path, state: Any) -> None:
     """Rename the folder of an earlier evaluation."""
     if state.is_main_process and output.exists():
-        old = output.with_name(f"{output.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        output.rename(old)
-        print(f"egspo: the earlier evaluation is kept in {old}", file=sys.stderr)
+        print(f"egspo: the earlier evaluation is kept in {set_aside(output)}", file=sys.stderr)
     state.wait_for_everyone()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from egspo.cli.common import AddCommand
+from egspo.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,6 +124,7 @@ def _write(
     from egspo.inspection.page import trajectory_page
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(trajectory_page(record, group=group, source=source), encoding="utf-8")
-    return partial.replace(path)
+    page = trajectory_page(record, group=group, source=source)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path

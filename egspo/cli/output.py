@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from egspo.cli.prompts import Prompt
 from egspo.config import GenerationConfig
+from egspo.files import set_aside
 
 if TYPE_CHECKING:
     from egspo.completion import Completion, TextDelta
@@ -174,9 +174,7 @@ def opened(file: Path | None, *, resume: bool, overwrite: bool) -> Iterator[Text
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     if overwrite and file.exists():
-        old = file.with_name(f"{file.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        file.rename(old)
-        print(f"egspo: the earlier file is kept in {old}", file=sys.stderr)
+        print(f"egspo: the earlier file is kept in {set_aside(file)}", file=sys.stderr)
     if resume and file.exists():
         _drop_torn_line(file)
     with file.open("a" if resume else "x", encoding="utf-8") as stream:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from egspo.cli.common import AddCommand, configure_output, is_main_process
+from egspo.files import set_aside
 
 if TYPE_CHECKING:
     from egspo.config import TrainConfig
@@ -107,9 +107,7 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
     if not occupied or continued or not is_main_process():
         return resume
     if args.overwrite:
-        old = output.with_name(f"{output.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        output.rename(old)
-        print(f"egspo: the earlier run is kept in {old}", file=sys.stderr)
+        print(f"egspo: the earlier run is kept in {set_aside(output)}", file=sys.stderr)
         return None
     finished = (output / "final").is_dir()
     lines = [f"{output} already has a{' finished' if finished else 'n unfinished'} run. Either"]

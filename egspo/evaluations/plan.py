@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from egspo import __version__
 from egspo.config import GenerationConfig, TaskConfig
 from egspo.continuation import flat
+from egspo.files import replacing
 from egspo.generation import GENERATION_FILE
 from egspo.tasks import Example, Task
 
@@ -152,11 +152,9 @@ def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 def save_identity(plan: EvaluationPlan, content: Mapping[str, Any], model: str) -> None:
     """Write :data:`PLAN_FILE`; ``model`` says in words what is evaluated."""
-    file = plan.output / PLAN_FILE
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     text = json.dumps({"egspo": __version__, "model": model, "identity": content}, indent=1)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    with replacing(plan.output / PLAN_FILE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def fingerprint(where: str | None) -> str | None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from egspo.files import replacing
+
 Record = dict[str, Any]
 
 
@@ -49,13 +51,11 @@ class SampleFile:
             for file in (self.path, *parts)
             for record in _read(file)
         }
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as stream:
+        with replacing(self.path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             for key in sorted(known):
                 stream.write(json.dumps(known[key], allow_nan=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(self.path)
         for part in parts:
             part.unlink()
 

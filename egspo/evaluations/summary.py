@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from egspo.evaluations.intervals import Interval, interval_of
 from egspo.evaluations.records import Record
+from egspo.files import replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -182,6 +182,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
