@@ -28,7 +28,6 @@ from egspo.config import BlockCache, GenerationConfig
 from egspo.decoder import Decoder
 from egspo.denoiser import Denoiser
 from egspo.models import load_model, load_tokenizer
-from egspo.models.loading import special_token_ids
 from egspo.rollout import rollout
 from egspo.tasks import build_task
 from egspo.tokenization import encode_prompts
@@ -151,13 +150,12 @@ def _load(path: str, count: int) -> tuple[Denoiser, PromptBatch]:
     model: Any = load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder, model.config)
-    tokens = special_token_ids(tokenizer, model.config)
-    denoiser = Denoiser(model, mask_id=tokens.mask, eos_id=tokens.eos, pad_id=tokens.pad)
+    denoiser = Denoiser.of(model, tokenizer)
     task = build_task(
         "sudoku", prompt_style="digits", test_examples=count, test_grids=48, empty_cells=[6, 10]
     )
     encoded = encode_prompts(tokenizer, [example.prompt for example in task.test])
-    return denoiser, PromptBatch.from_lists(encoded, tokens.pad, denoiser.device)
+    return denoiser, PromptBatch.from_lists(encoded, denoiser.pad_id, denoiser.device)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,6 @@ from egspo.denoiser import Denoiser
 from egspo.evaluation import PromptSet
 from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
-from egspo.models.loading import special_token_ids
 from egspo.quantization import keep_differentiable, nf4_config
 from egspo.tasks import Example, Task, build_task, load_task_file
 from egspo.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
@@ -223,15 +222,8 @@ def plain_denoiser(
     reference: nn.Module | None = None,
 ) -> Denoiser:
     """``model`` with the special tokens of the tokenizer, in the precision of the recipe."""
-    tokens = special_token_ids(tokenizer, model.config)
-    return Denoiser(
-        model,
-        mask_id=tokens.mask,
-        eos_id=tokens.eos,
-        pad_id=tokens.pad,
-        reference=reference,
-        autocast=autocast_dtype(config, next(model.parameters()).device),
-    )
+    autocast = autocast_dtype(config, next(model.parameters()).device)
+    return Denoiser.of(model, tokenizer, reference=reference, autocast=autocast)
 
 
 def check_trackers(config: TrainConfig) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from egspo.graphs import GraphReplay, Inputs
-from egspo.models import reference_mode
+from egspo.models import reference_mode, special_token_ids
 from egspo.models.cache import KeyValueCache
 from egspo.work import Work
 
@@ -58,6 +60,30 @@ class Denoiser:
         """Of the passes made inside :meth:`graphed`."""
         self.work = Work()
         """Forward passes so far, of the policy and of the reference."""
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reference: nn.Module | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> Denoiser:
+        """``model`` with the special tokens that it and its tokenizer agree on.
+
+        Raises:
+            ValueError: they do not; see :func:`egspo.models.special_token_ids`.
+        """
+        tokens = special_token_ids(tokenizer, model.config)
+        return cls(
+            model,
+            mask_id=tokens.mask,
+            eos_id=tokens.eos,
+            pad_id=tokens.pad,
+            reference=reference,
+            autocast=autocast,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from egspo.completion import Completion, TextDelta, TextStream, completions_of
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
-from egspo.models.loading import SpecialTokens, special_token_ids
 from egspo.rollout import RolloutBlock, rollout_blocks
 from egspo.tokenization import encode_prompts
 from egspo.trajectory import PromptBatch
@@ -77,8 +76,7 @@ def stream(
             model and tokenizer do not agree on the special tokens. Raised at once, not when the
             first completion is asked for.
     """
-    special = special_token_ids(tokenizer, model.config)
-    denoiser = Denoiser(model, mask_id=special.mask, eos_id=special.eos, pad_id=special.pad)
+    denoiser = Denoiser.of(model, tokenizer)
     encoded = encode_prompts(tokenizer, list(prompts))
     if not encoded:
         raise ValueError("prompts must not be empty")
@@ -89,20 +87,20 @@ def stream(
     batch = PromptBatch.from_lists([encoded[i] for i in places], denoiser.pad_id, denoiser.device)
     ids = torch.tensor(places, device=denoiser.device)
     blocks = rollout_blocks(denoiser, batch, config, seed=seed, sequence_ids=ids)
-    return _events(blocks, places, tokenizer, special, step_map=step_map)
+    return _events(blocks, places, tokenizer, denoiser, step_map=step_map)
 
 
 def _events(
     blocks: Iterator[RolloutBlock],
     places: list[int],
     tokenizer: PreTrainedTokenizerBase,
-    special: SpecialTokens,
+    denoiser: Denoiser,
     *,
     step_map: bool,
 ) -> Iterator[TextDelta | Completion]:
     """What each block brought; row r of the rollout is the prompt at ``places[r]``."""
     streams: dict[int, TextStream] = defaultdict(
-        lambda: TextStream(tokenizer, special.mask, special.eos)
+        lambda: TextStream(tokenizer, denoiser.mask_id, denoiser.eos_id)
     )
     for block in blocks:
         tokens = block.trajectory.tokens[block.rows].tolist()
@@ -113,9 +111,9 @@ def _events(
         for row in block.finished:
             del streams[row]
         yield from completions_of(
-            block.trajectory.take(torch.tensor(block.finished, dtype=torch.int64)),
+            block.ended,
             tokenizer,
-            special.eos,
+            denoiser.eos_id,
             indices=[places[row] for row in block.finished],
             step_map=step_map,
         )

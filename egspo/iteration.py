@@ -163,11 +163,10 @@ class Iteration:
             entropy_temperature=1.0 if algorithm.entropy_at == "one" else generation.temperature,
         ):
             if block.finished:
-                trajectory = block.trajectory
-                texts = self.rewards.decode(trajectory.tokens[block.finished])
+                texts = self.rewards.decode(block.ended.tokens)
                 prompts = [prompt_index[i // self._group_size] for i in block.finished]
                 queue.add(block.finished, texts, prompts)
-        return trajectory
+        return block.trajectory
 
     def _reward(
         self,

@@ -23,7 +23,6 @@ from egspo.completion import completions_of
 from egspo.config import GenerationConfig
 from egspo.denoiser import Denoiser
 from egspo.likelihood import greedily_decoded, likelihood_bounds
-from egspo.models.loading import special_token_ids
 from egspo.processes import process_state
 from egspo.recipe import from_mapping
 from egspo.rollout import rollout_blocks
@@ -105,10 +104,7 @@ class EgspoLM(TemplateLM):  # type: ignore[misc]
             self._device = torch.device(device)
         self._config(self.default.max_new_tokens, 0.0)  # refuses wrong options before the weights
         model, self.tokenizer = chosen.load(self._device)
-        special = special_token_ids(self.tokenizer, model.config)
-        self.denoiser = Denoiser(
-            model, mask_id=special.mask, eos_id=special.eos, pad_id=special.pad
-        )
+        self.denoiser = Denoiser.of(model, self.tokenizer)
         self.context = getattr(model.config, "max_sequence_length", None)
 
     @property
@@ -220,10 +216,9 @@ class EgspoLM(TemplateLM):  # type: ignore[misc]
         )
         for block in blocks:
             if block.finished:
-                ended = block.trajectory.take(torch.tensor(block.finished, device=device))
                 places = [numbers[row] for row in block.finished]
                 for completion in completions_of(
-                    ended, self.tokenizer, self.denoiser.eos_id, indices=places
+                    block.ended, self.tokenizer, self.denoiser.eos_id, indices=places
                 ):
                     yield completion.index, completion.text
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
 from egspo.decoder import Decoder
 from egspo.denoiser import Denoiser
-from egspo.denoising import BlockDenoising, DenoisedBlock, Recording, Sequences, block_plan
+from egspo.denoising import BlockDenoising, DenoisedBlock, Recording, Sequences
 from egspo.trajectory import NEVER, PromptBatch, Trajectory, length_before
 
 logger = logging.getLogger("egspo")
@@ -41,6 +41,13 @@ class RolloutBlock:
     def trajectory(self) -> Trajectory:
         """All B sequences as they are now; the next block changes it."""
         return self.run.trajectory()
+
+    @property
+    def ended(self) -> Trajectory:
+        """Those that retired, in the order of :attr:`finished`."""
+        trajectory = self.trajectory
+        index = torch.tensor(self.finished, dtype=torch.int64, device=trajectory.tokens.device)
+        return trajectory.take(index)
 
 
 def rollout(
@@ -223,7 +230,7 @@ class _Rollout:
 
     def _store(self, rows: list[int], block: DenoisedBlock) -> list[int]:
         """Write a denoised block; returns the sequences that are done."""
-        width, steps = self.config.block_length, len(block_plan(self.config))
+        width, steps = block.tokens.shape[1], block.entropy.shape[1]
         device = self.tokens.device
         index = torch.tensor(rows, device=device)[:, None]
         positions = torch.tensor([self.starts[i] for i in rows], device=device)[:, None]

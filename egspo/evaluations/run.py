@@ -22,7 +22,6 @@ from egspo.evaluations.plan import EvaluationPlan, check_same, examples_of, iden
 from egspo.evaluations.records import Record, SampleFile
 from egspo.evaluations.summary import SummaryRow, summarise, write_summary
 from egspo.generation import check_context
-from egspo.models.loading import special_token_ids
 from egspo.progress import RunProgress
 from egspo.rollout import RolloutBlock, rollout_blocks
 from egspo.tasks import Task
@@ -93,8 +92,7 @@ def run_evaluation(
         ValueError: a prompt does not fit the model, or the folder has the samples of an evaluation
             with another configuration or model.
     """
-    special = special_token_ids(tokenizer, model.config)
-    denoiser = Denoiser(model, mask_id=special.mask, eos_id=special.eos, pad_id=special.pad)
+    denoiser = Denoiser.of(model, tokenizer)
     context = getattr(model.config, "max_sequence_length", None)
     cells = _cells(plan, tasks, tokenizer, context)
     content = check_same(plan, identity(plan, tasks, weights))
@@ -223,8 +221,7 @@ class _Evaluator:
         rows = block.finished
         if not rows:
             return []
-        index = torch.tensor(rows, device=block.trajectory.tokens.device)
-        ended = block.trajectory.take(index)
+        ended = block.ended
         places = [keys[row][0] for row in rows]
         completions = completions_of(ended, self.tokenizer, self.denoiser.eos_id, indices=places)
         steps = ended.steps.tolist()
