@@ -174,8 +174,7 @@ def weights_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """What ``model.dtype`` means on ``device``."""
     if config.dtype != "auto":
         return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    frozen = config.lora is not None or config.adapter is not None
-    return torch.bfloat16 if frozen and device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.has_adapter and device.type == "cuda" else torch.float32
 
 
 def on_device(
@@ -208,8 +207,8 @@ def build_denoiser(
     config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Denoiser:
     """The policy to train, with its reference where ``algorithm.beta`` asks for one."""
-    adapters = config.model.lora is not None or config.model.adapter is not None
-    reference = copy.deepcopy(base) if config.algorithm.beta > 0 and not adapters else None
+    copied = config.algorithm.beta > 0 and not config.model.has_adapter
+    reference = copy.deepcopy(base) if copied else None
     model = trainable_model(config.model, base, config.seed)
     return plain_denoiser(config, model, tokenizer, reference=reference)
 

@@ -71,10 +71,15 @@ class ModelConfig:
             "model.adapter continues an existing adapter: it excludes model.lora",
         )
         _require(
-            self.quantization == "none" or self.lora is not None or self.adapter is not None,
+            self.quantization == "none" or self.has_adapter,
             f"model.quantization: {self.quantization} freezes the weights: it needs model.lora or "
             "model.adapter",
         )
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, on a frozen base."""
+        return self.lora is not None or self.adapter is not None
 
 
 @dataclass
@@ -395,6 +400,12 @@ class TrainConfig:
             self.generation.temperature > 0,
             "generation.temperature must be > 0 for training: greedy rollouts have no gradient",
         )
+
+    @property
+    def ranks(self) -> int:
+        """Columns of the selection: denoising steps trained per trajectory, at most."""
+        everything = self.algorithm.strategy == "all"
+        return self.generation.steps if everything else self.algorithm.selected_steps
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the RL step ``step``, from 1, is followed by an evaluation."""

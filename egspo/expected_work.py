@@ -90,8 +90,7 @@ def _training(
     """Of replay and update."""
     algorithm, generation = config.algorithm, config.generation
     draw = random.Random(0)
-    everything = algorithm.strategy == "all"
-    ranks = len(plan) if everything else algorithm.selected_steps
+    ranks = config.ranks
     states = [
         (rank, row, step)
         for row in range(len(lengths))

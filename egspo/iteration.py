@@ -139,12 +139,6 @@ class Iteration:
     def _group_size(self) -> int:
         return self.config.algorithm.group_size
 
-    @property
-    def _ranks(self) -> int:
-        """Columns of the selection."""
-        everything = self.config.algorithm.strategy == "all"
-        return self.config.generation.steps if everything else self.config.algorithm.selected_steps
-
     def _rollout(
         self, prompt_index: list[int], sequence_ids: Tensor, queue: RewardQueue
     ) -> Trajectory:
@@ -240,7 +234,7 @@ class Iteration:
         """Score the states; the rewards of a micro-batch's one-step completions are found while
         the next is replayed."""
         algorithm, limit = self.config.algorithm, self.micro_batches
-        ranks = self._ranks if algorithm.schedule == "per_step" else None
+        ranks = self.config.ranks if algorithm.schedule == "per_step" else None
         groups = limit.plan(states, ranks=ranks)
         if not algorithm.stepwise:
             return self.scorer.replay(states, groups, complete=False, limit=limit), None
@@ -274,8 +268,8 @@ class Iteration:
         """Advantage of every state, float64 [M]."""
         algorithm, groups = self.config.algorithm, len(kept)
         row, rank = states.row.cpu(), states.rank.cpu()
-        shape = (groups, self._group_size, self._ranks)
-        valid = torch.zeros(groups * self._group_size, self._ranks, dtype=torch.bool)
+        shape = (groups, self._group_size, self.config.ranks)
+        valid = torch.zeros(groups * self._group_size, self.config.ranks, dtype=torch.bool)
         valid[row, rank] = True
         rewards = samples.rewards[kept]
         if one_step is None:
@@ -326,7 +320,7 @@ class Iteration:
         """
         algorithm = self.config.algorithm
         joint = algorithm.schedule == "joint"
-        weight = 1.0 / (sequences * (self._ranks if joint else 1))
+        weight = 1.0 / (sequences * (self.config.ranks if joint else 1))
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
         for _ in range(algorithm.num_iterations):

@@ -217,21 +217,17 @@ def _no_cache(config: TrainConfig) -> Variants:
 
 
 def _no_reference(config: TrainConfig) -> Variants:
-    if config.algorithm.beta > 0 and not _adapters(config):
+    if config.algorithm.beta > 0 and not config.model.has_adapter:
         yield {"algorithm.beta": 0.0}, "another objective: no KL to a reference policy"
 
 
 def _lora(config: TrainConfig) -> Variants:
-    if not _adapters(config):
+    if not config.model.has_adapter:
         yield {"model.lora.rank": LoraConfig().rank}, "trains adapters, not all weights"
     rank = 0 if config.model.lora is None else config.model.lora.rank
     while rank > 8:
         rank //= 2
         yield {"model.lora.rank": rank}, "smaller adapters, scaled by alpha / rank"
-
-
-def _adapters(config: TrainConfig) -> bool:
-    return config.model.lora is not None or config.model.adapter is not None
 
 
 OPTIONS: tuple[Callable[[TrainConfig], Variants], ...] = (
@@ -273,11 +269,8 @@ def measured_shares(run: Path) -> Shares:
     if not records:
         raise PlanError(f"{run} has no training step: nothing was measured")
     config = load_config(run / "config.yaml")
-    algorithm = config.algorithm
-    ranks = algorithm.selected_steps
-    if algorithm.strategy == "all":
-        ranks = config.generation.steps
-    most = config.prompts_per_step * algorithm.group_size * ranks * len(records)
+    sequences = config.prompts_per_step * config.algorithm.group_size
+    most = sequences * config.ranks * len(records)
     return Shares(
         sum(record["rollout/saved"] for record in records) / len(records),
         sum(record["selected/states"] for record in records) / most,

@@ -90,9 +90,8 @@ def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
 
 def needs_base(config: TrainConfig) -> bool:
     """Whether the model that training starts from is needed later and nothing else keeps it."""
-    model = config.model
-    adapters = model.lora is not None or model.adapter is not None
-    return model.path is None and (adapters or config.algorithm.beta > 0)
+    needed = config.model.has_adapter or config.algorithm.beta > 0
+    return config.model.path is None and needed
 
 
 def kept_base(
@@ -164,7 +163,7 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
     examples = supervised_examples(config, data)
     if config.model.path is None:
         base = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
-        if config.model.lora is not None or config.model.adapter is not None:
+        if config.model.has_adapter:
             resumed = None if checkpoint is None else checkpoint.parent.parent
             folder = kept_base(
                 output,
