@@ -46,13 +46,13 @@ def build_tokenizer(config: ModelConfig, characters: str | None) -> PreTrainedTo
 
 def build_data(config: TrainConfig) -> Data:
     """Task and tokenised prompts; every prompt is tokenised now, so that a bad one fails now."""
-    task = recipe_task(config)
+    task = recipe_task(config.task)
     return tokenised(config, task, build_tokenizer(config.model, task.characters))
 
 
-def recipe_task(config: TrainConfig) -> Task:
+def recipe_task(config: TaskConfig) -> Task:
     """The task of the recipe, with the rewards as the recipe wants them."""
-    return configured_task(named_task(config.task, config.task.options), config.task)
+    return configured_task(named_task(config, config.options), config)
 
 
 def tokenised(config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> Data:

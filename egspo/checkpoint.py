@@ -43,7 +43,7 @@ def save_checkpoint(
     target = folder / f"{_PREFIX}{step:06d}"
     if not _intact(target):
         publish(target, write)
-    others = [path for path in list_checkpoints(folder) if _step(path) != keep]
+    others = [path for path in list_checkpoints(folder) if step_of(path) != keep]
     for old in others[:-keep_last]:
         _delete(old)
     return target
@@ -76,7 +76,7 @@ def publish(target: Path, write: Callable[[Path], object]) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (path for path in folder.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file())
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def remove_partial(folder: Path) -> None:
@@ -110,7 +110,7 @@ def check_unclaimed(folder: Path, resumed: Path | None) -> None:
 def remove_later(folder: Path, step: int) -> None:
     """Delete checkpoints of steps after ``step``: a run that goes on from there makes them anew."""
     for path in folder.glob(f"{_PREFIX}*"):
-        if _step(path) > step:
+        if step_of(path) > step:
             _delete(path)
 
 
@@ -180,7 +180,8 @@ def _delete(path: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Of ``step-000050``, 50; -1 where it is no name of a checkpoint."""
     digits = path.name.removeprefix(_PREFIX)
     return int(digits) if digits.isdecimal() else -1
 

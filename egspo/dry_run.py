@@ -77,10 +77,6 @@ class DryRun:
     def failed(self) -> list[Check]:
         return [check for check in self.checks if check.status == "failed"]
 
-    @property
-    def unchecked(self) -> list[Check]:
-        return [check for check in self.checks if check.status == "not checked"]
-
 
 def dry_run(config: TrainConfig) -> DryRun:
     """Look at everything a run of ``config`` needs; loads no weights and writes nothing."""
@@ -190,7 +186,7 @@ def _tokenizer(config: TrainConfig, task: Task | None) -> tuple[PreTrainedTokeni
 
 
 def _task(config: TrainConfig) -> tuple[Task, str]:
-    task = recipe_task(config)
+    task = recipe_task(config.task)
     check_task(config, task)
     rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in task.rewards)
     columns = ", ".join(task.train[0].columns) or "none"

@@ -90,6 +90,12 @@ class GraphReplay:
         return _Graph(own, own_cache, replay, output)
 
 
+def check_device(device: torch.device) -> None:
+    """Raise ValueError where ``generation.cuda_graphs`` is asked for without a GPU."""
+    if device.type != "cuda":
+        raise ValueError(f"generation.cuda_graphs needs a GPU, the model is on {device.type!r}")
+
+
 def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
     """A CUDA graph of ``run``, after a first call that lets libraries set themselves up."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
 from egspo.decoder import Decoder
 from egspo.denoiser import Denoiser
 from egspo.denoising import BlockDenoising, DenoisedBlock, Recording, Sequences
+from egspo.graphs import check_device
 from egspo.trajectory import NEVER, PromptBatch, Trajectory, length_before
 
 logger = logging.getLogger("egspo")
@@ -128,10 +129,8 @@ class _Rollout:
     ) -> None:
         if config.steps >= NEVER:
             raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
-        if config.cuda_graphs and denoiser.device.type != "cuda":
-            raise ValueError(
-                f"generation.cuda_graphs needs a GPU, the model is on {denoiser.device.type!r}"
-            )
+        if config.cuda_graphs:
+            check_device(denoiser.device)
         self.denoiser, self.prompts, self.config = denoiser, prompts, config
         self.recording, self.sequence_ids = recording, sequence_ids
         self.decoder = Decoder(denoiser, config.block_length, config.cache, config.guidance)

@@ -35,6 +35,7 @@ from egspo.config import TrainConfig
 from egspo.continuation import check_continuation, flat
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
+from egspo.graphs import check_device
 from egspo.iteration import Iteration, Metrics
 from egspo.metrics import MetricsWriter, read_metrics
 from egspo.optimization import NonFiniteError, advance, build_optimizer, build_scheduler
@@ -92,11 +93,8 @@ class Trainer:
         )
         self._check_processes()
         check_quantization(config, self.accelerator.device)
-        if config.generation.cuda_graphs and self.accelerator.device.type != "cuda":
-            raise ValueError(
-                "generation.cuda_graphs needs a GPU, this process trains on "
-                f"{self.accelerator.device.type!r}"
-            )
+        if config.generation.cuda_graphs:
+            check_device(self.accelerator.device)
         check_writable(self.output, 0)
         checkpoint = None if resume is None else find_checkpoint(resume)
         check_unclaimed(self._checkpoints, checkpoint)

@@ -93,8 +93,27 @@ def check_linear(
     return hidden, weight, bias
 
 
-def check_ref_weight(weight: Tensor, ref_weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The reference head, detached, in the dtype of the product."""
+def check_ref(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks, and the reference's hidden states and head, detached, in the dtype of the product.
+
+    Without ``ref_hidden`` the head is returned as it is: nothing uses it.
+    """
+    hidden, weight, bias = operands
+    if ref_hidden is None:
+        return None, ref_weight
+    if ref_hidden.shape != hidden.shape:
+        raise ValueError(
+            f"ref_hidden must have the shape of hidden, {tuple(hidden.shape)}, "
+            f"got {tuple(ref_hidden.shape)}"
+        )
+    return ref_hidden.detach().to(hidden.dtype), _check_ref_weight(weight, ref_weight, bias)
+
+
+def _check_ref_weight(weight: Tensor, ref_weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.requires_grad:
         raise ValueError("bias is shared with the reference policy: it must be frozen")
     if ref_weight is None:

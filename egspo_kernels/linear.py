@@ -11,7 +11,7 @@ from torch import Tensor
 
 from egspo_kernels._backend import Dispatcher, always_available, triton_probe
 from egspo_kernels._checks import check_index, refuse_float64
-from egspo_kernels._linear_checks import check_linear, check_ref_weight, linear_settings
+from egspo_kernels._linear_checks import check_linear, check_ref, linear_settings
 from egspo_kernels._linear_reference import linear_rows
 from egspo_kernels._objective import (
     KL,
@@ -136,14 +136,7 @@ def linear_stepwise_surrogate(
     rows, vocab_size = hidden.shape[0], weight.shape[0]
     check_index("targets", targets, rows, hidden.device, vocab_size)
     check_steps(rows, hidden.device, step_ids, old_log_prob, advantage, weights, ref_log_prob)
-    if ref_hidden is not None:
-        if ref_hidden.shape != hidden.shape:
-            raise ValueError(
-                f"ref_hidden must have the shape of hidden, {tuple(hidden.shape)}, "
-                f"got {tuple(ref_hidden.shape)}"
-            )
-        ref_hidden = ref_hidden.detach().to(hidden.dtype)
-        ref_weight = check_ref_weight(weight, ref_weight, bias)
+    ref_hidden, ref_weight = check_ref((hidden, weight, bias), ref_hidden, ref_weight)
     check_reference(objective, "ref_hidden", ref_hidden, ref_log_prob)
     steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
     chosen = _choose(True, backend, hidden.device, refuse_float64(hidden))

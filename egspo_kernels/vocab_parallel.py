@@ -13,7 +13,7 @@ from torch import Tensor
 
 from egspo_kernels._backend import Dispatcher, always_available, triton_probe
 from egspo_kernels._checks import check_banned, check_index, check_vector, refuse_float64
-from egspo_kernels._linear_checks import check_linear, check_ref_weight, linear_settings
+from egspo_kernels._linear_checks import check_linear, check_ref, linear_settings
 from egspo_kernels._linear_product import Settings
 from egspo_kernels._objective import (
     KL,
@@ -159,7 +159,7 @@ def vocab_parallel_stepwise_surrogate(
         objective = Objective(clip_low, clip_high, beta, kl, aggregation)
         operands = check_linear(hidden, weight, bias, temperature, None)
         check_steps(hidden.shape[0], hidden.device, *steps)
-        ref_hidden, ref_weight = _check_ref(operands, ref_hidden, ref_weight)
+        ref_hidden, ref_weight = check_ref(operands, ref_hidden, ref_weight)
         check_reference(objective, "ref_hidden", ref_hidden, ref_log_prob)
         chosen = _SURROGATE.choose(backend, hidden.device, refuse_float64(operands[0]))
         settings = linear_settings(
@@ -227,19 +227,3 @@ def _check_tokens(
     if targets is not None:
         check_index("targets", targets, targets.shape[0], targets.device, shard.vocab_size)
     return settings._replace(banned_token=shard.local_token(banned_token))
-
-
-def _check_ref(
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    hidden, weight, bias = operands
-    if ref_hidden is None:
-        return None, ref_weight
-    if ref_hidden.shape != hidden.shape:
-        raise ValueError(
-            f"ref_hidden must have the shape of hidden, {tuple(hidden.shape)}, "
-            f"got {tuple(ref_hidden.shape)}"
-        )
-    return ref_hidden.detach().to(hidden.dtype), check_ref_weight(weight, ref_weight, bias)

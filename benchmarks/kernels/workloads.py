@@ -6,7 +6,7 @@ tokens for the same reason. None of the three changes what a kernel reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -91,9 +91,6 @@ class Workload:
     def id(self) -> str:
         name = self.function + (f"[{self.kl}]" if self.kl else "")
         return f"{name} {self.pass_name} {self.shape} {self.dtype_name}"
-
-    def with_rows(self, rows: int) -> Workload:
-        return replace(self, rows=rows)
 
 
 def workloads(device: str) -> list[Workload]:

@@ -137,7 +137,7 @@ def _is_task(name: str) -> bool:
 
 def _task(name: str, options: Sequence[str]) -> Task:
     """The task of that name with ``key=value`` options, or of a recipe with overrides."""
-    from egspo.build import configured_task, named_task
+    from egspo.build import recipe_task
     from egspo.config import TaskConfig
     from egspo.recipe import load_config, read_overrides
 
@@ -145,7 +145,7 @@ def _task(name: str, options: Sequence[str]) -> Task:
         config = load_config(name, options).task
     else:
         config = TaskConfig(name=name, options=read_overrides(options))
-    return configured_task(named_task(config, config.options), config)
+    return recipe_task(config)
 
 
 def _show(args: argparse.Namespace) -> None:

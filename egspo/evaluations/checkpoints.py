@@ -6,7 +6,13 @@ import logging
 from pathlib import Path
 
 from egspo.best import HELD_OUT
-from egspo.checkpoint import CHECKPOINTS, CheckpointError, list_checkpoints, verify_checkpoint
+from egspo.checkpoint import (
+    CHECKPOINTS,
+    CheckpointError,
+    list_checkpoints,
+    step_of,
+    verify_checkpoint,
+)
 from egspo.metrics import read_metrics
 
 logger = logging.getLogger("egspo")
@@ -84,8 +90,3 @@ def best_checkpoint(run: Path) -> Path:
             else "its checkpoint was not kept (checkpoint.keep_best)",
         )
     return kept[best]
-
-
-def step_of(checkpoint: Path) -> int:
-    """Of ``step-000050``, 50."""
-    return int(checkpoint.name.rpartition("-")[2])

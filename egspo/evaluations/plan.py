@@ -66,9 +66,9 @@ class EvaluationPlan:
 
 def load_task(config: TaskConfig) -> Task:
     """The task as ``config`` has it; raises as :func:`egspo.tasks.build_task`."""
-    from egspo.build import configured_task, named_task
+    from egspo.build import recipe_task
 
-    task = configured_task(named_task(config, config.options), config)
+    task = recipe_task(config)
     for reward in task.rewards:
         if reward.name in ("reward", "solved", "skipped"):
             raise ValueError(f"task {task.name}: a reward may not be called {reward.name!r}")
