@@ -150,14 +150,14 @@ class BlockDenoising:
             full = values.new_full((known.numel(),), fill)
             return full.index_copy_(0, flat, values).view_as(known)
 
-        scores = dense(score, float("-inf"))
-        chosen, valid = self._choose(step, scores, known)
-        self._reveal(index, rows, chosen, valid, [dense(values) for values in _recorded(sample)])
+        chosen, valid = self._choose(step, dense(score, float("-inf")), known)
+        token, log_prob, confidence, entropy = (dense(values) for values in sample)
+        self._reveal(index, rows, chosen, valid, [token, confidence, entropy])
         self._record(
             index,
             rows,
-            dense(sample.log_prob).gather(1, chosen).masked_fill(~valid, 0.0).sum(1),
-            self._entropy(dense(sample.entropy), known, chosen, valid, window, rows),
+            log_prob.gather(1, chosen).masked_fill(~valid, 0.0).sum(1),
+            self._entropy(entropy, known, chosen, valid, window, rows),
         )
 
     def _sample(
@@ -269,7 +269,3 @@ def block_plan(config: GenerationConfig) -> list[Step]:
     """The steps of a block, the same in every block."""
     blocks = config.max_new_tokens // config.block_length
     return schedule(config.block_length, config.steps // blocks, config.block_length)
-
-
-def _recorded(sample: SampledTokens) -> tuple[Tensor, Tensor, Tensor]:
-    return sample.token, sample.confidence, sample.entropy

@@ -52,7 +52,8 @@ class Samples:
     step_rewards: Tensor
     """float64 [P, G], by those reward functions only that also score one-step completions."""
     known: dict[tuple[int, str], ScoredRewards]
-    """By those functions too, of each prompt and completion: what needs no second scoring."""
+    """By those functions too, of each prompt and completion: what needs no second scoring. Empty
+    where no one-step completions are made."""
 
 
 class Iteration:
@@ -190,7 +191,7 @@ class Iteration:
             trajectory,
             rewards,
             intermediate_total(scored, task.rewards).view(shape),
-            self.rewards.known(scored, texts, prompts),
+            self.rewards.known(scored, texts, prompts) if self.config.algorithm.stepwise else {},
         )
 
     def _select(
