@@ -14,6 +14,7 @@ EntropyOver = Literal["revealed", "block", "masked"]
 EntropyReduce = Literal["mean", "sum"]
 Policy = Literal["low_confidence", "random", "max_prob", "margin", "entropy"]
 BlockCache = Literal["none", "prefix", "dual"]
+EngineName = Literal["auto", "replicated", "fsdp2", "zero2", "zero3"]
 Preset = Literal["egspo", "egspo-sa", "reference", "uniform", "random"]
 
 
@@ -335,6 +336,26 @@ class CheckpointConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, started by ``accelerate launch`` or ``torchrun``."""
+
+    engine: EngineName = "auto"
+    """``replicated``: the whole model in every process. ``fsdp2``, ``zero2`` and ``zero3`` shard
+    what is trained. ``auto`` is what accelerate was configured for, ``replicated`` by default."""
+    reshard: bool = True
+    """``fsdp2``: free a block's whole weights between its forward and backward pass."""
+    offload: bool = False
+    """``fsdp2``: keep weights and optimizer state in host memory between passes."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before the run ends with an error that says who
+    is missing and in which phase. Longer than any process may be longer than others: rollout,
+    rewards, saving."""
+
+    def __post_init__(self) -> None:
+        _require(self.timeout > 0, f"distributed.timeout must be > 0, got {self.timeout}")
+
+
+@dataclass
 class TrainConfig:
     """A whole run."""
 
@@ -347,6 +368,7 @@ class TrainConfig:
     """With it, a new model is first trained on the task's reference completions (cached)."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output_dir: str = "runs/egspo"
     seed: int = 0
     steps: int = 100

@@ -15,6 +15,7 @@ _FREE = (
     "steps",
     "eval",
     "checkpoint",
+    "distributed",  # the same gradient, summed in another order
     "trackers",
     "generation.cuda_graphs",
     "task.file",  # its content is compared instead

@@ -86,6 +86,11 @@ class Denoiser:
         )
 
     @property
+    def frozen_copy(self) -> nn.Module | None:
+        """The reference, where it is a model of its own."""
+        return self._reference
+
+    @property
     def device(self) -> torch.device:
         return self.head_weight.device
 

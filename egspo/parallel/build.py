@@ -1,0 +1,120 @@
+"""Which engine a run has, and its making."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Literal, cast
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from egspo.config import TrainConfig
+from egspo.denoiser import Denoiser
+from egspo.optimization import build_optimizer
+from egspo.parallel.engine import Engine, WholeModel
+from egspo.parallel.fsdp import ShardedModel
+from egspo.processes import Processes
+
+logger = logging.getLogger("egspo")
+
+Chosen = Literal["replicated", "fsdp2", "zero2", "zero3"]
+
+
+def choose_engine(config: TrainConfig, accelerator: Accelerator) -> Chosen:
+    """``distributed.engine``, where it is ``auto`` what accelerate was configured for.
+
+    Raises:
+        ValueError: the engine is not possible with these processes or options; says why.
+    """
+    asked, configured = config.distributed.engine, _configured(accelerator)
+    if asked != "auto" and configured not in (None, asked):
+        raise ValueError(
+            f"distributed.engine is {asked}, accelerate is configured for {configured}: let one of "
+            "them decide"
+        )
+    chosen = cast(Chosen, configured or "replicated") if asked == "auto" else asked
+    if chosen != "replicated":
+        _check_shardable(config, chosen, accelerator.num_processes)
+    if accelerator.num_processes > 1:
+        logger.info("engine %s on %d processes", chosen, accelerator.num_processes)
+    return chosen
+
+
+def build_engine(
+    name: Chosen,
+    config: TrainConfig,
+    denoiser: Denoiser,
+    processes: Processes,
+    device: torch.device,
+) -> Engine:
+    """The engine ``name`` over the model of ``denoiser``, whose weights are as they are to be."""
+    if name == "fsdp2":
+        return ShardedModel(
+            denoiser.model,
+            lambda model: build_optimizer(model, config.optimizer),
+            processes,
+            device_type=device.type,
+            reference=denoiser.frozen_copy,
+            reshard=config.distributed.reshard,
+            offload=config.distributed.offload,
+            reference_head=config.algorithm.kl == "exact",
+        )
+    return WholeModel(
+        denoiser.model, lambda model: build_optimizer(model, config.optimizer), processes
+    )
+
+
+def with_accelerate_options(config: TrainConfig, accelerator: Accelerator) -> TrainConfig:
+    """``config`` with what accelerate's own configuration says of the engine."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if config.distributed.engine != "auto" or plugin is None:
+        return config
+    offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    distributed = replace(
+        config.distributed, reshard=bool(plugin.reshard_after_forward), offload=offload
+    )
+    return replace(config, distributed=distributed)
+
+
+def _configured(accelerator: Accelerator) -> str | None:
+    """The engine that accelerate was configured for; None where it leaves that open."""
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        return None
+    if kind == "FSDP":
+        if accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("accelerate is configured for FSDP 1: set fsdp_version: 2")
+        return "fsdp2"
+    if kind == "DEEPSPEED":
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        if stage in (2, 3):
+            return f"zero{stage}"
+        raise ValueError(f"accelerate is configured for DeepSpeed stage {stage}: choose 2 or 3")
+    raise ValueError(
+        f"accelerate is configured for {kind}: choose data parallelism, FSDP 2 or DeepSpeed"
+    )
+
+
+def _check_shardable(config: TrainConfig, engine: str, processes: int) -> None:
+    """Raises ValueError naming the option that a sharded model does not go with."""
+    if processes == 1:
+        raise ValueError(
+            f"distributed.engine: {engine} shards over processes and there is one: start it by "
+            "accelerate launch or torchrun"
+        )
+    if config.model.quantization != "none":
+        raise ValueError(
+            f"model.quantization: {config.model.quantization} does not go with {engine}, which "
+            "cannot divide packed weights: use distributed.engine: replicated"
+        )
+    if config.optimizer.name != "adamw":
+        raise ValueError(
+            f"optimizer.name: {config.optimizer.name} does not go with {engine}: use adamw"
+        )
+    if config.generation.cuda_graphs:
+        raise ValueError(
+            f"generation.cuda_graphs does not go with {engine}: a graph reads the weights where "
+            "they were, and gathering puts them elsewhere"
+        )
