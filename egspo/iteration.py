@@ -132,7 +132,8 @@ class Iteration:
         """Time, FLOPs and, of the rollout, what else its forward passes took."""
         self.processes.enter(f"{name} of step {step}")
         start, before = time.perf_counter(), self.denoiser.work.copy()
-        yield
+        with self.processes.collective():
+            yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         metrics[f"time/{name}"] = time.perf_counter() - start

@@ -25,6 +25,7 @@ from egspo.build import (
 )
 from egspo.checkpoint import (
     CHECKPOINTS,
+    PARTIAL,
     check_unclaimed,
     check_writable,
     find_checkpoint,
@@ -109,6 +110,7 @@ class Trainer:
         if config.generation.cuda_graphs:
             check_device(self.accelerator.device)
         check_writable(self.output, 0)
+        self._check_shared()
         checkpoint = None if resume is None else find_checkpoint(resume)
         check_unclaimed(self._checkpoints, checkpoint)
         self.completed = 0
@@ -311,7 +313,8 @@ class Trainer:
             return base_model(config, str(folder), device, placed)
         if self.config.sft is None:
             return fresh_model(config, self.data.tokenizer, self.config.seed, device, placed)
-        folder = warm_start(self.config, self.data, device)
+        main = self.processes.is_main
+        folder = warm_start(self.config, self.data, device, only_cached=not main)
         return base_model(config, str(folder), device, placed)
 
     def _write_base(self, folder: Path) -> None:
@@ -321,6 +324,22 @@ class Trainer:
         else:
             model = fresh_model(config.model, tokenizer, config.seed, device)
             save_model(model, tokenizer, config.generation, folder)
+
+    def _check_shared(self) -> None:
+        """What one process writes, those on other machines must find."""
+        probe = self.output / f"{PARTIAL}shared"
+        if self.processes.is_main:
+            probe.touch()
+        self.processes.gather(None)
+        seen = self.processes.gather(probe.exists())
+        if self.processes.is_main:
+            probe.unlink()
+        blind = [rank for rank, found in enumerate(seen) if not found]
+        if blind:
+            raise OSError(
+                f"output_dir {self.output} is not the same folder in all processes: {blind} do not "
+                "see what process 0 wrote; put it on a shared file system"
+            )
 
     def _check_work(self) -> None:
         """Every process denoises at least one sequence per step."""

@@ -15,7 +15,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-import egspo.iteration
+import egspo.parallel.engine
 import egspo.sft
 from egspo.checkpoint import find_checkpoint
 from egspo.cli import main
@@ -313,8 +313,8 @@ def test_a_skipped_sample_stays_out_of_the_update(
 def at_call(
     monkeypatch: pytest.MonkeyPatch, name: str, call: int, *, before: Callable[..., None]
 ) -> None:
-    """``before`` gets the arguments of the ``call``-th call of ``egspo.iteration.<name>``."""
-    original, count = getattr(egspo.iteration, name), 0
+    """``before`` gets the arguments of the ``call``-th call of ``egspo.parallel.engine.<name>``."""
+    original, count = getattr(egspo.parallel.engine, name), 0
 
     def counting(*arguments: Any) -> Any:
         nonlocal count
@@ -323,7 +323,7 @@ def at_call(
             before(*arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(egspo.iteration, name, counting)
+    monkeypatch.setattr(egspo.parallel.engine, name, counting)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

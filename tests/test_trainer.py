@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from egspo.advantages import egspo_sa_advantages
 from egspo.cli import main
 from egspo.config import PRESETS
 from egspo.iteration import Iteration
-from egspo.metrics import deterministic, read_metrics
+from egspo.metrics import read_metrics
 from egspo.recipe import load_config
 from egspo.tasks import Reward
 from egspo.trainer import Trainer, train
@@ -315,45 +314,6 @@ def test_which_rewards_score_one_step_completions(
         assert not torch.equal(rewards, step_rewards)
         unit = 8 / {"ones": 2.0, "twos": 3.0}[scoring[0]]
         assert torch.equal((step_rewards * unit).round(), step_rewards * unit)
-
-
-def test_two_processes_do_what_one_does(tmp_path: Path, no_plots: None) -> None:
-    """Each with a share of the prompts, in some steps one of them with nothing to teach."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        runs.forkserver().Process(target=runs.train_as_rank, args=(tmp_path / "two", rank, 2, port))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    runs.train_parallel(tmp_path / "one")
-    one, two = (
-        [deterministic(record) for record in read_metrics(tmp_path / name)]
-        for name in ("one", "two")
-    )
-    assert len(one) == len(two) == 5
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            if name.startswith(("flops/", "rollout/")):  # padding depends on what shares a batch
-                continue
-            exact = value is None or isinstance(value, int | list)
-            expected = value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)
-            assert b[name] == expected, (a["step"], name)
-    # One of two groups left out: it was one of the two processes that had nothing to do.
-    assert 1 in {record["skipped/groups"] for record in two[1:]}
-    assert not (tmp_path / "two" / "metrics.dropped.jsonl").exists()  # one process wrote
-    weights = [
-        load_file(tmp_path / name / "final" / "model" / "model.safetensors")
-        for name in ("one", "two")
-    ]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)
 
 
 def test_every_prompt_once_an_epoch_and_no_sequence_twice(
