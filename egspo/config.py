@@ -199,6 +199,9 @@ class AlgorithmConfig:
     selected_steps: int = 8
     """K, denoising steps trained per trajectory."""
     strategy: Strategy = "high_entropy"
+    entropy_share: float | None = None
+    """Adaptive K, with ``high_entropy``: of each trajectory the fewest steps that hold this share
+    of the entropy of its candidates, at most ``selected_steps``. None trains so many always."""
     entropy_over: EntropyOver = "revealed"
     entropy_reduce: EntropyReduce = "mean"
     entropy_at: Literal["one", "sampling"] = "one"
@@ -242,6 +245,16 @@ class AlgorithmConfig:
             _require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
         _require(
             0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
+        )
+        share = self.entropy_share
+        _require(
+            share is None or 0 < share <= 1,
+            f"algorithm.entropy_share must be in (0, 1], or null for a fixed K, got {share}",
+        )
+        _require(
+            share is None or self.strategy == "high_entropy",
+            f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
+            f"needs algorithm.strategy: high_entropy, got {self.strategy}",
         )
 
 

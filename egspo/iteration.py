@@ -57,9 +57,11 @@ class Samples:
 
 
 class Iteration:
-    """The algorithm on one process; ``reduce_gradients`` averages gradients over processes.
+    """The algorithm on one process; the others are reached by two functions.
 
-    It is called once before every optimizer step and says whether any process has a gradient.
+    ``reduce_gradients`` averages gradients over processes: it is called once before every optimizer
+    step and says whether any process has one. ``largest`` is the maximum of a number over
+    processes, called once an iteration with adaptive K.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Iteration:
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
         reduce_gradients: Callable[[bool], bool],
+        largest: Callable[[int], int],
     ) -> None:
         self.config, self.data, self.denoiser = config, data, denoiser
         self.optimizer, self.reduce_gradients = optimizer, reduce_gradients
+        self.largest = largest
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
         self.rewards = TrainingRewards(config.task, data, denoiser.eos_id)
         self.micro_batches = MicroBatches(
@@ -215,10 +219,16 @@ class Iteration:
             algorithm.strategy,
             algorithm.selected_steps,
             limits=limits,
+            entropy_share=algorithm.entropy_share,
             seed=self.config.seed,
             sequence_ids=sequence_ids[rows],
         )
+        if algorithm.entropy_share is not None:
+            # K of the longest row anywhere: the denominator and the optimizer steps of everyone.
+            used = int((selected >= 0).sum(1).max()) if len(selected) else 0
+            selected = selected[:, : max(self.largest(used), 1)]
         states = States.from_selection(trajectory, selected)
+        metrics["selected/k"] = states.ranks
         metrics["selected/histogram"] = histogram(selected, trajectory.num_steps).tolist()
         metrics["selected/states"] = Count(len(states))
         metrics["selected/entropy"] = part(trajectory.entropy[states.row, states.step])
@@ -235,7 +245,7 @@ class Iteration:
         """Score the states; the rewards of a micro-batch's one-step completions are found while
         the next is replayed."""
         algorithm, limit = self.config.algorithm, self.micro_batches
-        ranks = self.config.ranks if algorithm.schedule == "per_step" else None
+        ranks = states.ranks if algorithm.schedule == "per_step" else None
         groups = limit.plan(states, ranks=ranks)
         if not algorithm.stepwise:
             return self.scorer.replay(states, groups, complete=False, limit=limit), None
@@ -269,8 +279,8 @@ class Iteration:
         """Advantage of every state, float64 [M]."""
         algorithm, groups = self.config.algorithm, len(kept)
         row, rank = states.row.cpu(), states.rank.cpu()
-        shape = (groups, self._group_size, self.config.ranks)
-        valid = torch.zeros(groups * self._group_size, self.config.ranks, dtype=torch.bool)
+        shape = (groups, self._group_size, states.ranks)
+        valid = torch.zeros(groups * self._group_size, states.ranks, dtype=torch.bool)
         valid[row, rank] = True
         rewards = samples.rewards[kept]
         if one_step is None:
@@ -321,7 +331,7 @@ class Iteration:
         """
         algorithm = self.config.algorithm
         joint = algorithm.schedule == "joint"
-        weight = 1.0 / (sequences * (self.config.ranks if joint else 1))
+        weight = 1.0 / (sequences * (states.ranks if joint else 1))
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
         for _ in range(algorithm.num_iterations):

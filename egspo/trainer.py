@@ -115,7 +115,7 @@ class Trainer:
         scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
         self.state = TrainingState("train", model, optimizer, scheduler, self._write_model)
         self.iteration = Iteration(
-            config, self.data, self.denoiser, optimizer, self._reduce_gradients
+            config, self.data, self.denoiser, optimizer, self._reduce_gradients, self._largest
         )
         self.completed = 0
         if checkpoint is not None:
@@ -299,6 +299,11 @@ class Trainer:
                 gradient = torch.zeros_like(parameter) if gradient is None else gradient
                 parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
         return True
+
+    def _largest(self, own: int) -> int:
+        """The maximum of ``own`` over processes."""
+        longest: int = max(gather_object([own]))
+        return longest
 
     def _check_processes(self) -> None:
         kind = str(self.accelerator.distributed_type).rpartition(".")[2]

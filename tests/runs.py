@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import os
 import signal
@@ -169,20 +170,34 @@ PARALLEL: dict[str, Any] = {
 """A run of which, on two processes, one often has nothing to teach."""
 
 
-def train_parallel(output: Path) -> None:
-    from egspo.trainer import train
+def train_parallel(output: Path, changes: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Train; the longest selections of the steps, here and anywhere, with adaptive K."""
+    from egspo.trainer import Trainer
 
+    longest = []
     rewards[:] = [Reward("uneven", uneven), Reward("ones", partial_ones)]
     try:
-        train(config(output, PARALLEL))
+        trainer = Trainer(config(output, PARALLEL, *changes))
+        largest = trainer.iteration.largest
+
+        def spy(own: int) -> int:
+            longest.append((own, largest(own)))
+            return longest[-1][1]
+
+        trainer.iteration.largest = spy
+        trainer.run()
     finally:
         rewards.clear()
+    return longest
 
 
-def train_as_rank(output: Path, rank: int, world_size: int, port: int) -> None:
+def train_as_rank(
+    output: Path, changes: Sequence[Mapping[str, Any]], rank: int, world_size: int, port: int
+) -> None:
     """In a process of its own, with the environment that torchrun gives it."""
     _become_rank(rank, world_size, port)
-    train_parallel(output)
+    longest = train_parallel(output, changes)
+    (output / f"longest-{rank}.json").write_text(json.dumps(longest))
 
 
 def evaluate_as_rank(arguments: list[str], rank: int, world_size: int, port: int) -> None:

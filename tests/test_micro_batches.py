@@ -129,7 +129,9 @@ class FirstStep:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         self.gradients: list[list[Tensor]] = []
         optimizer = build_optimizer(self.model, config.optimizer)
-        self.iteration = Iteration(config, trainer.data, denoiser, optimizer, self.keep)
+        self.iteration = Iteration(
+            config, trainer.data, denoiser, optimizer, self.keep, largest=int
+        )
 
     def keep(self, has_gradient: bool) -> bool:
         """In the place of an optimizer step, so that the next group is of the same weights."""

@@ -30,7 +30,7 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 # Metrics of every step of every run.
 EVERY_STEP = {
     *("step", "reward/mean", "reward/std", "reward/cell_accuracy", "solved", "length/mean"),
-    *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy"),
+    *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy", "selected/k"),
     *("skipped/rewards", "skipped/groups"),
     *("advantage/mean", "advantage/std", "advantage/max"),
     *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped"),
@@ -109,6 +109,7 @@ def test_presets(preset: str, tmp_path: Path, no_plots: None) -> None:
         groups = 2 - record["skipped/groups"]
         assert sum(record["selected/histogram"]) == record["selected/states"] == groups * 4 * 3
         assert record["updates"] == (0 if not groups else 3 if preset == "reference" else 1)
+        assert record["selected/k"] == 3
         assert ("step_reward/mean" in record) == (preset in ("egspo-sa", "reference"))
         assert record["kl"] is None
         if preset == "uniform":
@@ -317,13 +318,31 @@ def test_which_rewards_score_one_step_completions(
         assert torch.equal((step_rewards * unit).round(), step_rewards * unit)
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path, no_plots: None) -> None:
-    """Each with a share of the prompts, in some steps one of them with nothing to teach."""
+ADAPTIVE = {
+    "model": {"config": {"init_std": 0.5}},  # entropies that differ
+    "algorithm": {"entropy_share": 0.6, "selected_steps": 4, "stop_at_eos": False},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [[], [ADAPTIVE], [ADAPTIVE, {"algorithm": {"schedule": "joint"}}]],
+    ids=["fixed", "adaptive", "adaptive-joint"],
+)
+def test_two_processes_do_what_one_does(
+    changes: list[dict[str, Any]], tmp_path: Path, no_plots: None
+) -> None:
+    """Each with a share of the prompts, in some steps one of them with nothing to teach.
+
+    With adaptive K one selects fewer steps than the other, and trains nothing at the last rank.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        runs.forkserver().Process(target=runs.train_as_rank, args=(tmp_path / "two", rank, 2, port))
+        runs.forkserver().Process(
+            target=runs.train_as_rank, args=(tmp_path / "two", changes, rank, 2, port)
+        )
         for rank in range(2)
     ]
     for process in processes:
@@ -331,7 +350,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, no_plots: None) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    runs.train_parallel(tmp_path / "one")
+    together = runs.train_parallel(tmp_path / "one", changes)
     one, two = (
         [deterministic(record) for record in read_metrics(tmp_path / name)]
         for name in ("one", "two")
@@ -348,6 +367,13 @@ def test_two_processes_do_what_one_does(tmp_path: Path, no_plots: None) -> None:
     # One of two groups left out: it was one of the two processes that had nothing to do.
     assert 1 in {record["skipped/groups"] for record in two[1:]}
     assert not (tmp_path / "two" / "metrics.dropped.jsonl").exists()  # one process wrote
+    if changes:
+        ranks = [
+            json.loads((tmp_path / "two" / f"longest-{rank}.json").read_text()) for rank in (0, 1)
+        ]
+        assert [k for _, k in ranks[0]] == [k for _, k in ranks[1]] == [k for _, k in together]
+        assert [record["selected/k"] for record in one[1:]] == [k for _, k in together]
+        assert any(0 < a < b for (a, _), (b, _) in zip(*ranks, strict=True))
     weights = [
         load_file(tmp_path / name / "final" / "model" / "model.safetensors")
         for name in ("one", "two")

@@ -46,7 +46,7 @@ class MeasuredIteration(Iteration):
             before_step()
             return any_gradient
 
-        super().__init__(config, data, denoiser, optimizer, reduce_gradients)
+        super().__init__(config, data, denoiser, optimizer, reduce_gradients, largest=int)
         self.meter: Meter | None = None
         self.states: States
         self.scores: Scores
