@@ -364,6 +364,10 @@ class TrainConfig:
     seed: int = 0
     steps: int = 100
     """RL iterations: rollout, select, score, update."""
+    pipeline: bool = False
+    """Make the rollout of the next step before the update of this one: its rewards are found
+    meanwhile, and it is one update old (the metric ``staleness``), except after an evaluation or a
+    checkpoint."""
     prompts_per_step: int = 8
     """Over all processes; each is answered ``algorithm.group_size`` times."""
     micro_batch_size: int | None = None
@@ -379,6 +383,12 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        for section, every in (("eval", self.eval.every), ("checkpoint", self.checkpoint.every)):
+            _require(
+                not self.pipeline or every != 1,
+                f"pipeline: true never gets ahead with {section}.every: 1, as no rollout is made "
+                "before an evaluation or a checkpoint",
+            )
         size, tokens = self.micro_batch_size, self.micro_batch_tokens
         _require(
             size is None or tokens is None,
@@ -423,6 +433,14 @@ class TrainConfig:
     def evaluates_at(self, step: int) -> bool:
         """Whether the RL step ``step``, from 1, is followed by an evaluation."""
         return step == self.steps or bool(self.eval.every and step % self.eval.every == 0)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the RL step ``step`` is followed by a checkpoint, however good it is."""
+        return bool(self.checkpoint.every and step % self.checkpoint.every == 0)
+
+    def runs_ahead_at(self, step: int) -> bool:
+        """Whether the rollout after the RL step ``step`` is made before the step's update."""
+        return self.pipeline and not (self.evaluates_at(step) or self.saves_at(step))
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -5,19 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from torch import Tensor
 
-from egspo.advantages import (
-    egspo_advantages,
-    egspo_sa_advantages,
-    groups_with_spread,
-    lambda_at,
-)
+from egspo.advantages import groups_with_spread
+from egspo.batch import Batch, Metrics, Samples, state_advantages
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
@@ -25,7 +19,6 @@ from egspo.micro_batches import MicroBatches, release_memory
 from egspo.optimization import NonFiniteError, apply_gradients, clip_gradients
 from egspo.reduction import Count, part, surrogate_metrics
 from egspo.reward_queue import RewardQueue
-from egspo.rewards import ScoredRewards
 from egspo.rollout import rollout_blocks
 from egspo.samples import OneStepCompletions, TrajectoryRecord, sampled_group
 from egspo.scoring import Scorer, Scores, States
@@ -35,25 +28,7 @@ from egspo.trajectory import NEVER, PromptBatch, Trajectory
 from egspo.work import ModelCost, peak_memory
 from egspo_kernels import Surrogate
 
-Metrics = dict[str, Any]
-
 logger = logging.getLogger("egspo")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """P groups of G trajectories and their rewards; trajectory ``b`` is of prompt ``b // G``."""
-
-    prompt_index: list[int]
-    """Place of each of the P prompts in the training set."""
-    trajectory: Trajectory
-    rewards: Tensor
-    """float64 [P, G], NaN where a sample was skipped."""
-    step_rewards: Tensor
-    """float64 [P, G], by those reward functions only that also score one-step completions."""
-    known: dict[tuple[int, str], ScoredRewards]
-    """By those functions too, of each prompt and completion: what needs no second scoring. Empty
-    where no one-step completions are made."""
 
 
 class Iteration:
@@ -87,20 +62,26 @@ class Iteration:
         self.cost = ModelCost.of(denoiser.model)
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
+        self.version = 0
+        """How many iterations have changed the weights."""
         self.group: list[TrajectoryRecord] = []
         """A group of the last step with an evaluation, to look at."""
 
     def run(self, step: int, prompt_index: list[int], first_sequence: int) -> Metrics:
-        """Rollout, select, score and update on the prompts given.
+        """:meth:`produce` and :meth:`update` in turn: on the policy."""
+        with closing(self.produce(step, prompt_index, first_sequence)) as batch:
+            return self.update(batch)
 
-        Returns what to log, as parts for :func:`egspo.reduction.merge`.
+    def produce(self, step: int, prompt_index: list[int], first_sequence: int) -> Batch:
+        """Rollout, select and replay by the weights as they are.
+
+        The rewards of one-step completions may not be there yet: close what is not updated on.
 
         Args:
             step: training step, from 1.
             prompt_index: places in the training set, one per group.
             first_sequence: id of the first sequence; ids are never repeated in a run.
         """
-        self.updated = False
         metrics: Metrics = {}
         ids = first_sequence + torch.arange(len(prompt_index) * self._group_size)
         ids = ids.to(self.denoiser.device)
@@ -112,13 +93,28 @@ class Iteration:
         with self._phase(metrics, "select"):
             states, kept = self._select(samples, ids, metrics)
         with self._phase(metrics, "score"):
-            scores, one_step = self._replay(step, samples, kept, states, metrics)
-            advantage = self._advantages(step, samples, kept, states, one_step, metrics)
-        with self._phase(metrics, "update"):
-            sequences = len(trajectory)
-            metrics.update(self._update(step, states, scores, advantage, sequences))
+            scores, one_step = self._replay(samples, kept, states)
         tokens = int((trajectory.unmask_step != NEVER).sum())
         metrics["speed/tokens_per_second"] = tokens / max(metrics["time/rollout"], 1e-9)
+        return Batch(step, samples, kept, states, scores, one_step, self.version, metrics)
+
+    def update(self, batch: Batch) -> Metrics:
+        """Advantages and update, by the ratio to the weights that made the batch.
+
+        Returns what to log of all phases, as parts for :func:`egspo.reduction.merge`.
+        """
+        self.updated = False
+        metrics: Metrics = {**batch.metrics, "staleness": self.version - batch.version}
+        one_step = None if batch.one_step is None else self._collect(batch, batch.one_step, metrics)
+        with self._phase(metrics, "update"):
+            advantage = self._advantages(batch, one_step, metrics)
+            sequences = len(batch.samples.trajectory)
+            metrics.update(
+                self._update(batch.step, batch.states, batch.scores, advantage, sequences)
+            )
+        if metrics["staleness"]:
+            metrics["ratio/drift"] = None  # the policy has moved, and its ratio is no defect
+        self.version += self.updated
         metrics["memory/peak"] = peak_memory(self.denoiser.device)
         return metrics
 
@@ -235,22 +231,19 @@ class Iteration:
         return states, kept
 
     def _replay(
-        self,
-        step: int,
-        samples: Samples,
-        kept: Tensor,
-        states: States,
-        metrics: Metrics,
-    ) -> tuple[Scores, OneStepCompletions | None]:
+        self, samples: Samples, kept: Tensor, states: States
+    ) -> tuple[Scores, RewardQueue | None]:
         """Score the states; the rewards of a micro-batch's one-step completions are found while
-        the next is replayed."""
+        the next is replayed, and after."""
         algorithm, limit = self.config.algorithm, self.micro_batches
         ranks = states.ranks if algorithm.schedule == "per_step" else None
         groups = limit.plan(states, ranks=ranks)
         if not algorithm.stepwise:
             return self.scorer.replay(states, groups, complete=False, limit=limit), None
         prompts = [samples.prompt_index[int(kept[i])] for i in states.row.cpu() // self._group_size]
-        with RewardQueue(self.rewards.score, self.rewards.intermediate, samples.known) as queue:
+        with ExitStack() as failure:
+            queue = RewardQueue(self.rewards.score, self.rewards.intermediate, samples.known)
+            failure.enter_context(queue)
 
             def add(index: Tensor, completions: Tensor) -> None:
                 places = index.tolist()
@@ -259,65 +252,29 @@ class Iteration:
             scores = self.scorer.replay(
                 states, groups, complete=True, on_completions=add, limit=limit
             )
-            start = time.perf_counter()
-            texts, scored = queue.collect(len(states))
-        metrics["time/step_reward"] = time.perf_counter() - start
-        warn_of_failures(step, scored)
+            failure.pop_all()  # there was none: the queue goes on until the update needs it
+        return scores, queue
+
+    def _collect(self, batch: Batch, queue: RewardQueue, metrics: Metrics) -> OneStepCompletions:
+        """Wait for the rewards of the one-step completions."""
+        with queue, self._phase(metrics, "step_reward"):
+            texts, scored = queue.collect(len(batch.states))
+        warn_of_failures(batch.step, scored)
         metrics["skipped/step_rewards"] = Count(scored.skipped)
         metrics["step_reward/mean"] = part(scored.total)
-        return scores, OneStepCompletions(texts, scored.total)
+        return OneStepCompletions(texts, scored.total)
 
     def _advantages(
-        self,
-        step: int,
-        samples: Samples,
-        kept: Tensor,
-        states: States,
-        one_step: OneStepCompletions | None,
-        metrics: Metrics,
+        self, batch: Batch, one_step: OneStepCompletions | None, metrics: Metrics
     ) -> Tensor:
         """Advantage of every state, float64 [M]."""
-        algorithm, groups = self.config.algorithm, len(kept)
-        row, rank = states.row.cpu(), states.rank.cpu()
-        shape = (groups, self._group_size, states.ranks)
-        valid = torch.zeros(groups * self._group_size, states.ranks, dtype=torch.bool)
-        valid[row, rank] = True
-        rewards = samples.rewards[kept]
-        if one_step is None:
-            advantage = egspo_advantages(
-                rewards, valid.view(shape), scale_by_std=algorithm.scale_by_std
-            )
-        else:
-            values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
-            values[row, rank] = one_step.rewards
-            selected = torch.zeros(valid.shape, dtype=torch.int64)
-            selected[row, rank] = states.step.cpu()
-            lam = lambda_at(algorithm, step - 1, selected, states.trajectory.num_steps)
-            advantage = egspo_sa_advantages(
-                rewards,
-                values.view(shape),
-                valid.view(shape),
-                lam.view(shape),
-                step_rewards=samples.step_rewards[kept],
-                normalize_returns=algorithm.normalize_returns,
-                returns=algorithm.returns,
-                baseline=algorithm.baseline,
-                scale_by_std=algorithm.scale_by_std,
-            )
-        result = advantage.view(valid.shape)[row, rank]
+        result = state_advantages(self.config.algorithm, batch, one_step)
         metrics["advantage/mean"] = part(result)
         metrics["advantage/std"] = part(result, "std")
         metrics["advantage/max"] = part(result.abs(), "max")
-        if self.config.evaluates_at(step):
+        if self.config.evaluates_at(batch.step):
             self.group = sampled_group(
-                self.config,
-                self.data,
-                self.denoiser.eos_id,
-                samples,
-                kept,
-                states,
-                result,
-                one_step,
+                self.config, self.data, self.denoiser.eos_id, batch, result, one_step
             )
         return result.to(self.denoiser.device)
 

@@ -24,9 +24,8 @@ from egspo.config import GenerationConfig, TrainConfig
 from egspo.recipe import from_mapping
 
 if TYPE_CHECKING:
+    from egspo.batch import Batch
     from egspo.build import Data
-    from egspo.iteration import Samples
-    from egspo.scoring import States
 
 SAMPLES = "samples"
 """Folder of a run that holds them."""
@@ -114,9 +113,7 @@ def sampled_group(
     config: TrainConfig,
     data: Data,
     eos_id: int,
-    samples: Samples,
-    kept: Tensor,
-    states: States,
+    batch: Batch,
     advantage: Tensor,
     one_step: OneStepCompletions | None,
 ) -> list[TrajectoryRecord]:
@@ -125,12 +122,11 @@ def sampled_group(
     Args:
         config, data: of the run.
         eos_id: end of text.
-        samples: the rollout.
-        kept: int64 [P'], groups that are trained.
-        states: M selected states, of the P' * G trajectories of those groups.
+        batch: M selected states and the rollout that they are of.
         advantage: float64 [M].
         one_step: M completions; None for EGSPO.
     """
+    samples, kept, states = batch.samples, batch.kept, batch.states
     size = config.algorithm.group_size
     group = int(kept[0]) if len(kept) else 0
     rows = torch.arange(group * size, (group + 1) * size, device=samples.trajectory.tokens.device)

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from egspo.batch import Metrics
 from egspo.best import BestSoFar
 from egspo.build import (
     base_model,
@@ -36,9 +38,10 @@ from egspo.continuation import check_continuation, flat
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.graphs import check_device
-from egspo.iteration import Iteration, Metrics
+from egspo.iteration import Iteration
 from egspo.metrics import MetricsWriter, read_metrics
 from egspo.optimization import NonFiniteError, advance, build_optimizer, build_scheduler
+from egspo.pipeline import Pipeline
 from egspo.plotting import plot_run
 from egspo.progress import RunProgress
 from egspo.quantization import check_quantization
@@ -117,6 +120,7 @@ class Trainer:
         self.iteration = Iteration(
             config, self.data, self.denoiser, optimizer, self._reduce_gradients, self._largest
         )
+        self.pipeline = Pipeline(config, self.iteration, self._work)
         self.completed = 0
         if checkpoint is not None:
             self.completed = self.state.load(checkpoint, "steps", config.steps)
@@ -148,6 +152,7 @@ class Trainer:
             with (
                 RunProgress(config.steps, "EGSPO", start=self.completed, enabled=main) as progress,
                 termination_raises(),
+                closing(self.pipeline),
             ):
                 if not self.resumed:
                     self._log({"step": 0, **self._evaluate()}, writer, progress)
@@ -157,8 +162,7 @@ class Trainer:
                     improved = self._log(self._step(step), writer, progress)
                     self.completed, self._between_steps = step, True
                     self.iteration.updated = False
-                    due = config.checkpoint.every and step % config.checkpoint.every == 0
-                    if due or (improved and config.checkpoint.keep_best):
+                    if config.saves_at(step) or (improved and config.checkpoint.keep_best):
                         self._save()
         except BaseException:
             # Halfway through an update the weights belong to no step; otherwise they are intact.
@@ -172,12 +176,9 @@ class Trainer:
 
     def _step(self, step: int) -> Metrics:
         """One iteration, the evaluation that is due, and what to log of both."""
-        config, rank = self.config, self.accelerator.process_index
-        share = config.prompts_per_step // self.accelerator.num_processes
-        first = (step - 1) * config.prompts_per_step + rank * share
-        prompts = data_order(config.seed, len(self.data.train), first, share)
+        config = self.config
         start = time.perf_counter()
-        metrics = self.iteration.run(step, prompts, first * config.algorithm.group_size)
+        metrics = self.pipeline.step(step)
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
         advance(self.state.scheduler)
@@ -188,6 +189,14 @@ class Trainer:
             metrics.update(self._evaluate())
         metrics["time/step"] = time.perf_counter() - start
         return {"step": step, **metrics}
+
+    def _work(self, step: int) -> tuple[list[int], int]:
+        """Prompts of this process, and the id of its first sequence."""
+        config, rank = self.config, self.accelerator.process_index
+        share = config.prompts_per_step // self.accelerator.num_processes
+        first = (step - 1) * config.prompts_per_step + rank * share
+        prompts = data_order(config.seed, len(self.data.train), first, share)
+        return prompts, first * config.algorithm.group_size
 
     def _evaluate(self) -> Metrics:
         """Held-out metrics, each process decoding its share of the prompts."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from benchmarks.iteration.baseline import Baseline, BaselineOutcome
 from benchmarks.iteration.problem import SIZES, Problem
 from benchmarks.meter import Meter, Mode, PhaseCost, merged
+from egspo.batch import Metrics
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
-from egspo.iteration import Iteration, Metrics
+from egspo.iteration import Iteration
 from egspo.optimization import build_optimizer
 from egspo.scoring import Scores, States
 from egspo.work import ModelCost, Work
@@ -31,7 +32,8 @@ PHASES = ("rollout", "select", "score", "update")
 class MeasuredIteration(Iteration):
     """egspo's iteration, measured phase by phase; what it did is kept to be compared.
 
-    What is left of the rewards after the rollout counts as part of the rollout.
+    What is left of the rewards after the rollout counts as part of the rollout, and of those of
+    one-step completions as part of the scoring.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class MeasuredIteration(Iteration):
     @contextmanager
     def _phase(self, metrics: Metrics, name: str) -> Iterator[None]:
         assert self.meter is not None
-        name_measured = "rollout" if name == "reward" else name
-        with super()._phase(metrics, name), self.meter.phase(name_measured):
+        measured = {"reward": "rollout", "step_reward": "score"}.get(name, name)
+        with super()._phase(metrics, name), self.meter.phase(measured):
             yield
 
     def _update(
