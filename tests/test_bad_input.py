@@ -49,6 +49,11 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"algorithm": {"entropy_share": 1.5}}, r"entropy_share must be in \(0, 1\], .* got 1.5"),
+        (
+            {"algorithm": {"entropy_share": 0.7, "strategy": "uniform"}},
+            r"entropy_share \(0.7\) .* needs algorithm.strategy: high_entropy, got uniform",
+        ),
         ({"algorithm": {"selected_steps": 6}}, r"selected_steps \(6\) .* generation.steps \(5\)"),
         ({"generation": {"block_length": 5, "steps": 6}}, r"generation.steps \(6\) .* 4 blocks"),
         ({"generation": {"steps": 25}}, "at most one step per token"),

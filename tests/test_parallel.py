@@ -26,6 +26,12 @@ EXACT_KL = {"algorithm": {"beta": 0.1, "kl": "exact", "schedule": "joint"}}
 K3 = {"algorithm": {"beta": 0.1, "selected_steps": 2, "schedule": "joint"}}
 CACHED = {"generation": {"cache": "dual"}, "micro_batch_size": 3}
 WHOLE = {"distributed": {"engine": "replicated"}}
+ADAPTIVE = {
+    "model": {"config": {"init_std": 0.5}},  # entropies that differ
+    "algorithm": {"entropy_share": 0.6, "selected_steps": 4, "stop_at_eos": False},
+}
+JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "joint"}}
+PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 SHORT = {"steps": 2, "eval": {"every": 0}}
 
 
@@ -60,6 +66,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(3, [SHORT], id="3"),  # 8 sequences: no process has whole groups only
         pytest.param(2, [FSDP2], id="2-fsdp2"),
         pytest.param(3, [FSDP2, SHORT], id="3-fsdp2"),
+        pytest.param(2, [ADAPTIVE], id="2-adaptive"),
+        pytest.param(3, [ADAPTIVE, JOINT, FSDP2], id="3-fsdp2-adaptive-joint"),
+        pytest.param(2, [FSDP2, PIPELINE], id="2-fsdp2-pipeline"),
         pytest.param(2, [FSDP2, SHORT, LORA, K3], id="2-fsdp2-lora-kl"),
         pytest.param(2, [FSDP2, SHORT, EXACT_KL], id="2-fsdp2-exact-kl"),
         pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache"),

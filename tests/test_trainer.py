@@ -29,10 +29,10 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 # Metrics of every step of every run.
 EVERY_STEP = {
     *("step", "reward/mean", "reward/std", "reward/cell_accuracy", "solved", "length/mean"),
-    *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy"),
+    *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy", "selected/k"),
     *("skipped/rewards", "skipped/groups"),
     *("advantage/mean", "advantage/std", "advantage/max"),
-    *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped"),
+    *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped", "staleness"),
     *("clip/low", "clip/high", "kl", "grad_norm", "lr", "speed/tokens_per_second"),
     *("flops/rollout", "flops/score", "flops/update", "memory/peak", "rollout/forwards"),
     *("rollout/saved", "rollout/head_rows", "rollout/logits_bytes", "rollout/cache_bytes"),
@@ -108,6 +108,7 @@ def test_presets(preset: str, tmp_path: Path, no_plots: None) -> None:
         groups = 2 - record["skipped/groups"]
         assert sum(record["selected/histogram"]) == record["selected/states"] == groups * 4 * 3
         assert record["updates"] == (0 if not groups else 3 if preset == "reference" else 1)
+        assert record["selected/k"] == 3
         assert ("step_reward/mean" in record) == (preset in ("egspo-sa", "reference"))
         assert record["kl"] is None
         if preset == "uniform":
@@ -290,7 +291,7 @@ def test_which_rewards_score_one_step_completions(
         seen.append((rewards, options["step_rewards"]))
         return egspo_sa_advantages(rewards, values, valid, lam, **options)
 
-    monkeypatch.setattr("egspo.iteration.egspo_sa_advantages", spy)
+    monkeypatch.setattr("egspo.batch.egspo_sa_advantages", spy)
     task = {"name": "letters", "options": None, "intermediate_rewards": option}
     changes = {**LETTERS, "task": task, "algorithm": {"stop_at_eos": False}, "steps": 1}
     train(runs.config(tmp_path, changes, {"prompts_per_step": 3}))
@@ -322,14 +323,14 @@ def test_every_prompt_once_an_epoch_and_no_sequence_twice(
     letters.append(Reward("varied", runs.varied))
     places: list[int] = []
     sequences: list[int] = []
-    original = Iteration.run
+    original = Iteration.produce
 
     def spy(self: Iteration, step: int, prompt_index: list[int], first_sequence: int) -> Any:
         places.extend(prompt_index)
         sequences.extend(range(first_sequence, first_sequence + 4 * len(prompt_index)))
         return original(self, step, prompt_index, first_sequence)
 
-    monkeypatch.setattr(Iteration, "run", spy)
+    monkeypatch.setattr(Iteration, "produce", spy)
     changes = {**LETTERS, "steps": 3, "prompts_per_step": 4}
     train(runs.config(tmp_path, changes))
     train(runs.config(tmp_path, changes, {"steps": 6}), resume=tmp_path)
