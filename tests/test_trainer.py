@@ -189,8 +189,10 @@ def test_an_adapter_is_continued(tmp_path: Path, no_plots: None) -> None:
     assert all(not torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_learns(stepwise: bool, tmp_path: Path, no_plots: None, letters: list[Reward]) -> None:
+@pytest.mark.parametrize(("stepwise", "pipeline"), [(False, False), (True, False), (True, True)])
+def test_learns(
+    stepwise: bool, pipeline: bool, tmp_path: Path, no_plots: None, letters: list[Reward]
+) -> None:
     """Ones pay: after a few steps the model writes many more of them than at the start."""
     letters.append(Reward("ones", runs.ones))
     changes = {
@@ -199,11 +201,14 @@ def test_learns(stepwise: bool, tmp_path: Path, no_plots: None, letters: list[Re
         "prompts_per_step": 4,
         "algorithm": {"group_size": 8, "stepwise": stepwise, "stop_at_eos": False},
         "eval": {"every": 0, "temperature": 1.0},
+        "checkpoint": {"every": 0},
+        "pipeline": pipeline,
     }
     train(runs.config(tmp_path, changes))
     records = read_metrics(tmp_path)
     rewards = [record["reward/mean"] for record in records[1:]]
     assert rewards[0] < 0.2
+    assert [record["staleness"] for record in records[1:]] == [0] + [int(pipeline)] * 11
     assert min(rewards[-3:]) > 0.6
     assert records[-1]["eval/reward"] > 0.6 > 0.2 > records[0]["eval/reward"]
     assert records[-1]["entropy/mean"] < records[1]["entropy/mean"]
@@ -326,7 +331,9 @@ JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "join
 
 
 @pytest.mark.parametrize(
-    "changes", [[], [ADAPTIVE], [ADAPTIVE, JOINT]], ids=["fixed", "adaptive", "adaptive-joint"]
+    "changes",
+    [[], [ADAPTIVE], [ADAPTIVE, JOINT], [{"pipeline": True}]],
+    ids=["fixed", "adaptive", "adaptive-joint", "pipeline"],
 )
 def test_two_processes_do_what_one_does(
     changes: list[dict[str, Any]], tmp_path: Path, no_plots: None
@@ -363,10 +370,12 @@ def test_two_processes_do_what_one_does(
             exact = value is None or isinstance(value, int | list)
             expected = value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)
             assert b[name] == expected, (a["step"], name)
+    stale = [record["staleness"] for record in two[1:]]
+    assert stale == ([0, 1, 0, 1] if {"pipeline": True} in changes else [0] * 4)
     # One of two groups left out: it was one of the two processes that had nothing to do.
     assert 1 in {record["skipped/groups"] for record in two[1:]}
     assert not (tmp_path / "two" / "metrics.dropped.jsonl").exists()  # one process wrote
-    if changes:
+    if ADAPTIVE in changes:
         ranks = [
             json.loads((tmp_path / "two" / f"longest-{rank}.json").read_text()) for rank in (0, 1)
         ]
