@@ -405,6 +405,11 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        _require(
+            not self.pipeline or self.algorithm.stepwise,
+            "pipeline: true has the one-step completions scored during an update: it needs "
+            "algorithm.stepwise: true",
+        )
         for section, every in (("eval", self.eval.every), ("checkpoint", self.checkpoint.every)):
             _require(
                 not self.pipeline or every != 1,
