@@ -4,6 +4,7 @@ weights (stage 3)."""
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import logging
 import math
@@ -218,8 +219,7 @@ def deepspeed() -> ModuleType:
             "install 'egspo[deepspeed]'"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed as library
-
+    library: ModuleType = importlib.import_module("deepspeed")
     return library
 
 
@@ -239,9 +239,7 @@ def deepspeed_config(
     config = _without_auto(copy.deepcopy(dict(options or {})))
     for section in ("optimizer", "scheduler"):
         if section in config:
-            raise ValueError(
-                f"the recipe says what {section} there is, not DeepSpeed's {section!r}"
-            )
+            raise ValueError(f"DeepSpeed's {section} is not used: the recipe says what there is")
     for section in ("fp16", "bf16"):
         if config.get(section, {}).get("enabled", False):
             raise ValueError(
