@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
 from egspo.optimization import build_optimizer
+from egspo.parallel.deepspeed import DeepSpeedModel
 from egspo.parallel.engine import Engine, WholeModel
 from egspo.parallel.fsdp import ShardedModel
 from egspo.processes import Processes
@@ -48,8 +50,12 @@ def build_engine(
     denoiser: Denoiser,
     processes: Processes,
     device: torch.device,
+    options: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """The engine ``name`` over the model of ``denoiser``, whose weights are as they are to be."""
+    """The engine ``name`` over the model of ``denoiser``, whose weights are as they are to be.
+
+    ``options`` are DeepSpeed's, where the launcher has some.
+    """
     if name == "fsdp2":
         return ShardedModel(
             denoiser.model,
@@ -60,6 +66,15 @@ def build_engine(
             reshard=config.distributed.reshard,
             offload=config.distributed.offload,
             reference_head=config.algorithm.kl == "exact",
+        )
+    if name in ("zero2", "zero3"):
+        return DeepSpeedModel(
+            denoiser.model,
+            lambda model: build_optimizer(model, config.optimizer),
+            processes,
+            stage=int(name[-1]),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            options=options,
         )
     return WholeModel(
         denoiser.model, lambda model: build_optimizer(model, config.optimizer), processes
