@@ -200,6 +200,9 @@ class AlgorithmConfig:
     selected_steps: int = 8
     """K, denoising steps trained per trajectory."""
     strategy: Strategy = "high_entropy"
+    entropy_share: float | None = None
+    """Adaptive K, with ``high_entropy``: of each trajectory the fewest steps that hold this share
+    of the entropy of its candidates, at most ``selected_steps``. None trains so many always."""
     entropy_over: EntropyOver = "revealed"
     entropy_reduce: EntropyReduce = "mean"
     entropy_at: Literal["one", "sampling"] = "one"
@@ -243,6 +246,16 @@ class AlgorithmConfig:
             _require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
         _require(
             0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
+        )
+        share = self.entropy_share
+        _require(
+            share is None or 0 < share <= 1,
+            f"algorithm.entropy_share must be in (0, 1], or null for a fixed K, got {share}",
+        )
+        _require(
+            share is None or self.strategy == "high_entropy",
+            f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
+            f"needs algorithm.strategy: high_entropy, got {self.strategy}",
         )
 
 
@@ -373,6 +386,10 @@ class TrainConfig:
     seed: int = 0
     steps: int = 100
     """RL iterations: rollout, select, score, update."""
+    pipeline: bool = False
+    """Make the rollout of the next step before the update of this one: its rewards are found
+    meanwhile, and it is one update old (the metric ``staleness``), except after an evaluation or a
+    checkpoint."""
     prompts_per_step: int = 8
     """Over all processes; each is answered ``algorithm.group_size`` times."""
     micro_batch_size: int | None = None
@@ -388,6 +405,12 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        for section, every in (("eval", self.eval.every), ("checkpoint", self.checkpoint.every)):
+            _require(
+                not self.pipeline or every != 1,
+                f"pipeline: true never gets ahead with {section}.every: 1, as no rollout is made "
+                "before an evaluation or a checkpoint",
+            )
         size, tokens = self.micro_batch_size, self.micro_batch_tokens
         _require(
             size is None or tokens is None,
@@ -432,6 +455,14 @@ class TrainConfig:
     def evaluates_at(self, step: int) -> bool:
         """Whether the RL step ``step``, from 1, is followed by an evaluation."""
         return step == self.steps or bool(self.eval.every and step % self.eval.every == 0)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the RL step ``step`` is followed by a checkpoint, however good it is."""
+        return bool(self.checkpoint.every and step % self.checkpoint.every == 0)
+
+    def runs_ahead_at(self, step: int) -> bool:
+        """Whether the rollout after the RL step ``step`` is made before the step's update."""
+        return self.pipeline and not (self.evaluates_at(step) or self.saves_at(step))
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

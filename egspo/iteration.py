@@ -5,19 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from egspo.advantages import (
-    egspo_advantages,
-    egspo_sa_advantages,
-    groups_with_spread,
-    lambda_at,
-)
+from egspo.advantages import groups_with_spread
+from egspo.batch import Batch, Metrics, Samples, state_advantages
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
@@ -27,7 +22,6 @@ from egspo.parallel import Engine
 from egspo.processes import Processes
 from egspo.reduction import Count, part, surrogate_metrics
 from egspo.reward_queue import RewardQueue
-from egspo.rewards import ScoredRewards
 from egspo.rollout import rollout_blocks
 from egspo.samples import OneStepCompletions, TrajectoryRecord, sampled_group
 from egspo.scoring import Scorer, Scores, States
@@ -37,34 +31,7 @@ from egspo.trajectory import NEVER, PromptBatch, Trajectory
 from egspo.work import ModelCost, peak_memory
 from egspo_kernels import Surrogate
 
-Metrics = dict[str, Any]
-
 logger = logging.getLogger("egspo")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """P groups of G completions, whose trajectories are divided among the processes.
-
-    Sequence ``s`` is an answer to prompt ``s // G``; a group may lie in several processes.
-    """
-
-    prompt_index: list[int]
-    """P places in the training set."""
-    sequences: range
-    """Those of this process: trajectory ``b`` is of sequence ``sequences[b]``."""
-    trajectory: Trajectory
-    rewards: Tensor
-    """float64 [P, G], of all processes; NaN where not scored."""
-    step_rewards: Tensor
-    """The same by the functions that score one-step completions."""
-    known: dict[tuple[int, str], ScoredRewards]
-    """By those functions too, of each prompt and completion: what needs no second scoring. Empty
-    where no one-step completions are made."""
-
-    def prompts(self, sequences: list[int]) -> list[int]:
-        """Of each sequence, its prompt's place in the training set."""
-        return [self.prompt_index[s // self.rewards.shape[1]] for s in sequences]
 
 
 class Iteration:
@@ -91,20 +58,27 @@ class Iteration:
         self.cost = ModelCost.of(denoiser.model)
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
+        self.version = 0
+        """How many iterations have changed the weights."""
         self.group: list[TrajectoryRecord] = []
         """A group of the last step with an evaluation, to look at."""
 
     def run(self, step: int, prompt_index: list[int], first_sequence: int) -> Metrics:
-        """Rollout, select, score and update on the prompts given, the same in every process.
+        """:meth:`produce` and :meth:`update` in turn: on the policy."""
+        with closing(self.produce(step, prompt_index, first_sequence)) as batch:
+            return self.update(batch)
 
-        Returns what to log, as parts for :func:`egspo.reduction.merge`.
+    def produce(self, step: int, prompt_index: list[int], first_sequence: int) -> Batch:
+        """Rollout, select and replay by the weights as they are; the prompts are those of all
+        processes.
+
+        The rewards of one-step completions may not be there yet: close what is not updated on.
 
         Args:
             step: training step, from 1.
             prompt_index: places in the training set, one per group.
             first_sequence: id of the first sequence; ids are never repeated in a run.
         """
-        self.updated = False
         metrics: Metrics = {}
         with self.engine.gathered():
             with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
@@ -118,12 +92,25 @@ class Iteration:
             with self._phase(metrics, step, "select"):
                 states, kept = self._select(samples, first_sequence, metrics)
             with self._phase(metrics, step, "score"):
-                scores, one_step = self._replay(step, samples, kept, states, metrics)
-                advantage = self._advantages(step, samples, kept, states, one_step, metrics)
-        with self._phase(metrics, step, "update"):
-            metrics.update(self._update(step, samples, states, scores, advantage))
+                scores, one_step = self._replay(samples, kept, states)
         tokens = int((trajectory.unmask_step != NEVER).sum())
         metrics["speed/tokens_per_second"] = tokens / max(metrics["time/rollout"], 1e-9)
+        return Batch(step, samples, kept, states, scores, one_step, self.version, metrics)
+
+    def update(self, batch: Batch) -> Metrics:
+        """Advantages and update, by the ratio to the weights that made the batch.
+
+        Returns what to log of all phases, as parts for :func:`egspo.reduction.merge`.
+        """
+        self.updated = False
+        metrics: Metrics = {**batch.metrics, "staleness": self.version - batch.version}
+        one_step = None if batch.one_step is None else self._collect(batch, batch.one_step, metrics)
+        with self._phase(metrics, batch.step, "update"):
+            advantage = self._advantages(batch, one_step, metrics)
+            metrics.update(self._update(batch, advantage))
+        if metrics["staleness"]:
+            metrics["ratio/drift"] = None  # the policy has moved, and its ratio is no defect
+        self.version += self.updated
         metrics["memory/peak"] = peak_memory(self.denoiser.device)
         return metrics
 
@@ -132,7 +119,8 @@ class Iteration:
         """Time, FLOPs and, of the rollout, what else its forward passes took."""
         self.processes.enter(f"{name} of step {step}")
         start, before = time.perf_counter(), self.denoiser.work.copy()
-        yield
+        with self.processes.collective():
+            yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         metrics[f"time/{name}"] = time.perf_counter() - start
@@ -216,8 +204,8 @@ class Iteration:
     def _select(
         self, samples: Samples, first_sequence: int, metrics: Metrics
     ) -> tuple[States, list[int]]:
-        """Selected states of the groups that have something to teach, and the sequence of each
-        trajectory of theirs."""
+        """Selected states of the groups that have something to teach, and the sequences that their
+        trajectories are of."""
         algorithm = self.config.algorithm
         teaches = groups_with_spread(samples.rewards)
         metrics["skipped/groups"] = int((~teaches).sum())
@@ -235,32 +223,35 @@ class Iteration:
             algorithm.strategy,
             algorithm.selected_steps,
             limits=limits,
+            entropy_share=algorithm.entropy_share,
             seed=self.config.seed,
             sequence_ids=self._ids(first_sequence, sequences),
         )
+        if algorithm.entropy_share is not None:
+            # K of the longest row anywhere: the denominator and the optimizer steps of everyone.
+            used = int((selected >= 0).sum(1).max()) if len(selected) else 0
+            selected = selected[:, : max(self.processes.largest(used), 1)]
         states = States.from_selection(trajectory, selected)
+        metrics["selected/k"] = states.ranks
         metrics["selected/histogram"] = histogram(selected, trajectory.num_steps).tolist()
         metrics["selected/states"] = Count(len(states))
         metrics["selected/entropy"] = part(trajectory.entropy[states.row, states.step])
         return states, sequences
 
     def _replay(
-        self,
-        step: int,
-        samples: Samples,
-        sequences: list[int],
-        states: States,
-        metrics: Metrics,
-    ) -> tuple[Scores, OneStepCompletions | None]:
+        self, samples: Samples, sequences: list[int], states: States
+    ) -> tuple[Scores, RewardQueue | None]:
         """Score the states; the rewards of a micro-batch's one-step completions are found while
-        the next is replayed."""
+        the next is replayed, and after."""
         algorithm, limit = self.config.algorithm, self.micro_batches
-        ranks = self.config.ranks if algorithm.schedule == "per_step" else None
+        ranks = states.ranks if algorithm.schedule == "per_step" else None
         groups = limit.plan(states, ranks=ranks)
         if not algorithm.stepwise:
             return self.scorer.replay(states, groups, complete=False, limit=limit), None
         prompts = samples.prompts([sequences[i] for i in states.row.tolist()])
-        with RewardQueue(self.rewards.score, self.rewards.intermediate, samples.known) as queue:
+        with ExitStack() as failure:
+            queue = RewardQueue(self.rewards.score, self.rewards.intermediate, samples.known)
+            failure.enter_context(queue)
 
             def add(index: Tensor, completions: Tensor) -> None:
                 places = index.tolist()
@@ -269,75 +260,33 @@ class Iteration:
             scores = self.scorer.replay(
                 states, groups, complete=True, on_completions=add, limit=limit
             )
-            start = time.perf_counter()
-            texts, scored = queue.collect(len(states))
-        metrics["time/step_reward"] = time.perf_counter() - start
-        warn_of_failures(step, scored)
+            failure.pop_all()  # there was none: the queue goes on until the update needs it
+        return scores, queue
+
+    def _collect(self, batch: Batch, queue: RewardQueue, metrics: Metrics) -> OneStepCompletions:
+        """Wait for the rewards of the one-step completions."""
+        with queue, self._phase(metrics, batch.step, "step_reward"):
+            texts, scored = queue.collect(len(batch.states))
+        warn_of_failures(batch.step, scored)
         metrics["skipped/step_rewards"] = Count(scored.skipped)
         metrics["step_reward/mean"] = part(scored.total)
-        return scores, OneStepCompletions(texts, scored.total)
+        return OneStepCompletions(texts, scored.total)
 
     def _advantages(
-        self,
-        step: int,
-        samples: Samples,
-        sequences: list[int],
-        states: States,
-        one_step: OneStepCompletions | None,
-        metrics: Metrics,
+        self, batch: Batch, one_step: OneStepCompletions | None, metrics: Metrics
     ) -> Tensor:
         """Advantage of every state, float64 [M]."""
-        algorithm = self.config.algorithm
-        sequence = torch.tensor([sequences[i] for i in states.row.tolist()], dtype=torch.int64)
-        rank = states.rank.cpu()
-        # A baseline is over the group, wherever its members are.
-        mine = (sequence, rank, states.step.cpu(), None if one_step is None else one_step.rewards)
-        every = self.processes.gather(mine)
-        shape = (*samples.rewards.shape, self.config.ranks)
-        valid = torch.zeros(shape, dtype=torch.bool).flatten(0, 1)
-        selected = torch.zeros(valid.shape, dtype=torch.int64)
-        values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
-        for place in every:
-            valid[place[0], place[1]], selected[place[0], place[1]] = True, place[2]
-            if place[3] is not None:
-                values[place[0], place[1]] = place[3]
-        if one_step is None:
-            advantage = egspo_advantages(
-                samples.rewards, valid.view(shape), scale_by_std=algorithm.scale_by_std
-            )
-        else:
-            lam = lambda_at(algorithm, step - 1, selected, states.trajectory.num_steps)
-            advantage = egspo_sa_advantages(
-                samples.rewards,
-                values.view(shape),
-                valid.view(shape),
-                lam.view(shape),
-                step_rewards=samples.step_rewards,
-                normalize_returns=algorithm.normalize_returns,
-                returns=algorithm.returns,
-                baseline=algorithm.baseline,
-                scale_by_std=algorithm.scale_by_std,
-            )
-        result = advantage.flatten(0, 1)[sequence, rank]
+        result = state_advantages(self.config.algorithm, batch, one_step, self.processes)
         metrics["advantage/mean"] = part(result)
         metrics["advantage/std"] = part(result, "std")
         metrics["advantage/max"] = part(result.abs(), "max")
-        if self.config.evaluates_at(step):
+        if self.config.evaluates_at(batch.step):
             self.group = sampled_group(
-                self.config,
-                self.data,
-                self.denoiser.eos_id,
-                samples,
-                sequences,
-                states,
-                result,
-                one_step,
+                self.config, self.data, self.denoiser.eos_id, batch, result, one_step
             )
         return result.to(self.denoiser.device)
 
-    def _update(
-        self, step: int, samples: Samples, states: States, scores: Scores, advantage: Tensor
-    ) -> Metrics:
+    def _update(self, batch: Batch, advantage: Tensor) -> Metrics:
         """``num_iterations`` epochs over the groups of micro-batches, an optimizer step each.
 
         The denominators are constant: a skipped group or a padded step counts as a zero, so that
@@ -346,13 +295,13 @@ class Iteration:
         algorithm = self.config.algorithm
         joint = algorithm.schedule == "joint"
         # The engine's mean over processes makes this one over all sequences.
-        sequences = samples.rewards.numel() / self.processes.count
-        weight = 1.0 / (sequences * (self.config.ranks if joint else 1))
+        sequences = batch.samples.rewards.numel() / self.processes.count
+        weight = 1.0 / (sequences * (batch.states.ranks if joint else 1))
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
         for _ in range(algorithm.num_iterations):
-            for group in scores.groups:
-                outcome = self._accumulate(step, samples, states, group, scores, advantage, weight)
+            for group in batch.scores.groups:
+                outcome = self._accumulate(batch, group, advantage, weight)
                 if not self.engine.reduce_gradients(bool(group)):
                     continue
                 norms.append(self.engine.clip(self.config.optimizer.max_grad_norm))
@@ -362,14 +311,7 @@ class Iteration:
         return surrogate_metrics(outcomes, norms, with_kl=algorithm.beta > 0)
 
     def _accumulate(
-        self,
-        step: int,
-        samples: Samples,
-        states: States,
-        group: list[Tensor],
-        scores: Scores,
-        advantage: Tensor,
-        weight: float,
+        self, batch: Batch, group: list[Tensor], advantage: Tensor, weight: float
     ) -> list[Surrogate]:
         """Add up the gradient of a group.
 
@@ -377,7 +319,7 @@ class Iteration:
         that failed may have added the gradients of some of the weights. The passes of a sharded
         model are collective: every process makes as many, and none can begin again.
         """
-        sharded = self.engine.sharded
+        sharded, states = self.engine.sharded, batch.states
         while True:
             outcomes: list[Surrogate] = []
             group = self.micro_batches.split(states, group)
@@ -385,13 +327,11 @@ class Iteration:
             for number in range(passes):
                 last = number + 1 == passes
                 if number >= len(group):
-                    self.engine.backward(self._nothing(samples.trajectory), last=last)
+                    self.engine.backward(self._nothing(batch), last=last)
                     continue
                 index = group[number]
                 try:
-                    outcome = self._backward(
-                        step, states, index, scores, advantage, weight, last=last
-                    )
+                    outcome = self._backward(batch, index, advantage, weight, last=last)
                 except torch.OutOfMemoryError as error:
                     if sharded:
                         self.micro_batches.give_up(states, index, error)
@@ -404,30 +344,22 @@ class Iteration:
             release_memory(self.denoiser.device)
 
     def _backward(
-        self,
-        step: int,
-        states: States,
-        index: Tensor,
-        scores: Scores,
-        advantage: Tensor,
-        weight: float,
-        *,
-        last: bool,
+        self, batch: Batch, index: Tensor, advantage: Tensor, weight: float, *, last: bool
     ) -> Surrogate:
-        outcome = self.scorer.surrogate(states, index, scores, advantage, weight)
+        outcome = self.scorer.surrogate(batch.states, index, batch.scores, advantage, weight)
         if not bool(outcome.loss.isfinite()):
             loss, ratio = float(outcome.loss.detach()), float(outcome.ratio.max())
             raise NonFiniteError(
-                f"the loss is {loss} at step {step} (largest ratio {ratio:.3g}, largest advantage "
-                f"{float(advantage[index].abs().max()):.3g}); the weights did not take it"
+                f"the loss is {loss} at step {batch.step} (largest ratio {ratio:.3g}, largest "
+                f"advantage {float(advantage[index].abs().max()):.3g}); the weights did not take it"
             )
         self.engine.backward(outcome.loss, last=last)
         return outcome._replace(loss=outcome.loss.detach())
 
-    def _nothing(self, trajectory: Trajectory) -> Tensor:
+    def _nothing(self, batch: Batch) -> Tensor:
         """A loss of 0, by the passes of any other: a process with less to do takes part in them."""
         zero = torch.zeros(1, dtype=torch.int64, device=self.denoiser.device)
-        states, none = States(trajectory, zero, zero, zero), zero.double()
+        states = States(batch.samples.trajectory, zero, zero, zero, 1)
+        none = zero.double()
         scorer = replace(self.scorer, algorithm=replace(self.config.algorithm, beta=0.0))
-        scores = Scores(none, None, None, None, [])
-        return scorer.surrogate(states, zero, scores, none, 0.0).loss
+        return scorer.surrogate(states, zero, Scores(none, None, None, None, []), none, 0.0).loss

@@ -31,6 +31,9 @@ _ANSWER = timedelta(seconds=10)
 class LostProcessError(RuntimeError):
     """Another process failed, or did not come in time."""
 
+    exit_code = 4
+    """Of the command line."""
+
 
 def process_state(timeout: timedelta = _UNBOUNDED) -> PartialState:
     """One process, or those that ``accelerate launch`` or ``torchrun`` started.
@@ -126,6 +129,16 @@ class Processes:
                 dist.barrier(group=self._patient)
 
     @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Inside, what a backend raises of a process that is gone becomes a LostProcessError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, LostProcessError) or not _is_of_backend(error):
+                raise
+            raise LostProcessError(self._who_is_missing()) from error
+
+    @contextmanager
     def _waiting(self) -> Iterator[None]:
         try:
             yield
@@ -160,6 +173,11 @@ class Processes:
             port[0] = store.port
         dist.broadcast_object_list(port, src=0, group=self._group)
         return store or TCPStore(host, port[0], is_master=False, wait_for_workers=False)
+
+
+def _is_of_backend(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors, whose text has the file they are from."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _key(rank: int) -> str:

@@ -24,9 +24,8 @@ from egspo.config import GenerationConfig, TrainConfig
 from egspo.recipe import from_mapping
 
 if TYPE_CHECKING:
+    from egspo.batch import Batch
     from egspo.build import Data
-    from egspo.iteration import Samples
-    from egspo.scoring import States
 
 SAMPLES = "samples"
 """Folder of a run that holds them."""
@@ -114,9 +113,7 @@ def sampled_group(
     config: TrainConfig,
     data: Data,
     eos_id: int,
-    samples: Samples,
-    sequences: list[int],
-    states: States,
+    batch: Batch,
     advantage: Tensor,
     one_step: OneStepCompletions | None,
 ) -> list[TrajectoryRecord]:
@@ -126,12 +123,11 @@ def sampled_group(
     Args:
         config, data: of the run.
         eos_id: end of text.
-        samples: the rollout.
-        sequences: those of this process that are trained.
-        states: M selected states, of the trajectories of those sequences.
+        batch: M selected states and the rollout that they are of.
         advantage: float64 [M].
         one_step: M completions; None for EGSPO.
     """
+    samples, states, sequences = batch.samples, batch.states, batch.sequences
     size = config.algorithm.group_size
     group = (sequences[0] if sequences else samples.sequences[0]) // size
     members = [s for s in samples.sequences if s // size == group]

@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal
 import time
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from egspo.batch import Metrics
 from egspo.best import BestSoFar
 from egspo.build import (
     base_model,
@@ -25,6 +27,7 @@ from egspo.build import (
 )
 from egspo.checkpoint import (
     CHECKPOINTS,
+    PARTIAL,
     check_unclaimed,
     check_writable,
     find_checkpoint,
@@ -38,10 +41,11 @@ from egspo.continuation import check_continuation, flat
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.graphs import check_device
-from egspo.iteration import Iteration, Metrics
+from egspo.iteration import Iteration
 from egspo.metrics import MetricsWriter, read_metrics
 from egspo.optimization import NonFiniteError, advance, build_scheduler
 from egspo.parallel import build_engine, choose_engine, with_accelerate_options
+from egspo.pipeline import Pipeline
 from egspo.plotting import plot_run
 from egspo.processes import Processes, process_state
 from egspo.progress import RunProgress
@@ -109,6 +113,7 @@ class Trainer:
         if config.generation.cuda_graphs:
             check_device(self.accelerator.device)
         check_writable(self.output, 0)
+        self._check_shared()
         checkpoint = None if resume is None else find_checkpoint(resume)
         check_unclaimed(self._checkpoints, checkpoint)
         self.completed = 0
@@ -137,6 +142,7 @@ class Trainer:
         if checkpoint is not None:
             self.state.load(checkpoint)
         self.iteration = Iteration(config, self.data, self.denoiser, self.engine, self.processes)
+        self.pipeline = Pipeline(config, self.iteration, self._work)
         self.best = BestSoFar()
         if self.resumed is not None and (self.resumed / "metrics.jsonl").exists():
             made = read_metrics(self.resumed)
@@ -165,6 +171,7 @@ class Trainer:
             with (
                 RunProgress(config.steps, "EGSPO", start=self.completed, enabled=main) as progress,
                 Termination(deferred=self.engine.sharded) as termination,
+                closing(self.pipeline),
             ):
                 if not self.resumed:
                     self._log({"step": 0, **self._evaluate()}, writer, progress)
@@ -174,8 +181,7 @@ class Trainer:
                     improved = self._log(self._step(step), writer, progress)
                     self.completed, self._between_steps = step, True
                     self.iteration.updated = False
-                    due = config.checkpoint.every and step % config.checkpoint.every == 0
-                    if due or (improved and config.checkpoint.keep_best):
+                    if config.saves_at(step) or (improved and config.checkpoint.keep_best):
                         self._save()
                     if self.engine.sharded and self.processes.any(termination.requested):
                         self._save()
@@ -202,11 +208,9 @@ class Trainer:
 
     def _step(self, step: int) -> Metrics:
         """One iteration, the evaluation that is due, and what to log of both."""
-        config, count = self.config, self.config.prompts_per_step
-        first = (step - 1) * count
-        prompts = data_order(config.seed, len(self.data.train), first, count)
+        config = self.config
         start = time.perf_counter()
-        metrics = self.iteration.run(step, prompts, first * config.algorithm.group_size)
+        metrics = self.pipeline.step(step)
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
         advance(self.state.scheduler)
@@ -219,6 +223,13 @@ class Trainer:
             metrics.update(self._evaluate())
         metrics["time/step"] = time.perf_counter() - start
         return {"step": step, **metrics}
+
+    def _work(self, step: int) -> tuple[list[int], int]:
+        """Prompts of all processes, and the id of the first sequence."""
+        config, count = self.config, self.config.prompts_per_step
+        first = (step - 1) * count
+        prompts = data_order(config.seed, len(self.data.train), first, count)
+        return prompts, first * config.algorithm.group_size
 
     def _evaluate(self) -> Metrics:
         """Held-out metrics, each process decoding its share of the prompts."""
@@ -311,7 +322,8 @@ class Trainer:
             return base_model(config, str(folder), device, placed)
         if self.config.sft is None:
             return fresh_model(config, self.data.tokenizer, self.config.seed, device, placed)
-        folder = warm_start(self.config, self.data, device)
+        main = self.processes.is_main
+        folder = warm_start(self.config, self.data, device, only_cached=not main)
         return base_model(config, str(folder), device, placed)
 
     def _write_base(self, folder: Path) -> None:
@@ -321,6 +333,22 @@ class Trainer:
         else:
             model = fresh_model(config.model, tokenizer, config.seed, device)
             save_model(model, tokenizer, config.generation, folder)
+
+    def _check_shared(self) -> None:
+        """What one process writes, those on other machines must find."""
+        probe = self.output / f"{PARTIAL}shared"
+        if self.processes.is_main:
+            probe.touch()
+        self.processes.gather(None)
+        seen = self.processes.gather(probe.exists())
+        if self.processes.is_main:
+            probe.unlink()
+        blind = [rank for rank, found in enumerate(seen) if not found]
+        if blind:
+            raise OSError(
+                f"output_dir {self.output} is not the same folder in all processes: {blind} do not "
+                "see what process 0 wrote; put it on a shared file system"
+            )
 
     def _check_work(self) -> None:
         """Every process denoises at least one sequence per step."""

@@ -61,17 +61,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "egspo"
 
 
-def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
+def warm_start(
+    config: TrainConfig, data: Data, device: torch.device, *, only_cached: bool = False
+) -> Path:
     """Folder of the warm-started model: from the cache, or trained now and put there.
 
     It is trained in float32, whatever ``model.dtype`` says of its use.
 
+    Args:
+        config, data, device: of the run.
+        only_cached: another process has trained it.
+
     Raises:
-        OSError: the cache cannot be written, or has no room.
+        OSError: the cache cannot be written, has no room, or is not the other process's.
     """
     assert config.sft is not None
     examples = supervised_examples(config, data)
     cached = cache_folder() / "warm_start" / _content_key(config, data, examples, device)
+    if only_cached and not cached.is_dir():
+        raise FileNotFoundError(
+            f"process 0 made the warm start, and {cached} is not there: put EGSPO_CACHE on a file "
+            "system that all machines share"
+        )
     if not _is_complete(cached):
         model_config = replace(config.model, dtype="float32")
         model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from benchmarks.iteration.baseline import Baseline, BaselineOutcome
 from benchmarks.iteration.problem import SIZES, Problem
 from benchmarks.meter import Meter, Mode, PhaseCost, merged
+from egspo.batch import Batch, Metrics
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
-from egspo.iteration import Iteration, Metrics, Samples
+from egspo.iteration import Iteration
 from egspo.optimization import build_optimizer
 from egspo.parallel import WholeModel
 from egspo.processes import Processes
@@ -49,7 +50,8 @@ class _Engine(WholeModel):
 class MeasuredIteration(Iteration):
     """egspo's iteration, measured phase by phase; what it did is kept to be compared.
 
-    What is left of the rewards after the rollout counts as part of the rollout.
+    What is left of the rewards after the rollout counts as part of the rollout, and of those of
+    one-step completions as part of the scoring.
     """
 
     def __init__(
@@ -69,15 +71,13 @@ class MeasuredIteration(Iteration):
     @contextmanager
     def _phase(self, metrics: Metrics, step: int, name: str) -> Iterator[None]:
         assert self.meter is not None
-        name_measured = "rollout" if name == "reward" else name
-        with super()._phase(metrics, step, name), self.meter.phase(name_measured):
+        measured = {"reward": "rollout", "step_reward": "score"}.get(name, name)
+        with super()._phase(metrics, step, name), self.meter.phase(measured):
             yield
 
-    def _update(
-        self, step: int, samples: Samples, states: States, scores: Scores, advantage: Tensor
-    ) -> Metrics:
-        self.states, self.scores, self.advantage = states, scores, advantage
-        return super()._update(step, samples, states, scores, advantage)
+    def _update(self, batch: Batch, advantage: Tensor) -> Metrics:
+        self.states, self.scores, self.advantage = batch.states, batch.scores, advantage
+        return super()._update(batch, advantage)
 
     def selected(self) -> Tensor:
         """int64 [B, K]."""
