@@ -8,20 +8,26 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin, DistributedType
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from egspo.config import OptimizerConfig
 from egspo.models import add_lora, new_model
 from egspo.optimization import NonFiniteError, build_optimizer
+from egspo.parallel import choose_engine
 from egspo.parallel.deepspeed import DeepSpeedModel, deepspeed_config
 from egspo.parallel.engine import Engine, WholeModel
 from egspo.processes import Processes, process_state
-from tests.runs import forkserver
+from tests.runs import config as run_config
+from tests.runs import forkserver, start, train_parallel
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -49,7 +55,7 @@ PROCESSES, MICRO_BATCHES, STEPS = 2, 2, 2
 CASES = ("full", "tied", "checkpointing", "lora")
 
 
-def build(case: str) -> nn.Module:
+def build(case: str, device: str = "cpu") -> nn.Module:
     model: Any = new_model({**MODEL, "weight_tying": case == "tied"}, seed=0).eval()
     if case == "checkpointing":
         model.gradient_checkpointing_enable()
@@ -58,7 +64,7 @@ def build(case: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    return model
+    return nn.Module.to(model, device)
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -72,7 +78,8 @@ def tokens(step: int, number: int) -> Tensor:
 
 def hidden(model: Any, ids: Tensor) -> Tensor:
     """As the denoiser calls the model."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=hasattr(model, "peft_config")):
+    ids = ids.to(next(model.parameters()).device)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=hasattr(model, "peft_config")):
         output = model(input_ids=ids, attention_mask=None, compute_logits=False)
     state: Tensor = output.last_hidden_state
     return state.float()
@@ -87,7 +94,8 @@ def loss(model: Any, step: int, number: int) -> Tensor:
         states, head.weight.float(), bias if bias is None else bias.float()
     )
     weight = 0.0 if number == PROCESSES * MICRO_BATCHES - 1 else 1.0
-    return weight * nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    targets = ids.flatten().to(logits.device)
+    return weight * nn.functional.cross_entropy(logits.flatten(0, 1), targets)
 
 
 def train(engine: Engine, model: nn.Module, steps: range, mine: range, share: int) -> list[float]:
@@ -105,16 +113,18 @@ def train(engine: Engine, model: nn.Module, steps: range, mine: range, share: in
     return norms
 
 
-def plain(case: str, steps: range) -> tuple[nn.Module, Engine, list[float]]:
+def plain(case: str, steps: range, device: str = "cpu") -> tuple[nn.Module, Engine, list[float]]:
     """One process, with all micro-batches."""
-    model = build(case)
+    model = build(case, device)
     engine = WholeModel(model, make_optimizer, Processes(alone=True))
     count = PROCESSES * MICRO_BATCHES
     return model, engine, train(engine, model, steps, range(count), PROCESSES)
 
 
-def as_rank(stage: int, folder: Path, rank: int, port: int) -> None:
+def as_rank(stage: int, kind: str, folder: Path, rank: int, port: int) -> None:
     """One of the processes: every case, and what came of it."""
+    if kind == "cpu":
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -124,6 +134,7 @@ def as_rank(stage: int, folder: Path, rank: int, port: int) -> None:
         MASTER_PORT=str(port),
     )
     process_state()
+    device = f"cuda:{rank}" if kind == "cuda" else "cpu"
     processes = Processes(60.0)
     mine = range(rank * MICRO_BATCHES, (rank + 1) * MICRO_BATCHES)
 
@@ -138,7 +149,7 @@ def as_rank(stage: int, folder: Path, rank: int, port: int) -> None:
         )
 
     for case in CASES:
-        model = build(case)
+        model = build(case, device)
         engine = engine_of(model)
         with engine.gathered(), torch.no_grad():
             before, *_ = [hidden(model, tokens(9, i)) for i in range(1 + rank)]
@@ -152,8 +163,8 @@ def as_rank(stage: int, folder: Path, rank: int, port: int) -> None:
             after, *_ = [hidden(model, tokens(9, i)) for i in range(2 - rank)]
         weights, state = engine.weights(), engine.optimizer_state()
 
-        # Goes on from what one process left.
-        one, other, _ = plain(case, range(STEPS))
+        # A new one goes on from what one process left.
+        one, other, _ = plain(case, range(STEPS), device)
         engine = engine_of(one)
         engine.load_optimizer_state(other.optimizer_state())
         train(engine, one, range(STEPS, STEPS + 1), mine, 1)
@@ -163,20 +174,36 @@ def as_rank(stage: int, folder: Path, rank: int, port: int) -> None:
         with pytest.raises(NonFiniteError, match="gradient norm"):
             engine.clip(1.0)
         if rank == 0:
-            found = {"norms": norms, "before": before, "after": after, "weights": weights}
+            found = {
+                "norms": norms,
+                "before": before.cpu(),
+                "after": after.cpu(),
+                "weights": weights,
+            }
             torch.save({**found, "state": state, "continued": continued}, folder / f"{case}.pt")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((2, "cpu"), id="zero2"),
+        pytest.param((3, "cpu"), id="zero3"),
+        pytest.param((2, "cuda"), id="zero2-gpu", marks=pytest.mark.gpu),
+        pytest.param((3, "cuda"), id="zero3-gpu", marks=pytest.mark.gpu),
+    ],
+)
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, Any]]:
+    stage, kind = request.param
+    if kind == "cuda" and torch.cuda.device_count() < PROCESSES:
+        pytest.skip(f"needs {PROCESSES} CUDA devices")
     folder = tmp_path_factory.mktemp("zero")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        forkserver().Process(target=as_rank, args=(request.param, folder, rank, port))
+        forkserver().Process(target=as_rank, args=(stage, kind, folder, rank, port))
         for rank in range(PROCESSES)
     ]
     for process in processes:
@@ -189,13 +216,13 @@ def results(
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_do_what_one_does(
     case: str, results: Callable[[str], dict[str, Any]]
 ) -> None:
     found = results(case)
-    # In half precision a product may be rounded elsewhere.
-    tolerance, of_states = (1e-3, 0.1) if case == "lora" else (1e-5, 1e-4)
+    tolerance, of_states = tolerances(case, found["kind"])
     with torch.no_grad():
         close(found["before"], hidden(build(case), tokens(9, 0)), of_states)
     model, engine, norms = plain(case, range(STEPS))
@@ -218,12 +245,13 @@ def test_two_processes_do_what_one_does(
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_saved_goes_on_with_another_engine(
     case: str, results: Callable[[str], dict[str, Any]]
 ) -> None:
     found = results(case)
-    tolerance = 1e-3 if case == "lora" else 1e-5
+    tolerance, _ = tolerances(case, found["kind"])
     model, engine, _ = plain(case, range(STEPS))
     third = range(STEPS, STEPS + 1)
     everything = range(PROCESSES * MICRO_BATCHES)
@@ -240,9 +268,61 @@ def test_what_is_saved_goes_on_with_another_engine(
         close(dict(other.named_parameters())[name].detach(), parameter.detach(), tolerance)
 
 
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_other_stage(tmp_path: Path) -> None:
+    """The whole of a run, with checkpoints that do not say which engine it was."""
+    run, half = tmp_path / "run", {"steps": 2}
+    zero3, zero2 = ({"distributed": {"engine": engine}} for engine in ("zero3", "zero2"))
+    assert start(run, 2, zero3, half) == [0, 0]
+    assert start(run, 2, zero2, resume=run) == [0, 0]
+    train_parallel(tmp_path / "one")
+    (expected,) = (tmp_path / "one" / "final").rglob("*.safetensors")
+    weights = load_file(run / expected.relative_to(tmp_path / "one"))
+    for name, weight in load_file(expected).items():
+        close(weights[name], weight, 1e-5)
+
+
+def tolerances(case: str, kind: str) -> tuple[float, float]:
+    """Of weights and of hidden states."""
+    if case == "lora":  # in half precision a product may be rounded elsewhere
+        return 1e-3, 0.1
+    return (1e-5, 1e-4) if kind == "cpu" else (1e-4, 1e-3)  # products in another order
+
+
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert found.shape == expected.shape
     assert float((found.float() - expected.float()).abs().max()) < tolerance
+
+
+@needs_deepspeed
+def test_what_accelerate_makes_of_its_configuration() -> None:
+    plugin = DeepSpeedPlugin(
+        zero_stage=3, gradient_accumulation_steps=1, gradient_clipping=0.2, zero3_init_flag=True
+    )
+    plugin.set_mixed_precision("no")
+    config = deepspeed_config(3, 0.2, 4, plugin.deepspeed_config)
+    assert config["train_batch_size"] == 4
+    with pytest.raises(ValueError, match=r"gradient_clipping is 0.2, by the recipe it is 0.5"):
+        deepspeed_config(3, 0.5, 4, plugin.deepspeed_config)
+
+    # Models are loaded whole, whatever accelerate says to transformers.
+    plugin.set_deepspeed_weakref()
+    assert is_deepspeed_zero3_enabled()
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        num_processes=2,
+    )
+    assert choose_engine(run_config(Path("unused")), accelerator) == "zero3"
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_accelerate_leaves_deepspeed_out_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2)
+    with pytest.raises(ValueError, match="accelerate leaves the DeepSpeed"):
+        choose_engine(run_config(Path("unused")), accelerator)
 
 
 def test_the_launchers_options_are_kept_and_completed() -> None:
