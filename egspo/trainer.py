@@ -136,7 +136,7 @@ class Trainer:
         check_writable(self.output, trained_bytes(model, copies))
         if checkpoint is not None:
             load_weights(model, checkpoint)
-        self.engine = build_engine(engine, config, self.denoiser, self.processes, device)
+        self.engine = build_engine(engine, config, self.denoiser, self.processes, self.accelerator)
         scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.steps)
         self.state = TrainingState("train", model, self.engine, scheduler, self._write_model)
         if checkpoint is not None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from typing import Literal, cast
 
-import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
 from egspo.optimization import build_optimizer
+from egspo.parallel.deepspeed import DeepSpeedModel
 from egspo.parallel.engine import Engine, WholeModel
 from egspo.parallel.fsdp import ShardedModel
 from egspo.processes import Processes
@@ -37,6 +39,9 @@ def choose_engine(config: TrainConfig, accelerator: Accelerator) -> Chosen:
     chosen = cast(Chosen, configured or "replicated") if asked == "auto" else asked
     if chosen != "replicated":
         _check_shardable(config, chosen, accelerator.num_processes)
+    if configured == "zero3":
+        # A model is loaded whole and sharded afterwards: transformers is not to do it.
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call, unused-ignore]
     if accelerator.num_processes > 1:
         logger.info("engine %s on %d processes", chosen, accelerator.num_processes)
     return chosen
@@ -47,19 +52,33 @@ def build_engine(
     config: TrainConfig,
     denoiser: Denoiser,
     processes: Processes,
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> Engine:
-    """The engine ``name`` over the model of ``denoiser``, whose weights are as they are to be."""
+    """The engine ``name`` over the model of ``denoiser``, whose weights are as they are to be.
+
+    Raises:
+        ValueError: as the engine's class.
+    """
     if name == "fsdp2":
         return ShardedModel(
             denoiser.model,
             lambda model: build_optimizer(model, config.optimizer),
             processes,
-            device_type=device.type,
+            device_type=accelerator.device.type,
             reference=denoiser.frozen_copy,
             reshard=config.distributed.reshard,
             offload=config.distributed.offload,
             reference_head=config.algorithm.kl == "exact",
+        )
+    if name in ("zero2", "zero3"):
+        plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+        return DeepSpeedModel(
+            denoiser.model,
+            lambda model: build_optimizer(model, config.optimizer),
+            processes,
+            stage=int(name[-1]),
+            max_grad_norm=config.optimizer.max_grad_norm,
+            options=getattr(plugin, "deepspeed_config", None),
         )
     return WholeModel(
         denoiser.model, lambda model: build_optimizer(model, config.optimizer), processes
@@ -82,6 +101,11 @@ def _configured(accelerator: Accelerator) -> str | None:
     """The engine that accelerate was configured for; None where it leaves that open."""
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise ValueError(
+                "accelerate leaves the DeepSpeed it is configured for out on a CPU: set "
+                "distributed.engine to zero2 or zero3 and start it by torchrun"
+            )
         return None
     if kind == "FSDP":
         if accelerator.state.fsdp_plugin.fsdp_version != 2:
