@@ -49,6 +49,8 @@ class Samples:
     trajectory: Trajectory
     rewards: Tensor
     """float64 [P, G], NaN where a sample was skipped."""
+    per_function: dict[str, Tensor]
+    """float64 [P, G] by reward name, unweighted; NaN where it failed or does not apply."""
     step_rewards: Tensor
     """float64 [P, G], by those reward functions only that also score one-step completions."""
     known: dict[tuple[int, str], ScoredRewards]
@@ -190,6 +192,7 @@ class Iteration:
             prompt_index,
             trajectory,
             rewards,
+            {name: values.view(shape) for name, values in scored.per_function.items()},
             intermediate_total(scored, task.rewards).view(shape),
             self.rewards.known(scored, texts, prompts) if self.config.algorithm.stepwise else {},
         )
