@@ -96,7 +96,6 @@ def _run_record(run: Run) -> dict[str, Any]:
     return {
         "seed": run.seed,
         "commit": made["commit"],
-        "command": made["command"],
         "cpu_seconds": round(made["cpu_seconds"], 1),
         "points": points(read_metrics(run.folder), sequences),
     }
