@@ -3,6 +3,7 @@
 python -m benchmarks.algorithms --help
 """
 
-from benchmarks.algorithms.tables import section
+from benchmarks.algorithms.results import read_all
+from benchmarks.algorithms.tables import draw, section
 
-__all__ = ["section"]
+__all__ = ["draw", "read_all", "section"]
