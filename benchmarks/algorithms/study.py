@@ -62,7 +62,7 @@ class TaskSettings:
 
 TASKS = {
     "sudoku": TaskSettings("sudoku_tiny", "4x4 Sudoku", steps=60, prompts=8),
-    "countdown": TaskSettings("countdown_tiny", "Countdown, two numbers", steps=50, prompts=8),
+    "countdown": TaskSettings("countdown_tiny", "Countdown, two numbers", steps=30, prompts=8),
 }
 
 
