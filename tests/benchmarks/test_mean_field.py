@@ -44,7 +44,17 @@ class Watched(MeanFieldIteration):
         return self.trajectory, self.rewards
 
 
-def one_iteration(folder: Path) -> tuple[Watched, nn.Module, list[nn.Module], dict[str, Any]]:
+class Equal(Watched):
+    """Every reward is the same."""
+
+    def _sampled(self, *arguments: Any) -> tuple[Trajectory, Tensor]:
+        trajectory, rewards = super()._sampled(*arguments)
+        return trajectory, torch.zeros_like(rewards)
+
+
+def one_iteration(
+    folder: Path, kind: type[Watched] = Watched
+) -> tuple[Watched, nn.Module, list[nn.Module], dict[str, Any]]:
     """The iteration, the model before it, the models (with gradients) before its updates."""
     trainer = MeanFieldTrainer(config(folder, OPTIONS))
     model, seen = trainer.denoiser.model, []
@@ -56,7 +66,7 @@ def one_iteration(folder: Path) -> tuple[Watched, nn.Module, list[nn.Module], di
             kept.grad = None if mine.grad is None else mine.grad.clone()
         return any_gradient
 
-    iteration = Watched(
+    iteration = kind(
         trainer.config,
         trainer.data,
         trainer.denoiser,
@@ -155,6 +165,12 @@ def test_flops_are_those_of_the_passes(tmp_path: Path) -> None:
         kept * width * cost.per_token_backward + pairs * 5 // 2 + 2 * head * cost.per_head_row
     )
     assert metrics["flops/update"] == UPDATES * (forward + backward)
+
+
+def test_groups_with_equal_rewards_cost_nothing(tmp_path: Path) -> None:
+    _, _, _, metrics = one_iteration(tmp_path, Equal)
+    assert metrics["skipped/groups"] == 3 and metrics["updates"] == 0
+    assert metrics["flops/score"] == metrics["flops/update"] == 0 < metrics["flops/rollout"]
 
 
 @pytest.mark.parametrize(
