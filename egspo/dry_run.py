@@ -35,7 +35,8 @@ from egspo.build import (
 )
 from egspo.config import TrainConfig
 from egspo.generation import check_context
-from egspo.memory import MemoryItem, estimate_memory, peak_bytes
+from egspo.memory import estimate_memory
+from egspo.memory_items import MemoryItem, peak_bytes
 from egspo.models import load_config, model_on_meta, new_config, special_token_ids
 from egspo.sft import encode_targets
 from egspo.tasks import Task

@@ -222,6 +222,13 @@ def train_as_rank(
 LOST = 77
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def start(
     output: Path,
     world_size: int,
@@ -232,9 +239,7 @@ def start(
     on_gpus: bool = False,
 ) -> list[int | None]:
     """Train on several processes; their exit codes by rank, None of one that had to be killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         forkserver().Process(
             target=train_as_rank,

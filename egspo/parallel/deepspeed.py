@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from egspo.optimization import NonFiniteError
 from egspo.processes import Processes
 
+BUCKET_ELEMENTS = 50_000_000
+"""Of the buffers that weights and gradients are sent in, unless the launcher says otherwise."""
 # Among the modules that are using a weight, keeps it from being released.
 _LOSS = "loss"
 _MOMENTS = "exp_avg", "exp_avg_sq"
@@ -257,7 +259,7 @@ def deepspeed_config(
             )
     # DeepSpeed's own, ten times as large, are sized for larger models and take 2 GB each.
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero.setdefault(name, 50_000_000)
+        zero.setdefault(name, BUCKET_ELEMENTS)
     ours = {
         "gradient_clipping": max_grad_norm,
         "gradient_accumulation_steps": 1,  # said by every backward pass
