@@ -35,8 +35,11 @@ class Samples:
     trajectory: Trajectory
     rewards: Tensor
     """float64 [P, G], of all processes; NaN where not scored."""
+    per_function: dict[str, Tensor]
+    """By reward name, float64 [B] of the trajectories here, unweighted; NaN where it failed or does
+    not apply."""
     step_rewards: Tensor
-    """The same by the functions that score one-step completions."""
+    """float64 [P, G], by the functions that score one-step completions."""
     known: dict[tuple[int, str], ScoredRewards]
     """By those functions too, of each prompt and completion: what needs no second scoring. Empty
     where no one-step completions are made."""

@@ -315,7 +315,7 @@ class EvalConfig:
 
     every: int = 10
     """RL steps between evaluations; 0 evaluates at the start and the end only. A group of
-    trajectories of the same steps is kept for ``egspo inspect``."""
+    trajectories of the same steps is kept for ``egspo inspect`` and the sample table."""
     examples: int | None = None
     """Held-out prompts; None for all of them."""
     temperature: float = 0.0
@@ -400,11 +400,17 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """``auto``: bf16 autocast where there is a GPU that has it."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Get the metrics, and the sample table of the steps with an evaluation."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        _require(
+            not self.pipeline or self.algorithm.stepwise,
+            "pipeline: true has the one-step completions scored during an update: it needs "
+            "algorithm.stepwise: true",
+        )
         for section, every in (("eval", self.eval.every), ("checkpoint", self.checkpoint.every)):
             _require(
                 not self.pipeline or every != 1,

@@ -197,6 +197,7 @@ class Iteration:
             sequences,
             trajectory,
             rewards,
+            scored.per_function,
             step_rewards,
             self.rewards.known(scored, texts, prompts) if self.config.algorithm.stepwise else {},
         )

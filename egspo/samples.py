@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +22,7 @@ from torch import Tensor
 from egspo.checkpoint import remove_partial
 from egspo.completion import FinishReason, TokenStep, completions_of
 from egspo.config import GenerationConfig, TrainConfig
+from egspo.files import replacing
 from egspo.recipe import from_mapping
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class TrajectoryRecord:
     prompt_index: int | None = None
     """In the training set."""
     reward: float | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    """By reward function, unweighted; without those that do not apply."""
     step_reward: float | None = None
     """What the rewards of one-step completions are compared with (EGSPO-SA)."""
     step_entropy: list[float | None] | None = None
@@ -160,6 +164,11 @@ def sampled_group(
             messages=data.train.examples[example].prompt,
             prompt_index=example,
             reward=_finite(rewards[members[row]]),
+            rewards={
+                name: float(values[rows[row]])
+                for name, values in samples.per_function.items()
+                if math.isfinite(values[rows[row]])
+            },
             step_reward=_finite(step_rewards[members[row]]) if one_step else None,
             step_entropy=[
                 _finite(value) for value in trajectory.entropy[row, : trajectory.steps[row]]
@@ -189,6 +198,17 @@ def list_samples(run: Path) -> dict[int, Path]:
     found = (run / SAMPLES).glob("step-*.jsonl")
     steps = {int(file.stem.removeprefix("step-")): file for file in found}
     return dict(sorted(steps.items()))
+
+
+def carry_samples(source: Path, run: Path, completed: int) -> None:
+    """Copy to ``run`` what ``source``, which it continues elsewhere, kept up to ``completed``."""
+    if source.resolve() == run.resolve():
+        return
+    for step, file in list_samples(source).items():
+        if step <= completed:
+            (run / SAMPLES).mkdir(parents=True, exist_ok=True)
+            with replacing(run / SAMPLES / file.name) as temporary:
+                shutil.copy(file, temporary)
 
 
 def read_trajectories(file: Path) -> list[TrajectoryRecord]:

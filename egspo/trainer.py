@@ -52,7 +52,8 @@ from egspo.progress import RunProgress
 from egspo.quantization import check_quantization
 from egspo.recipe import config_to_dict, save_config
 from egspo.reduction import merge
-from egspo.samples import write_group
+from egspo.sample_table import SampleTable
+from egspo.samples import carry_samples, write_group
 from egspo.state import (
     WEIGHTS,
     Termination,
@@ -72,10 +73,11 @@ _EVAL_STREAM = 0x6576616C
 def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
     """Train by ``config``; returns the folder of the trained model.
 
-    ``config.output_dir`` gets ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``final/`` and
-    ``curves.png``, and ``base/`` where a new model gets an adapter or has a reference policy. An
-    error, interrupt or SIGTERM ends the run with a checkpoint of the last whole step, unless it
-    comes in the middle of an update; what kills at once leaves the last one made.
+    ``config.output_dir`` gets ``config.yaml``, ``metrics.jsonl``, ``samples/``, ``samples.html``,
+    ``checkpoints/``, ``final/`` and ``curves.png``, and ``base/`` where a new model gets an adapter
+    or has a reference policy. An error, interrupt or SIGTERM ends the run with a checkpoint of the
+    last whole step, unless it comes in the middle of an update; what kills at once leaves the last
+    one made.
 
     Args:
         config: the run.
@@ -148,6 +150,7 @@ class Trainer:
             made = read_metrics(self.resumed)
             self.best = BestSoFar.of(r for r in made if r["step"] <= self.completed)
         self._between_steps = True
+        self._table: SampleTable | None = None  # of the main process, once the trackers are there
 
     def run(self) -> Path:
         """Train to ``config.steps``; on an error or interrupt the intact state is saved first."""
@@ -162,6 +165,11 @@ class Trainer:
             "egspo",
             config={k: v if isinstance(v, int | float) else str(v) for k, v in options.items()},
         )
+        if main:
+            if self.resumed is not None:
+                carry_samples(self.resumed, self.output, self.completed)
+            trackers = self.accelerator.trackers
+            self._table = SampleTable(self.output, trackers, completed=self.completed)
         writer = MetricsWriter(
             self.output / "metrics.jsonl" if main else None,
             resume_after=self.completed if self.resumed else None,
@@ -217,8 +225,9 @@ class Trainer:
         self.processes.enter(f"the end of step {step}")
         metrics = merge(self.processes.gather(metrics))
         if config.evaluates_at(step):
-            if self.accelerator.is_main_process:
+            if self._table is not None:
                 write_group(self.output, step, self.iteration.group)
+                self._table.add(step, self.iteration.group)
             self.processes.enter(f"the evaluation of step {step}")
             metrics.update(self._evaluate())
         metrics["time/step"] = time.perf_counter() - start

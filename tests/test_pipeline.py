@@ -34,7 +34,7 @@ from egspo.scoring import Scorer, States
 from egspo.tasks import Example, Reward, Task
 from egspo.trainer import Trainer, train
 from tests import runs
-from tests.runs import LETTERS, SIGKILL, outcome, strike
+from tests.runs import LETTERS, outcome, strike
 from tests.test_enumeration import EXACT, all_steps, flat_gradient, relative_error, true_gradient
 from tests.toy import MASK, PROMPT, enumerate_trajectories, reward, toy_denoiser
 
@@ -147,13 +147,13 @@ def test_every_step_is_weighted_to_the_current_policy() -> None:
 def test_what_is_left_of_the_staleness_shrinks_with_the_move() -> None:
     """Which states are visited is not corrected: an error of the order of the move."""
     errors = []
-    for by in (0.2, 0.1, 0.05):
+    for by in (0.2, 0.1):
         estimate, denoiser = stale_gradient(4, SEVERAL, by)
         truth = true_gradient(denoiser, enumerate_trajectories(denoiser, SEVERAL))
         uncorrected, _ = stale_gradient(4, SEVERAL, by, corrected=False)
         errors.append(relative_error(estimate, truth))
         assert errors[-1] < relative_error(uncorrected, truth)
-    assert 1.8 < errors[0] / errors[1] < 2.2 and 1.8 < errors[1] / errors[2] < 2.2
+    assert 1.8 < errors[0] / errors[1] < 2.2
 
 
 def toy_data() -> Data:
@@ -173,16 +173,13 @@ def toy_data() -> Data:
     )
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_the_update_of_a_pipeline_takes_the_importance_weighted_gradient(stepwise: bool) -> None:
+def test_the_update_of_a_pipeline_takes_the_importance_weighted_gradient() -> None:
     """Of its second batch: sampled and scored by the first weights, at those after one update."""
     denoiser = toy_denoiser(4, seed=1)
     config = TrainConfig(
         ModelConfig(config={}),
         generation=replace(SEVERAL, policy="max_prob"),
-        algorithm=replace(
-            UNCLIPPED, strategy="high_entropy", selected_steps=2, group_size=16, stepwise=stepwise
-        ),
+        algorithm=replace(UNCLIPPED, strategy="high_entropy", selected_steps=2, group_size=16),
         steps=9,
         pipeline=True,
         mixed_precision="no",
@@ -300,6 +297,11 @@ def test_what_would_never_get_ahead_is_refused(section: str, tmp_path: Path) -> 
         runs.config(tmp_path, PIPELINE, {section: {"every": 1}})
 
 
+def test_without_rewards_to_wait_for_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pipeline: true .* needs algorithm.stepwise: true"):
+        runs.config(tmp_path, PIPELINE, {"algorithm": {"preset": "egspo", "stepwise": False}})
+
+
 # --- Stopped and gone on
 
 
@@ -313,40 +315,8 @@ STATEFUL: dict[str, Any] = {
 }
 
 
-def test_resumed_from_a_checkpoint_is_bit_identical(tmp_path: Path) -> None:
-    """Killed with a batch made ahead; and interrupted, which saves a step that was not drained."""
-    whole, killed, stopped = (runs.config(tmp_path / n, STATEFUL) for n in ("a", "b", "c"))
-    train(whole)
-    stale = [record["staleness"] for record in read_metrics(tmp_path / "a")[1:]]
-    assert stale == [0, 1, 1, 0, 1, 1, 0]
-
-    call = 6  # the rollout of step 6, made before the update of step 5
-    process = runs.forkserver().Process(
-        target=runs.train_and_signal,
-        args=(killed, "egspo.iteration.rollout_blocks", call, SIGKILL, False),
-    )
-    process.start()
-    process.join(60)
-    assert process.exitcode == -SIGKILL
-    assert find_checkpoint(tmp_path / "b").name == "step-000003"
-    train(killed, resume=tmp_path / "b")
-    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    undo = strike("egspo.iteration.rollout_blocks", call, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped)
-    undo()
-    checkpoints = list_checkpoints(tmp_path / "c" / "checkpoints")
-    assert [path.name for path in checkpoints] == ["step-000003", "step-000004"]
-    train(stopped, resume=tmp_path / "c" / "checkpoints" / "step-000003")
-    assert outcome(tmp_path / "c") == outcome(tmp_path / "a")
-
-
-def test_from_a_step_that_was_not_drained_it_goes_on_on_the_policy(tmp_path: Path) -> None:
-    config = runs.config(tmp_path, STATEFUL)
+def interrupted(config: TrainConfig) -> None:
+    """Train until the rollout of step 6, which comes before the update of step 5."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -355,6 +325,24 @@ def test_from_a_step_that_was_not_drained_it_goes_on_on_the_policy(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         train(config)
     undo()
+
+
+def test_resumed_from_a_checkpoint_is_bit_identical(tmp_path: Path) -> None:
+    """From the last one that was due; the interrupt saves another, of a step without a drain."""
+    whole, stopped = (runs.config(tmp_path / name, STATEFUL) for name in ("whole", "stopped"))
+    train(whole)
+    stale = [record["staleness"] for record in read_metrics(tmp_path / "whole")[1:]]
+    assert stale == [0, 1, 1, 0, 1, 1, 0]
+    interrupted(stopped)
+    checkpoints = list_checkpoints(tmp_path / "stopped" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-000003", "step-000004"]
+    train(stopped, resume=checkpoints[0])
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_from_a_step_that_was_not_drained_it_goes_on_on_the_policy(tmp_path: Path) -> None:
+    config = runs.config(tmp_path, STATEFUL)
+    interrupted(config)
     train(config, resume=tmp_path)
     records = read_metrics(tmp_path)[1:]
     assert [record["step"] for record in records] == list(range(1, 8))

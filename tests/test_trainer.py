@@ -188,8 +188,10 @@ def test_an_adapter_is_continued(tmp_path: Path, no_plots: None) -> None:
     assert all(not torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_learns(stepwise: bool, tmp_path: Path, no_plots: None, letters: list[Reward]) -> None:
+@pytest.mark.parametrize(("stepwise", "pipeline"), [(False, False), (True, False), (True, True)])
+def test_learns(
+    stepwise: bool, pipeline: bool, tmp_path: Path, no_plots: None, letters: list[Reward]
+) -> None:
     """Ones pay: after a few steps the model writes many more of them than at the start."""
     letters.append(Reward("ones", runs.ones))
     changes = {
@@ -198,11 +200,14 @@ def test_learns(stepwise: bool, tmp_path: Path, no_plots: None, letters: list[Re
         "prompts_per_step": 4,
         "algorithm": {"group_size": 8, "stepwise": stepwise, "stop_at_eos": False},
         "eval": {"every": 0, "temperature": 1.0},
+        "checkpoint": {"every": 0},
+        "pipeline": pipeline,
     }
     train(runs.config(tmp_path, changes))
     records = read_metrics(tmp_path)
     rewards = [record["reward/mean"] for record in records[1:]]
     assert rewards[0] < 0.2
+    assert [record["staleness"] for record in records[1:]] == [0] + [int(pipeline)] * 11
     assert min(rewards[-3:]) > 0.6
     assert records[-1]["eval/reward"] > 0.6 > 0.2 > records[0]["eval/reward"]
     assert records[-1]["entropy/mean"] < records[1]["entropy/mean"]

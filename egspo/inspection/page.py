@@ -1,4 +1,4 @@
-"""A trajectory as one HTML file: light or dark as its reader is, and nothing is loaded for it."""
+"""A trajectory as one HTML file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from egspo.inspection.document import html_document
 from egspo.inspection.layout import (
     EOS,
     differences,
@@ -19,18 +20,6 @@ from egspo.inspection.layout import (
 from egspo.samples import TrajectoryRecord
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #24292f; --soft: #57606a; --page: #fff; --line: #d8dee4;
-  --mask: #e6e9ed; --bar: #9fb8cf; --hot: #2f86c5; --pick: #d9772b;
-  --good: #2f7d57; --bad: #b8433f }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa4af; --page: #0f1419;
-  --line: #30363d; --mask: #2b323a; --bar: #4b6a86; --hot: #3b95d6; --pick: #e8964f;
-  --good: #58b98a; --bad: #e2736e } }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.3rem; margin: 0 } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem }
-.soft, th { color: var(--soft); font-weight: normal }
-pre, .canvas, .text { font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap; margin: 0;
-  overflow-wrap: anywhere }
 .curve { display: flex; align-items: flex-end; gap: 1px; height: 7rem; margin-top: 1.2rem;
   border-bottom: 1px solid var(--line) }
 .curve i { flex: 1; max-width: 2rem; min-width: 1px; background: var(--bar); position: relative;
@@ -45,10 +34,7 @@ pre, .canvas, .text { font: 14px/1.7 ui-monospace, monospace; white-space: pre-w
   background: color-mix(in srgb, var(--hot) calc(var(--e) * 70%), transparent) }
 .t.mask { color: transparent; background: var(--mask) }
 .t.now { outline: 2px solid var(--pick) }
-table { border-collapse: collapse } td, th { text-align: left; padding: .2rem .9rem .2rem 0;
-  vertical-align: top; border-bottom: 1px solid var(--line) }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-tr[data-s] { cursor: pointer } .good { color: var(--good) } .bad { color: var(--bad) }
+tr[data-s] { cursor: pointer }
 mark { background: none; color: var(--pick); font-weight: bold }
 """
 _SCRIPT = """
@@ -98,15 +84,8 @@ def trajectory_page(
         _selected(record),
         _group(group, record) if record.prompt_index is not None and len(group) > 1 else "",
     ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + f"\n<script>{_SCRIPT}</script>\n</body></html>\n"
-    )
+    body = "\n".join(part for part in parts if part)
+    return html_document(title, body, style=_STYLE, script=_SCRIPT)
 
 
 def _curve(record: TrajectoryRecord) -> str:
