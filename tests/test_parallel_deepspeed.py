@@ -174,13 +174,9 @@ def as_rank(stage: int, kind: str, folder: Path, rank: int, port: int) -> None:
         with pytest.raises(NonFiniteError, match="gradient norm"):
             engine.clip(1.0)
         if rank == 0:
-            found = {
-                "norms": norms,
-                "before": before.cpu(),
-                "after": after.cpu(),
-                "weights": weights,
-            }
-            torch.save({**found, "state": state, "continued": continued}, folder / f"{case}.pt")
+            found = {"kind": kind, "norms": norms, "weights": weights, "state": state}
+            found |= {"before": before.cpu(), "after": after.cpu(), "continued": continued}
+            torch.save(found, folder / f"{case}.pt")
 
 
 @pytest.fixture(

@@ -100,7 +100,7 @@ class DeepSpeedModel:
         self._engine.set_gradient_accumulation_boundary(last)
         # As the engine's own forward does: what comes is added to what there is.
         self._zero.clear_backward_seen_flag()
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(loss)
 
     def reduce_gradients(self, has_gradient: bool) -> bool:
         return self.processes.any(has_gradient)
