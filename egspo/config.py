@@ -366,6 +366,13 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         _require(self.timeout > 0, f"distributed.timeout must be > 0, got {self.timeout}")
+        for name, default in (("reshard", True), ("offload", False)):
+            value = getattr(self, name)
+            _require(
+                value == default or self.engine == "fsdp2",
+                f"distributed.{name}: {str(value).lower()} needs distributed.engine: fsdp2, got "
+                f"{self.engine}",
+            )
 
 
 @dataclass
@@ -430,6 +437,8 @@ class TrainConfig:
             f"algorithm.selected_steps ({self.algorithm.selected_steps}) must be at most "
             f"generation.steps ({self.generation.steps})",
         )
+        if self.distributed.engine not in ("auto", "replicated"):
+            self.check_shardable(self.distributed.engine)
         cache = self.generation.cache
         _require(
             self.algorithm.entropy_over != "masked" or cache != "dual",
@@ -450,6 +459,24 @@ class TrainConfig:
         _require(
             self.generation.temperature > 0,
             "generation.temperature must be > 0 for training: greedy rollouts have no gradient",
+        )
+
+    def check_shardable(self, engine: str) -> None:
+        """Raises ValueError naming the option that a model sharded by ``engine`` excludes."""
+        quantization, optimizer = self.model.quantization, self.optimizer.name
+        _require(
+            quantization == "none",
+            f"model.quantization: {quantization} does not go with {engine}, which cannot divide "
+            "packed weights: use distributed.engine: replicated",
+        )
+        _require(
+            optimizer == "adamw",
+            f"optimizer.name: {optimizer} does not go with {engine}: use adamw",
+        )
+        _require(
+            not self.generation.cuda_graphs,
+            f"generation.cuda_graphs does not go with {engine}: a graph reads the weights where "
+            "they were, and gathering puts them elsewhere",
         )
 
     @property

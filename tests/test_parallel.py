@@ -25,7 +25,7 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}}
 EXACT_KL = {"algorithm": {"beta": 0.1, "kl": "exact", "schedule": "joint"}}
 K3 = {"algorithm": {"beta": 0.1, "selected_steps": 2, "schedule": "joint"}}
 CACHED = {"generation": {"cache": "dual"}, "micro_batch_size": 3}
-WHOLE = {"distributed": {"engine": "replicated"}}
+WHOLE = {"distributed": {"engine": "replicated", "reshard": True}}
 ADAPTIVE = {
     "model": {"config": {"init_std": 0.5}},  # entropies that differ
     "algorithm": {"entropy_share": 0.6, "selected_steps": 4, "stop_at_eos": False},
@@ -200,9 +200,26 @@ def test_preemption_saves_and_exits_with_its_own_code(engine: str, tmp_path: Pat
     ("changes", "message"),
     [
         (FSDP2, "distributed.engine: fsdp2 shards over processes and there is one"),
+        ({"distributed": {"timeout": 0}}, "distributed.timeout must be > 0, got 0"),
         (
-            {"distributed": {"timeout": 0}},
-            r"distributed.timeout must be > 0, got 0",
+            {"distributed": {"engine": "replicated", "offload": True}},
+            "distributed.offload: true needs distributed.engine: fsdp2, got replicated",
+        ),
+        (
+            {"distributed": {"reshard": False}},
+            "distributed.reshard: false needs distributed.engine: fsdp2, got auto",
+        ),
+        (
+            {**FSDP2, "generation": {"cuda_graphs": True}},
+            "generation.cuda_graphs does not go with fsdp2",
+        ),
+        (
+            {**FSDP2, "optimizer": {"name": "adamw_8bit"}},
+            "optimizer.name: adamw_8bit does not go with fsdp2: use adamw",
+        ),
+        (
+            {**FSDP2, "model": {"lora": {"rank": 2}, "quantization": "nf4"}},
+            "model.quantization: nf4 does not go with fsdp2",
         ),
     ],
 )

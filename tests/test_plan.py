@@ -128,7 +128,7 @@ def test_gpus_share_the_prompts(tmp_path: Path) -> None:
     assert rollout[0] == 2 * rollout[1]
     # Sequences are divided, not prompts: three of four prompts' groups are split.
     assert planned(config, 3).plan.flops["update"] == pytest.approx(one.flops["update"], rel=0.2)
-    with pytest.raises(ValueError, match="between 1 and the 16 sequences of a step .* got 17"):
+    with pytest.raises(ValueError, match=r"between 1 and the 16 sequences of a step .* got 17"):
         planned(config, 17)
 
 

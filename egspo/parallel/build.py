@@ -38,7 +38,12 @@ def choose_engine(config: TrainConfig, accelerator: Accelerator) -> Chosen:
         )
     chosen = cast(Chosen, configured or "replicated") if asked == "auto" else asked
     if chosen != "replicated":
-        _check_shardable(config, chosen, accelerator.num_processes)
+        if accelerator.num_processes == 1:
+            raise ValueError(
+                f"distributed.engine: {chosen} shards over processes and there is one: start it "
+                "by accelerate launch or torchrun"
+            )
+        config.check_shardable(chosen)
     if configured == "zero3":
         # A model is loaded whole and sharded afterwards: transformers is not to do it.
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call, unused-ignore]
@@ -92,7 +97,10 @@ def with_accelerate_options(config: TrainConfig, accelerator: Accelerator) -> Tr
         return config
     offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     distributed = replace(
-        config.distributed, reshard=bool(plugin.reshard_after_forward), offload=offload
+        config.distributed,
+        engine="fsdp2",
+        reshard=bool(plugin.reshard_after_forward),
+        offload=offload,
     )
     return replace(config, distributed=distributed)
 
@@ -119,26 +127,3 @@ def _configured(accelerator: Accelerator) -> str | None:
     raise ValueError(
         f"accelerate is configured for {kind}: choose data parallelism, FSDP 2 or DeepSpeed"
     )
-
-
-def _check_shardable(config: TrainConfig, engine: str, processes: int) -> None:
-    """Raises ValueError naming the option that a sharded model does not go with."""
-    if processes == 1:
-        raise ValueError(
-            f"distributed.engine: {engine} shards over processes and there is one: start it by "
-            "accelerate launch or torchrun"
-        )
-    if config.model.quantization != "none":
-        raise ValueError(
-            f"model.quantization: {config.model.quantization} does not go with {engine}, which "
-            "cannot divide packed weights: use distributed.engine: replicated"
-        )
-    if config.optimizer.name != "adamw":
-        raise ValueError(
-            f"optimizer.name: {config.optimizer.name} does not go with {engine}: use adamw"
-        )
-    if config.generation.cuda_graphs:
-        raise ValueError(
-            f"generation.cuda_graphs does not go with {engine}: a graph reads the weights where "
-            "they were, and gathering puts them elsewhere"
-        )
