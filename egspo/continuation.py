@@ -16,6 +16,7 @@ _FREE = (
     "eval",
     "checkpoint",
     "trackers",
+    "model.activation_offload",
     "generation.cuda_graphs",
     "task.file",  # its content is compared instead
     "task.reward_timeout",
