@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,8 @@ from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new
 from egspo.quantization import keep_differentiable, nf4_config
 from egspo.tasks import Example, Task, build_task, load_task_file
 from egspo.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
+
+logger = logging.getLogger("egspo")
 
 # Taken in ``reward/NAME`` and ``eval/NAME``.
 _METRIC_NAMES = ("mean", "std", "reward", "solved", "skipped")
@@ -235,8 +238,18 @@ def plain_denoiser(
 ) -> Denoiser:
     """``model`` with the special tokens of the tokenizer, in the precision of the recipe on
     ``device``."""
-    autocast = autocast_dtype(config, device)
-    return Denoiser.of(model, tokenizer, reference=reference, autocast=autocast)
+    if config.model.activation_offload and device.type == "cpu":
+        logger.warning(
+            "model.activation_offload saves nothing on a CPU: activations are copied within its "
+            "memory"
+        )
+    return Denoiser.of(
+        model,
+        tokenizer,
+        reference=reference,
+        autocast=autocast_dtype(config, device),
+        activation_offload=config.model.activation_offload,
+    )
 
 
 def check_trackers(config: TrainConfig) -> None:

@@ -58,6 +58,10 @@ class ModelConfig:
     in ``dtype``."""
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    """The backward pass computes each layer again, and only the layers' inputs are kept for it."""
+    activation_offload: bool = False
+    """What is kept for the backward pass is kept in host memory: all of it, or with
+    ``gradient_checkpointing`` the layers' inputs."""
     lora: LoraConfig | None = None
     adapter: str | None = None
     """Folder of an adapter in PEFT format to continue from."""

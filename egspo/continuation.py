@@ -17,6 +17,7 @@ _FREE = (
     "checkpoint",
     "distributed",  # the same gradient, summed in another order
     "trackers",
+    "model.activation_offload",
     "generation.cuda_graphs",
     "task.file",  # its content is compared instead
     "task.reward_timeout",

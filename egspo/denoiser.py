@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from egspo.graphs import GraphReplay, Inputs
 from egspo.models import reference_mode, special_token_ids
 from egspo.models.cache import KeyValueCache
+from egspo.offload import ActivationOffload
 from egspo.work import Work
 
 
@@ -30,6 +31,7 @@ class Denoiser:
         mask_id, eos_id, pad_id: token ids. ``[MASK]`` is banned from every softmax.
         reference: a frozen copy of the model, or None where adapters are switched off instead.
         autocast: dtype of autocast, None for none.
+        activation_offload: keep what the backward pass needs of the model in host memory.
 
     Raises:
         ValueError: an adapter is on the LM head.
@@ -44,6 +46,7 @@ class Denoiser:
         pad_id: int,
         reference: nn.Module | None = None,
         autocast: torch.dtype | None = None,
+        activation_offload: bool = False,
     ) -> None:
         if hasattr(model.get_output_embeddings(), "base_layer"):  # type: ignore[operator]
             raise ValueError(
@@ -54,6 +57,7 @@ class Denoiser:
         self.mask_id, self.eos_id, self.pad_id = mask_id, eos_id, pad_id
         self._reference = None if reference is None else reference.eval().requires_grad_(False)
         self._autocast = autocast
+        self.offload = ActivationOffload(model.parameters()) if activation_offload else None
         self._use_reference = False
         self._replaying = False
         self.graphs = GraphReplay()
@@ -69,6 +73,7 @@ class Denoiser:
         *,
         reference: nn.Module | None = None,
         autocast: torch.dtype | None = None,
+        activation_offload: bool = False,
     ) -> Denoiser:
         """``model`` with the special tokens that it and its tokenizer agree on.
 
@@ -83,6 +88,7 @@ class Denoiser:
             pad_id=tokens.pad,
             reference=reference,
             autocast=autocast,
+            activation_offload=activation_offload,
         )
 
     @property
@@ -135,12 +141,13 @@ class Denoiser:
     ) -> tuple[Tensor, KeyValueCache]:
         """:meth:`hidden_states`, and the keys and values that made them."""
         self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
-        output = self._active(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            compute_logits=False,
-            return_cache=True,
-        )
+        with self._offloaded():
+            output = self._active(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                compute_logits=False,
+                return_cache=True,
+            )
         self.work.cache_bytes += output.cache.nbytes
         return output.last_hidden_state, output.cache
 
@@ -220,9 +227,14 @@ class Denoiser:
 
     def _hidden(self, inputs: Inputs, cache: KeyValueCache | None) -> Tensor:
         given = {} if cache is None else {"cache": cache}
-        output = self._active(**inputs, **given, compute_logits=False)
+        with self._offloaded():
+            output = self._active(**inputs, **given, compute_logits=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _offloaded(self) -> AbstractContextManager[object]:
+        """The passes of the model: what the head saves is small, and the head reads weights."""
+        return nullcontext() if self.offload is None else self.offload()
 
     @property
     def _active(self) -> nn.Module:

@@ -292,7 +292,7 @@ def memory_table(items: Sequence[MemoryItem], report: DryRun) -> Table:
     memory.add_column("GiB", justify="right", no_wrap=True)
     memory.add_column("formula")
     for item in items:
-        style = "dim" if item.phase == "instead" else None
+        style = "dim" if item.phase in ("instead", "host") else None
         amounts = (f"{item.bytes:,}", f"{item.bytes / 2**30:.2f}")
         memory.add_row(item.name, item.phase, *amounts, item.formula, style=style)
     peak = peak_bytes(items)

@@ -197,21 +197,10 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
         columns, text = 2 * columns, f"2 passes x {text}"
     states = micro_batch_states(config, columns)
     tokens, text = states * columns, f"{states} states x {text}"
-    saved = sizes.saved_per_token() * tokens
-    inputs = sizes.layers * sizes.width * sizes.weight * tokens
-    with_it, without = inputs + saved, sizes.layers * saved
-    n, on = sizes.layers, config.model.gradient_checkpointing
-    with_text = f"{text} x ({n} layer inputs + {sizes.saved_per_token()} B of one layer)"
-    without_text = f"{text} x {n} layers x {sizes.saved_per_token()} B"
-    used, other = (with_it, without) if on else (without, with_it)
-    used_text, other_text = (with_text, without_text) if on else (without_text, with_text)
     rows = states * generation.max_new_tokens
     workspace = min(DEFAULT_WORKSPACE_BYTES, rows * sizes.vocabulary * _STATISTICS_BYTES)
     items = [
-        MemoryItem("activations", used, used_text, "update"),
-        MemoryItem(
-            f"activations {'without' if on else 'with'} checkpointing", other, other_text, "instead"
-        ),
+        *_activations(config, sizes, tokens, text),
         MemoryItem(
             "logits workspace",
             workspace,
@@ -220,7 +209,8 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
         ),
     ]
     # Four-bit weights are restored for each product, and not kept.
-    at_once = 0 if config.model.quantization == "nf4" else 1 if on else n
+    one = config.model.gradient_checkpointing or config.model.activation_offload
+    at_once = 0 if config.model.quantization == "nf4" else 1 if one else sizes.layers
     casts = sizes.cast_bytes(at_once)
     if casts:
         items.append(
@@ -230,6 +220,31 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
         product = sizes.vocabulary * sizes.width * sizes.weight
         items.append(MemoryItem("head's gradient", product, "vocabulary x width", "update"))
     return items
+
+
+def _activations(config: TrainConfig, sizes: Sizes, tokens: int, text: str) -> list[MemoryItem]:
+    """What autograd keeps of ``tokens``, of which ``text`` says how many they are."""
+    n, on = sizes.layers, config.model.gradient_checkpointing
+    saved = sizes.saved_per_token() * tokens
+    inputs = n * sizes.width * sizes.weight * tokens
+    one = f"{sizes.saved_per_token()} B of one layer"
+    if config.model.activation_offload:
+        casts = 0 if config.model.quantization == "nf4" else sizes.cast_bytes(n)
+        moved, what = n * saved + casts, f"{n} x {one}, and weights in bfloat16"
+        if on:
+            moved, what = inputs // n * (n + 1), f"{n + 1} inputs, of the layers and the final norm"
+        return [
+            MemoryItem("activations", saved, f"{text} x {one}", "update"),
+            MemoryItem("activations in host memory", moved, f"{text} x {what}", "host"),
+        ]
+    with_it = (inputs + saved, f"{text} x ({n} layer inputs + {one})")
+    without = (n * saved, f"{text} x {n} layers x {sizes.saved_per_token()} B")
+    used, other = (with_it, without) if on else (without, with_it)
+    name = f"activations {'without' if on else 'with'} checkpointing"
+    return [
+        MemoryItem("activations", *used, "update"),
+        MemoryItem(name, *other, "instead"),
+    ]
 
 
 def _rollout(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[MemoryItem]:

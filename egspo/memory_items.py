@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["always", "rollout", "update", "instead"]
+Phase = Literal["always", "rollout", "update", "instead", "host"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class MemoryItem:
     formula: str
     phase: Phase
     """``always``: held throughout. ``rollout`` and ``update`` follow each other. ``instead``: what
-    the other setting of gradient checkpointing would take, in no sum."""
+    the other setting of gradient checkpointing would take, in no sum. ``host``: memory of the
+    host, in no sum either."""
 
 
 def peak_bytes(items: Sequence[MemoryItem]) -> int:

@@ -205,6 +205,12 @@ def _checkpointing(config: TrainConfig) -> Variants:
         yield {"model.gradient_checkpointing": True}, effect
 
 
+def _offload(config: TrainConfig) -> Variants:
+    if not config.model.activation_offload:
+        effect = "same gradient; activations go to host memory and back"
+        yield {"model.activation_offload": True}, effect
+
+
 def _micro_batch(config: TrainConfig) -> Variants:
     name = "size" if config.micro_batch_tokens is None else "tokens"
     value: int | None = getattr(config, f"micro_batch_{name}")
@@ -251,6 +257,7 @@ def _lora(config: TrainConfig) -> Variants:
 OPTIONS: tuple[Callable[[TrainConfig], Variants], ...] = (
     _checkpointing,
     _micro_batch,
+    _offload,
     _rollout_batch,
     _no_cache,
     _lora,

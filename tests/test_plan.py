@@ -187,6 +187,11 @@ class Allocated(TorchDispatchMode):
         return result
 
 
+def array_of(storage: torch.UntypedStorage, _: torch.device) -> Any:
+    """The bytes of ``storage``, where no tensor holds them."""
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().copy()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -196,13 +201,24 @@ class Allocated(TorchDispatchMode):
         {"model": {"gradient_checkpointing": True, **LORA["model"]}},
         {"model": {"dtype": "bfloat16", **LORA["model"]}},
         {"mixed_precision": "no"},
+        {"model": {"activation_offload": True}},
+        {"model": {"activation_offload": True, "dtype": "bfloat16", **LORA["model"]}},
+        {"model": {"activation_offload": True, "gradient_checkpointing": True, **LORA["model"]}},
     ],
-    ids=["full", "lora", "checkpointed", "lora-checkpointed", "lora-bf16", "float32"],
+    ids=[
+        *("full", "lora", "checkpointed", "lora-checkpointed", "lora-bf16", "float32"),
+        *("offloaded", "lora-bf16-offloaded", "lora-checkpointed-offloaded"),
+    ],
 )
 def test_the_peak_of_the_update_is_what_it_allocates(
-    changes: dict[str, Any], tmp_path: Path
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, optimizer, gradients and activations, in the second of four micro-batches."""
+    """Weights, optimizer, gradients and activations, in the second of four micro-batches.
+
+    What is offloaded is kept where it is not counted: in an array.
+    """
+    monkeypatch.setattr("egspo.offload._to_host", array_of)
+    monkeypatch.setattr("egspo.offload._to_device", lambda host, _: torch.tensor(host))
     sizes = {"d_model": 64, "n_layers": 8, "n_heads": 4, "mlp_hidden_size": 192}
     common = {
         "model": {"config": sizes},
@@ -213,6 +229,8 @@ def test_the_peak_of_the_update_is_what_it_allocates(
     config = runs.config(tmp_path, FULL, common, changes)
     trainer = Trainer(config)
     iteration = trainer.iteration
+    if trainer.denoiser.offload is not None:
+        trainer.denoiser.offload.smallest = 1024
     iteration.run(1, [0, 0], 0)  # the optimizer makes its moments
     update, allocated = iteration._update, Allocated()
 
@@ -231,6 +249,9 @@ def test_the_peak_of_the_update_is_what_it_allocates(
     parts = estimate_memory(config, trainer.denoiser.model, prompt)
     expected = sum(part.bytes for part in parts if part.phase in ("always", "update"))
     assert allocated.peak == pytest.approx(expected, rel=0.1)
+    if (offload := trainer.denoiser.offload) is not None:
+        moved = next(part.bytes for part in parts if part.phase == "host")
+        assert offload.bytes / 8 == pytest.approx(moved, rel=0.1)  # micro-batches of both steps
     moments = next(part.bytes for part in parts if part.name == "optimizer")
     assert allocated.now >= moments
 
@@ -261,7 +282,7 @@ def test_suggestions_are_planned_and_hold(tmp_path: Path) -> None:
             assert again.plan == each.plan
     alone = [each for each in planner.suggestions(0) if len(each.changes) == 1]
     assert {name for each in alone for name in each.changes} == {
-        *("model.gradient_checkpointing", "micro_batch_size"),
+        *("model.gradient_checkpointing", "micro_batch_size", "model.activation_offload"),
         *("generation.cache", "algorithm.beta"),
     }
     together = planner.suggestions(0)[-1]
