@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from egspo.checkpoint import CheckpointError, save_checkpoint
+from egspo.models.lora import POLICY_ADAPTER
 from egspo.optimization import NonFiniteError
 
 WEIGHTS, ADAPTER, OPTIMIZER, STATE = "model", "adapter", "optimizer.pt", "state.json"
@@ -26,7 +27,9 @@ WEIGHTS, ADAPTER, OPTIMIZER, STATE = "model", "adapter", "optimizer.pt", "state.
 def save_weights(model: nn.Module, folder: Path) -> Path:
     """Save to, and return, ``folder/adapter`` (PEFT format) or ``folder/model`` (own layout)."""
     target = folder / (ADAPTER if isinstance(model, PeftModel) else WEIGHTS)
-    model.save_pretrained(target)  # type: ignore[operator]
+    # Of an adapter's model only the one that was trained, so that the folder is a plain adapter.
+    chosen = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(target, **chosen)  # type: ignore[operator]
     return target
 
 

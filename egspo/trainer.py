@@ -44,6 +44,7 @@ from egspo.progress import RunProgress
 from egspo.quantization import check_quantization
 from egspo.recipe import config_to_dict, save_config
 from egspo.reduction import merge
+from egspo.reference import ReferenceRefresh
 from egspo.sample_table import SampleTable
 from egspo.samples import carry_samples, write_group
 from egspo.state import WEIGHTS, TrainingState, termination_raises, trained_bytes
@@ -109,19 +110,22 @@ class Trainer:
             base = self._base()
         check_data(config, self.data, getattr(base.config, "max_sequence_length", None))
         self.denoiser = build_denoiser(config, base, self.data.tokenizer)
+        self.reference = ReferenceRefresh(config.algorithm, self.denoiser)
         model = self.denoiser.model
         # Enough for the checkpoints, one being written, and the final model.
         copies = config.checkpoint.keep_last + config.checkpoint.keep_best + 2
-        check_writable(self.output, trained_bytes(model, copies))
+        needed = trained_bytes(model, copies) + copies * self.reference.bytes
+        check_writable(self.output, needed)
         optimizer = build_optimizer(model, config.optimizer)
         scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-        self.state = TrainingState("train", model, optimizer, scheduler, self._write_model)
+        self.state = TrainingState("train", model, optimizer, scheduler, self._write_state)
         self.iteration = Iteration(
             config, self.data, self.denoiser, optimizer, self._reduce_gradients
         )
         self.completed = 0
         if checkpoint is not None:
             self.completed = self.state.load(checkpoint, "steps", config.steps)
+            self.reference.load(checkpoint, self.completed)
         self.best = BestSoFar()
         if self.resumed is not None and (self.resumed / "metrics.jsonl").exists():
             made = read_metrics(self.resumed)
@@ -189,6 +193,7 @@ class Trainer:
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
         advance(self.state.scheduler)
+        self.reference.after(step)
         metrics = merge(gather_object([metrics]))
         if config.evaluates_at(step):
             if self._table is not None:
@@ -266,6 +271,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return final
+
+    def _write_state(self, folder: Path) -> None:
+        """What a checkpoint has besides the optimizer."""
+        self._write_model(folder)
+        self.reference.save(folder, self.completed)
 
     def _write_model(self, folder: Path) -> None:
         save_model(self.denoiser.model, self.data.tokenizer, self.config.generation, folder)
