@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.tracking import get_available_trackers
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from egspo.denoiser import Denoiser
 from egspo.evaluation import PromptSet
 from egspo.generation import check_context
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
+from egspo.models.lora import add_reference_adapter
 from egspo.quantization import keep_differentiable, nf4_config
 from egspo.tasks import Example, Task, build_task, load_task_file
 from egspo.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
@@ -225,6 +227,8 @@ def build_denoiser(
     copied = config.algorithm.beta > 0 and not config.model.has_adapter
     reference = copy.deepcopy(base) if copied else None
     model = trainable_model(config.model, base, config.seed)
+    if config.algorithm.reference_every is not None and isinstance(model, PeftModel):
+        add_reference_adapter(model)
     return plain_denoiser(config, model, tokenizer, device, reference=reference)
 
 

@@ -229,6 +229,11 @@ class AlgorithmConfig:
     clip_high: float = 0.5
     beta: float = 0.04
     kl: Literal["k3", "exact"] = "k3"
+    reference_every: int | None = None
+    """RL steps between two refreshes of the reference policy by the policy; null never refreshes:
+    the KL then goes to what training began from."""
+    reference_blend: float = 1.0
+    """Share of the policy in a refresh: 1 copies it; of adapters, factors are blended."""
     aggregation: Literal["sum", "mean", "exact"] = "sum"
     ratio_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
@@ -248,6 +253,21 @@ class AlgorithmConfig:
         for name in ("lam", "clip_high", "beta"):
             value = getattr(self, name)
             _require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
+        every, blend = self.reference_every, self.reference_blend
+        _require(
+            every is None or every > 0,
+            f"algorithm.reference_every must be > 0, or null to never refresh, got {every}",
+        )
+        _require(
+            every is None or self.beta > 0,
+            f"algorithm.reference_every ({every}) needs algorithm.beta > 0: without it there is no "
+            "reference policy",
+        )
+        _require(0 < blend <= 1, f"algorithm.reference_blend must be in (0, 1], got {blend}")
+        _require(
+            every is not None or blend == 1,
+            f"algorithm.reference_blend ({blend}) needs algorithm.reference_every",
+        )
         _require(
             0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
         )
@@ -476,6 +496,11 @@ class TrainConfig:
         _require(
             optimizer == "adamw",
             f"optimizer.name: {optimizer} does not go with {engine}: use adamw",
+        )
+        _require(
+            engine != "zero3" or self.algorithm.reference_every is None,
+            "algorithm.reference_every does not go with zero3, whose weights cannot be copied part "
+            "by part: use fsdp2",
         )
         _require(
             not self.generation.cuda_graphs,

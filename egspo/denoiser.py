@@ -59,6 +59,8 @@ class Denoiser:
         self._autocast = autocast
         self.offload = ActivationOffload(model.parameters()) if activation_offload else None
         self._use_reference = False
+        self.reference_adapter: str | None = None
+        """That the reference policy has, where the policy has one; None for the base alone."""
         self._replaying = False
         self.graphs = GraphReplay()
         """Of the passes made inside :meth:`graphed`."""
@@ -92,8 +94,8 @@ class Denoiser:
         )
 
     @property
-    def frozen_copy(self) -> nn.Module | None:
-        """The reference, where it is a model of its own."""
+    def reference_model(self) -> nn.Module | None:
+        """The frozen copy, where that is the reference policy."""
         return self._reference
 
     @property
@@ -186,7 +188,8 @@ class Denoiser:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the reference policy answers: the frozen copy, or the adapter switched off."""
+        """Inside, the reference policy answers: the frozen copy, or the base with the adapter
+        of the reference, or with none."""
         if self._reference is not None:
             self._use_reference = True
             try:
@@ -194,7 +197,7 @@ class Denoiser:
             finally:
                 self._use_reference = False
         elif isinstance(self.model, PeftModel):
-            with reference_mode(self.model):
+            with reference_mode(self.model, self.reference_adapter):
                 yield
         else:
             raise RuntimeError("this model has neither adapters to switch off nor a frozen copy")

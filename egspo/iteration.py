@@ -362,5 +362,8 @@ class Iteration:
         zero = torch.zeros(1, dtype=torch.int64, device=self.denoiser.device)
         states = States(batch.samples.trajectory, zero, zero, zero, 1)
         none = zero.double()
-        scorer = replace(self.scorer, algorithm=replace(self.config.algorithm, beta=0.0))
+        algorithm = replace(
+            self.config.algorithm, beta=0.0, reference_every=None, reference_blend=1.0
+        )
+        scorer = replace(self.scorer, algorithm=algorithm)
         return scorer.surrogate(states, zero, Scores(none, None, None, None, []), none, 0.0).loss

@@ -16,6 +16,7 @@ from egspo.config import TrainConfig
 from egspo.denoising import LOGITS_BYTES
 from egspo.memory_items import MemoryItem
 from egspo.memory_sharded import SHARDED, sharded_weights
+from egspo.models.lora import is_of_reference
 from egspo_kernels.linear import DEFAULT_WORKSPACE_BYTES
 
 # A 4-bit weight, its block's scale in 8 bits (64 weights), and that scale's own (256 scales).
@@ -87,7 +88,12 @@ class Sizes:
         config = base.config
         layers = list(base.model._layers())
         adapted = [m for m in layers[0].modules() if hasattr(m, "lora_A")]
-        parameters = [p for layer in layers for p in layer.parameters()]
+        parameters = [
+            p
+            for layer in layers
+            for name, p in layer.named_parameters()
+            if not is_of_reference(name)
+        ]
         return cls(
             layers=len(layers),
             width=config.hidden_size,
@@ -98,7 +104,7 @@ class Sizes:
             weight=base.get_input_embeddings().weight.element_size(),
             compute=compute,
             adapted_inputs=sum(m.in_features for m in adapted),
-            ranks=sum(rank for m in adapted for rank in m.r.values()),
+            ranks=sum(rank for m in adapted for n, rank in m.r.items() if not is_of_reference(n)),
             adapters=any(hasattr(m, "lora_A") for m in base.modules()),
             layer_weights=sum(p.numel() for p in parameters),
             trainable_weights=sum(p.numel() for p in parameters if p.requires_grad),
@@ -143,7 +149,11 @@ class Sizes:
 
 def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[MemoryItem]:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    frozen = sum(
+        p.numel() * p.element_size()
+        for name, p in model.named_parameters()
+        if not p.requires_grad and not is_of_reference(name)
+    )
     trained = sum(p.numel() * p.element_size() for p in trainable)
     items = []
     if config.model.quantization == "nf4":
@@ -159,6 +169,9 @@ def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[Memory
     items.append(MemoryItem(name, trained, "their number x their bytes", "always"))
     if config.algorithm.beta > 0 and not sizes.adapters:
         items.append(MemoryItem("reference policy", frozen + trained, "a frozen copy", "always"))
+    if config.algorithm.reference_every is not None and sizes.adapters:
+        text = "a second adapter, frozen"
+        items.append(MemoryItem("reference adapter", trained, text, "always"))
     items.append(_optimizer(config, sum(p.numel() for p in trainable), trained))
     items.append(MemoryItem("gradients", trained, "trained weights", "update"))
     return items

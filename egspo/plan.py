@@ -241,8 +241,13 @@ def _no_cache(config: TrainConfig) -> Variants:
 
 
 def _no_reference(config: TrainConfig) -> Variants:
+    still: dict[str, Any] = {}
+    if config.algorithm.reference_every is not None:
+        still = {"algorithm.reference_blend": 1.0, "algorithm.reference_every": None}
+        if config.model.has_adapter:
+            yield still, "another objective: the KL goes to the base"
     if config.algorithm.beta > 0 and not config.model.has_adapter:
-        yield {"algorithm.beta": 0.0}, "another objective: no KL to a reference policy"
+        yield {**still, "algorithm.beta": 0.0}, "another objective: no KL to a reference policy"
 
 
 def _lora(config: TrainConfig) -> Variants:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from egspo.checkpoint import CheckpointError, save_checkpoint
+from egspo.models.lora import POLICY_ADAPTER
 from egspo.optimization import NonFiniteError
 from egspo.parallel.engine import Engine
 
@@ -32,7 +33,9 @@ def save_weights(model: nn.Module, folder: Path, weights: dict[str, Tensor] | No
         weights: by name, where ``model`` itself has parts of them only.
     """
     target = folder / (ADAPTER if isinstance(model, PeftModel) else WEIGHTS)
-    model.save_pretrained(target, state_dict=weights)  # type: ignore[operator]
+    # Of an adapter's model only the one that was trained, so that the folder is a plain adapter.
+    chosen = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(target, state_dict=weights, **chosen)  # type: ignore[operator]
     return target
 
 

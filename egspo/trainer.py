@@ -52,6 +52,7 @@ from egspo.progress import RunProgress
 from egspo.quantization import check_quantization
 from egspo.recipe import config_to_dict, save_config
 from egspo.reduction import merge
+from egspo.reference import ReferenceRefresh
 from egspo.sample_table import SampleTable
 from egspo.samples import carry_samples, write_group
 from egspo.state import (
@@ -132,15 +133,18 @@ class Trainer:
         check_data(config, self.data, getattr(base.config, "max_sequence_length", None))
         device = self.accelerator.device
         self.denoiser = build_denoiser(config, base, self.data.tokenizer, device)
+        self.reference = ReferenceRefresh(config.algorithm, self.denoiser)
         model = self.denoiser.model
         # Enough for the checkpoints, one being written, and the final model.
         copies = config.checkpoint.keep_last + config.checkpoint.keep_best + 2
-        check_writable(self.output, trained_bytes(model, copies))
+        needed = trained_bytes(model, copies) + copies * self.reference.bytes
+        check_writable(self.output, needed)
         if checkpoint is not None:
             load_weights(model, checkpoint)
+            self.reference.load(checkpoint, self.completed)
         self.engine = build_engine(engine, config, self.denoiser, self.processes, self.accelerator)
         scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.steps)
-        self.state = TrainingState("train", model, self.engine, scheduler, self._write_model)
+        self.state = TrainingState("train", model, self.engine, scheduler, self._write_state)
         if checkpoint is not None:
             self.state.load(checkpoint)
         self.iteration = Iteration(config, self.data, self.denoiser, self.engine, self.processes)
@@ -222,6 +226,7 @@ class Trainer:
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
         advance(self.state.scheduler)
+        self.reference.after(step)
         self.processes.enter(f"the end of step {step}")
         metrics = merge(self.processes.gather(metrics))
         if config.evaluates_at(step):
@@ -296,6 +301,7 @@ class Trainer:
         main, options = self.accelerator.is_main_process, self.config.checkpoint
         if main or self.engine.sharded:
             self.processes.enter(f"saving step {self.completed}")
+            self.reference.collect(self.completed, main=main)
             self.state.save(
                 self._checkpoints,
                 self.completed,
@@ -315,6 +321,11 @@ class Trainer:
         self.processes.gather(None)
         self.accelerator.end_training()
         return final
+
+    def _write_state(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        """What a checkpoint has besides the optimizer."""
+        self._write_model(folder, weights)
+        self.reference.save(folder)
 
     def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         config, tokenizer = self.config, self.data.tokenizer

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from egspo.models.lora import is_of_reference
+
 
 @dataclass
 class Work:
@@ -80,8 +82,8 @@ class ModelCost:
         # Not of the weight, which may be elsewhere.
         vocabulary = head.num_embeddings if isinstance(head, nn.Embedding) else head.out_features
         forward = backward = last = 0
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not head:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module is not head and not is_of_reference(name):
                 product = 2 * module.in_features * module.out_features
                 forward += product
                 backward += product * (2 if module.weight.requires_grad else 1)

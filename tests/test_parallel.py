@@ -32,6 +32,7 @@ ADAPTIVE = {
 }
 JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "joint"}}
 PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
+REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
 
 
@@ -70,6 +71,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(3, [ADAPTIVE, JOINT, FSDP2], id="3-fsdp2-adaptive-joint"),
         pytest.param(2, [FSDP2, PIPELINE], id="2-fsdp2-pipeline"),
         pytest.param(2, [FSDP2, SHORT, LORA, K3], id="2-fsdp2-lora-kl"),
+        pytest.param(2, [FSDP2, REFRESH], id="2-fsdp2-refresh"),
+        pytest.param(2, [FSDP2, REFRESH, LORA], id="2-fsdp2-refresh-lora"),
         pytest.param(2, [FSDP2, SHORT, EXACT_KL], id="2-fsdp2-exact-kl"),
         pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache"),
         pytest.param(

@@ -66,8 +66,9 @@ def planned(config: TrainConfig, gpus: int = 1, **shares: float) -> Planner:
         {"generation": {"cache": "prefix"}, "algorithm": {"strategy": "all"}},
         {"model": {"gradient_checkpointing": True}, "generation": {"batch_size": 3}},
         {"micro_batch_size": None, "micro_batch_tokens": 60},
+        {"algorithm": {"beta": 0.1, "reference_every": 2}, **LORA},
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_flops_are_those_a_run_logs(changes: dict[str, Any], tmp_path: Path) -> None:
     """Of prompts of different lengths; which steps are trained decides the head's rows alone."""
@@ -201,13 +202,14 @@ def array_of(storage: torch.UntypedStorage, _: torch.device) -> Any:
         {"model": {"gradient_checkpointing": True, **LORA["model"]}},
         {"model": {"dtype": "bfloat16", **LORA["model"]}},
         {"mixed_precision": "no"},
+        {"algorithm": {"beta": 0.1, "reference_every": 1}, **LORA},
         {"model": {"activation_offload": True}},
         {"model": {"activation_offload": True, "dtype": "bfloat16", **LORA["model"]}},
         {"model": {"activation_offload": True, "gradient_checkpointing": True, **LORA["model"]}},
     ],
     ids=[
         *("full", "lora", "checkpointed", "lora-checkpointed", "lora-bf16", "float32"),
-        *("offloaded", "lora-bf16-offloaded", "lora-checkpointed-offloaded"),
+        *("lora-refreshed", "offloaded", "lora-bf16-offloaded", "lora-checkpointed-offloaded"),
     ],
 )
 def test_the_peak_of_the_update_is_what_it_allocates(

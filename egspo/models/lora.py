@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,10 @@ LORA_TARGETS = (
 )
 """The seven projections of every block, matched against the whole module name. (LLaDA's plain
 suffix ``ff_out`` would match the head too.)"""
+
+
+POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
+"""The adapter that is trained, and a frozen one that the reference policy may have."""
 
 
 def add_lora(
@@ -109,21 +114,65 @@ def load_adapter(
     return adapted
 
 
+def add_reference_adapter(model: PeftModel) -> None:
+    """Put a second adapter beside the one of ``model``, frozen and not active.
+
+    Its first factors are those of the other, its second ones zero: it changes nothing yet.
+    """
+    config = copy.deepcopy(model.peft_config[POLICY_ADAPTER])
+    config.inference_mode = True
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with seeded(0, next(model.parameters()).device):  # what is drawn here is overwritten
+        model.add_adapter(REFERENCE_ADAPTER, config)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    policy, reference = reference_factors(model)
+    for name, factor in reference.items():
+        factor.requires_grad_(False)
+        if ".lora_B." in name:
+            factor.detach().zero_()
+        else:
+            factor.detach().copy_(policy[name])
+
+
+def reference_factors(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of the two adapters by the name of the one that is trained."""
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    policy = {name: p for name, p in weights.items() if f".{POLICY_ADAPTER}." in name}
+    there = f".{REFERENCE_ADAPTER}."
+    return policy, {n: weights[n.replace(f".{POLICY_ADAPTER}.", there)] for n in policy}
+
+
+def is_of_reference(name: str) -> bool:
+    """Whether a module or parameter called ``name`` is of the reference policy's adapter."""
+    return REFERENCE_ADAPTER in name.split(".")
+
+
 @contextmanager
-def reference_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` computes what it would without its adapter.
+def reference_mode(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
+    """Inside, ``model`` computes what it would without its adapter, or with ``adapter`` instead.
 
     Raises:
         TypeError: ``model`` has no adapter.
+        ValueError: it has none called ``adapter``.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"expected a model with an adapter (PeftModel), got {type(model).__name__}")
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    if adapter is not None and adapter not in model.peft_config:
+        raise ValueError(f"the model has no adapter {adapter!r}, only {list(model.peft_config)}")
+    active = model.active_adapter
     try:
-        with model.disable_adapter():
+        if adapter is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(adapter)
             yield
     finally:
-        # PEFT re-enables the adapter as trainable, whether or not it was.
+        if adapter is not None:
+            model.set_adapter(active)
+        # PEFT makes the adapters that it switches on trainable, whether or not they were.
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

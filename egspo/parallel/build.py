@@ -70,7 +70,7 @@ def build_engine(
             lambda model: build_optimizer(model, config.optimizer),
             processes,
             device_type=accelerator.device.type,
-            reference=denoiser.frozen_copy,
+            reference=denoiser.reference_model,
             reshard=config.distributed.reshard,
             offload=config.distributed.offload,
             reference_head=config.algorithm.kl == "exact",
