@@ -524,7 +524,10 @@ class TrainConfig:
 
     def runs_ahead_at(self, step: int) -> bool:
         """Whether the rollout after the RL step ``step`` is made before the step's update."""
-        return self.pipeline and not (self.evaluates_at(step) or self.saves_at(step))
+        every = self.algorithm.reference_every
+        # What is made ahead is scored by a reference that must still be the one of its update.
+        refreshes = every is not None and step % every == 0
+        return self.pipeline and not (self.evaluates_at(step) or self.saves_at(step) or refreshes)
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
