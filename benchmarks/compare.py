@@ -15,8 +15,16 @@ because load slows some samples and hastens none. Where torch has another versio
 changed too: then they only widen the noise.
 
 A case is worse too if its peak memory grew by more than ``least``, if an error against float64
-more than doubled (beyond 1e-6), or if it no longer ran. The exit status is 1 if anything is worse,
-2 if the files cannot be compared.
+more than doubled (beyond 1e-6), or if it no longer ran.
+
+Of whole iterations (suites ``iteration`` and ``scaling``) a case is a phase, or all of them
+together. Its control is the plain implementation: the median change of its phases is that of the
+machine, and they disagree by the largest less the smallest; the spread is that of the iteration's
+rounds. The seconds of a phase below 1 % of its iteration are not compared. FLOPs are counted: more
+than 0.1 % more of them are a regression. Sizes and device must be the same.
+
+The suites of BEFORE are compared, and AFTER must have them; ``--suites`` takes some of them. The
+exit status is 1 if anything is worse, 2 if the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -28,8 +36,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.result_files import ResultFile, Row, read
+from benchmarks import compare_phases
+from benchmarks.result_files import ResultFile, Row, read, suites
 
+SUITES = ("kernels", *compare_phases.SUITES)
 SIGMAS = 3.0
 ERROR_FLOOR = 1e-6
 SAME = ("cpu", "gpu", "threads")
@@ -54,32 +64,62 @@ def main(arguments: list[str] | None = None) -> int:
         "--least", type=float, default=0.05, help="the smallest change that counts (0.05: 5 %%)"
     )
     parser.add_argument("--all", action="store_true", help="print every case")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, help="by default those of BEFORE")
     args = parser.parse_args(arguments)
     try:
-        before, after = read(args.before), read(args.after)
-        _same_hardware(before, after)
+        chosen = args.suites or [name for name in SUITES if name in suites(args.before)]
+        cases = [
+            case
+            for suite in chosen or ["kernels"]
+            for case in _compared(args.before, args.after, suite, args.least)
+        ]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    failed = 0
+    for name, worse, note in cases:
+        failed += bool(worse)
+        if worse:
+            print(f"WORSE {name}: {'; '.join(worse)}")
+        elif args.all:
+            print(f"ok    {name}{note}")
+    print(f"{failed} of {len(cases)} cases worse")
+    return 1 if failed else 0
+
+
+def _compared(
+    before_path: Path, after_path: Path, suite: str, least: float
+) -> list[tuple[str, list[str], str]]:
+    """Of every case of a suite its name, what became worse, and what else there is to say."""
+    before, after = read(before_path, suite), read(after_path, suite)
+    _same_hardware(before, after)
     changed = _changed_versions(before, after)
     for name, versions in changed.items():
         print(f"note: {name} {versions[0]} -> {versions[1]}")
+    controlled = "torch" not in changed
+    if suite in compare_phases.SUITES:
+        found = compare_phases.regressions(before, after, least, controlled=controlled)
+        return [(name, worse, "") for name, worse in found]
+    return _kernel_cases(before, after, least, controlled=controlled)
+
+
+def _kernel_cases(
+    before: ResultFile, after: ResultFile, least: float, *, controlled: bool
+) -> list[tuple[str, list[str], str]]:
     new = {row.name: row for row in after.rows}
-    ours = [row for row in before.rows if row.ours]
-    failed = 0
-    for row in ours:
+    cases = []
+    for row in before.rows:
+        if not row.ours:
+            continue
         machine = machine_of(row.workload, before, new)
-        if "torch" in changed:
+        if not controlled:
             machine = machine._replace(drift=0.0)
-        worse = regressions(row, new.get(row.name), machine, args.least)
-        failed += bool(worse)
-        if worse:
-            print(f"WORSE {row.name}: {'; '.join(worse)}")
-        elif args.all:
+        worse, note = regressions(row, new.get(row.name), machine, least), ""
+        if row.name in new:
             ratio = _times(math.log(new[row.name].median / row.median))
-            print(f"ok    {row.name}: {ratio} the time, machine {_times(machine.drift)}")
-    print(f"{failed} of {len(ours)} cases worse")
-    return 1 if failed else 0
+            note = f": {ratio} the time, machine {_times(machine.drift)}"
+        cases.append((row.name, worse, note))
+    return cases
 
 
 def machine_of(workload: str, before: ResultFile, new: dict[str, Row]) -> Machine:

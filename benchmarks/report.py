@@ -4,7 +4,7 @@
     python -m benchmarks.report --check    # exit with 1 if the tables are not those of the files
 
 What lies between ``<!-- kernels:begin -->`` and ``<!-- kernels:end -->`` is replaced, and likewise
-for iteration and scaling; the rest of the document is written by hand, or by
+for iteration, scaling and algorithms; the rest of the document is written by hand, or by
 ``python -m benchmarks.counted``.
 """
 
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import iteration, plots, scaling
+from benchmarks import algorithms, iteration, plots, scaling
 from benchmarks.result_files import RESULTS, ResultFile, Row, read, suites
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -45,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
             parts = [f"### {f.device}\n\n{_provenance(f)}\n\n{tables(f.rows)}" for f in phased]
             if parts:
                 made = replace_section(made, suite, "\n\n".join(parts))
+        studies = algorithms.read_all(args.results)
+        if studies:
+            made = replace_section(made, "algorithms", algorithms.section(studies))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     for file in files:
         for plot in plots.draw(file, args.document.parent):
             print(plot)
+    if studies:
+        print(algorithms.draw(studies, args.document.parent))
     print(args.document)
     return 0
 

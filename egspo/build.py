@@ -125,16 +125,22 @@ def configured_task(task: Task, config: TaskConfig) -> Task:
 
 
 def fresh_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, device: torch.device
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device,
+    placed: torch.device | None = None,
 ) -> PreTrainedModel:
-    """A new model on ``device`` with the tokenizer's vocabulary and special tokens.
+    """A new model for ``device`` with the tokenizer's vocabulary and special tokens.
+
+    ``placed`` is where its weights are put, if not there.
 
     Raises:
         ValueError: the tokenizer has no mask or end-of-text token, or ``model.config`` is wrong.
     """
     model = new_model(fresh_fields(config, tokenizer), seed=seed)
     model.set_attn_implementation(config.attn_implementation)
-    return on_device(model, device, weights_dtype(config, device))
+    return on_device(model, placed or device, weights_dtype(config, device))
 
 
 def fresh_fields(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -156,13 +162,16 @@ def fresh_fields(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dic
     return fields
 
 
-def base_model(config: ModelConfig, source: str, device: torch.device) -> PreTrainedModel:
-    """The checkpoint at ``source`` in the precision of the recipe, on ``device``."""
+def base_model(
+    config: ModelConfig, source: str, device: torch.device, placed: torch.device | None = None
+) -> PreTrainedModel:
+    """The checkpoint at ``source`` in the precision of the recipe on ``device``, put there or to
+    ``placed``."""
     dtype = weights_dtype(config, device)
     attention = config.attn_implementation
     if config.quantization == "none":
         model = load_model(source, dtype=dtype, attn_implementation=attention)
-        return on_device(model, device)
+        return on_device(model, placed or device)
     # Quantised as it is read, so that the whole model never lies in memory.
     model = load_model(
         source,
@@ -209,27 +218,30 @@ def trainable_model(config: ModelConfig, base: PreTrainedModel, seed: int) -> nn
 
 
 def build_denoiser(
-    config: TrainConfig, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: TrainConfig,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> Denoiser:
-    """The policy to train, with its reference where ``algorithm.beta`` asks for one."""
+    """The policy to train on ``device``, with its reference where ``algorithm.beta`` > 0."""
     copied = config.algorithm.beta > 0 and not config.model.has_adapter
     reference = copy.deepcopy(base) if copied else None
     model = trainable_model(config.model, base, config.seed)
     if config.algorithm.reference_every is not None and isinstance(model, PeftModel):
         add_reference_adapter(model)
-    return plain_denoiser(config, model, tokenizer, reference=reference)
+    return plain_denoiser(config, model, tokenizer, device, reference=reference)
 
 
 def plain_denoiser(
     config: TrainConfig,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
     *,
     reference: nn.Module | None = None,
 ) -> Denoiser:
-    """``model`` with the special tokens of the tokenizer, in the precision of the recipe."""
-    device = next(model.parameters()).device
-    autocast = autocast_dtype(config, device)
+    """``model`` with the special tokens of the tokenizer, in the precision of the recipe on
+    ``device``."""
     if config.model.activation_offload and device.type == "cpu":
         logger.warning(
             "model.activation_offload saves nothing on a CPU: activations are copied within its "
@@ -239,7 +251,7 @@ def plain_denoiser(
         model,
         tokenizer,
         reference=reference,
-        autocast=autocast,
+        autocast=autocast_dtype(config, device),
         activation_offload=config.model.activation_offload,
     )
 

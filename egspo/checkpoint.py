@@ -13,7 +13,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run that holds them."""
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
+"""How the names of what is not finished begin."""
 
 
 class CheckpointError(RuntimeError):
@@ -51,7 +52,7 @@ def save_checkpoint(
 
 def publish(target: Path, write: Callable[[Path], object]) -> None:
     """Fill ``target`` by ``write`` so that it exists complete, with checksums, or not at all."""
-    partial = target.parent / f"{_PARTIAL}{target.name}-{os.getpid()}"
+    partial = target.parent / f"{PARTIAL}{target.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -81,7 +82,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def remove_partial(folder: Path) -> None:
     """Delete what killed runs left half-written."""
-    for path in folder.glob(f"{_PARTIAL}*"):
+    for path in folder.glob(f"{PARTIAL}*"):
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -160,7 +161,7 @@ def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir")
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{_PARTIAL}probe-{os.getpid()}"
+        probe = folder / f"{PARTIAL}probe-{os.getpid()}"
         probe.write_bytes(b"egspo")
         probe.unlink(missing_ok=True)
     except OSError as error:
@@ -175,7 +176,7 @@ def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir")
 
 def _delete(path: Path) -> None:
     """At once: a kill halfway leaves a partial folder, not a damaged checkpoint."""
-    partial = path.with_name(f"{_PARTIAL}old-{path.name}-{os.getpid()}")
+    partial = path.with_name(f"{PARTIAL}old-{path.name}-{os.getpid()}")
     path.rename(partial)
     shutil.rmtree(partial)
 

@@ -14,6 +14,7 @@ EntropyOver = Literal["revealed", "block", "masked"]
 EntropyReduce = Literal["mean", "sum"]
 Policy = Literal["low_confidence", "random", "max_prob", "margin", "entropy"]
 BlockCache = Literal["none", "prefix", "dual"]
+EngineName = Literal["auto", "replicated", "fsdp2", "zero2", "zero3"]
 Preset = Literal["egspo", "egspo-sa", "reference", "uniform", "random"]
 
 
@@ -203,6 +204,9 @@ class AlgorithmConfig:
     selected_steps: int = 8
     """K, denoising steps trained per trajectory."""
     strategy: Strategy = "high_entropy"
+    entropy_share: float | None = None
+    """Adaptive K, with ``high_entropy``: of each trajectory the fewest steps that hold this share
+    of the entropy of its candidates, at most ``selected_steps``. None trains so many always."""
     entropy_over: EntropyOver = "revealed"
     entropy_reduce: EntropyReduce = "mean"
     entropy_at: Literal["one", "sampling"] = "one"
@@ -266,6 +270,16 @@ class AlgorithmConfig:
         )
         _require(
             0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
+        )
+        share = self.entropy_share
+        _require(
+            share is None or 0 < share <= 1,
+            f"algorithm.entropy_share must be in (0, 1], or null for a fixed K, got {share}",
+        )
+        _require(
+            share is None or self.strategy == "high_entropy",
+            f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
+            f"needs algorithm.strategy: high_entropy, got {self.strategy}",
         )
 
 
@@ -359,6 +373,33 @@ class CheckpointConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, started by ``accelerate launch`` or ``torchrun``."""
+
+    engine: EngineName = "auto"
+    """``replicated``: the whole model in every process. ``fsdp2``, ``zero2`` and ``zero3`` shard
+    what is trained. ``auto`` is what accelerate was configured for, ``replicated`` by default."""
+    reshard: bool = True
+    """``fsdp2``: free a block's whole weights between its forward and backward pass."""
+    offload: bool = False
+    """``fsdp2``: keep weights and optimizer state in host memory between passes."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before the run ends with an error that says who
+    is missing and in which phase. Longer than any process may be longer than others: rollout,
+    rewards, saving."""
+
+    def __post_init__(self) -> None:
+        _require(self.timeout > 0, f"distributed.timeout must be > 0, got {self.timeout}")
+        for name, default in (("reshard", True), ("offload", False)):
+            value = getattr(self, name)
+            _require(
+                value == default or self.engine == "fsdp2",
+                f"distributed.{name}: {str(value).lower()} needs distributed.engine: fsdp2, got "
+                f"{self.engine}",
+            )
+
+
+@dataclass
 class TrainConfig:
     """A whole run."""
 
@@ -371,10 +412,15 @@ class TrainConfig:
     """With it, a new model is first trained on the task's reference completions (cached)."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output_dir: str = "runs/egspo"
     seed: int = 0
     steps: int = 100
     """RL iterations: rollout, select, score, update."""
+    pipeline: bool = False
+    """Make the rollout of the next step before the update of this one: its rewards are found
+    meanwhile, and it is one update old (the metric ``staleness``), except after an evaluation or a
+    checkpoint."""
     prompts_per_step: int = 8
     """Over all processes; each is answered ``algorithm.group_size`` times."""
     micro_batch_size: int | None = None
@@ -391,6 +437,17 @@ class TrainConfig:
         for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")
+        _require(
+            not self.pipeline or self.algorithm.stepwise,
+            "pipeline: true has the one-step completions scored during an update: it needs "
+            "algorithm.stepwise: true",
+        )
+        for section, every in (("eval", self.eval.every), ("checkpoint", self.checkpoint.every)):
+            _require(
+                not self.pipeline or every != 1,
+                f"pipeline: true never gets ahead with {section}.every: 1, as no rollout is made "
+                "before an evaluation or a checkpoint",
+            )
         size, tokens = self.micro_batch_size, self.micro_batch_tokens
         _require(
             size is None or tokens is None,
@@ -404,6 +461,8 @@ class TrainConfig:
             f"algorithm.selected_steps ({self.algorithm.selected_steps}) must be at most "
             f"generation.steps ({self.generation.steps})",
         )
+        if self.distributed.engine not in ("auto", "replicated"):
+            self.check_shardable(self.distributed.engine)
         cache = self.generation.cache
         _require(
             self.algorithm.entropy_over != "masked" or cache != "dual",
@@ -426,6 +485,29 @@ class TrainConfig:
             "generation.temperature must be > 0 for training: greedy rollouts have no gradient",
         )
 
+    def check_shardable(self, engine: str) -> None:
+        """Raises ValueError naming the option that a model sharded by ``engine`` excludes."""
+        quantization, optimizer = self.model.quantization, self.optimizer.name
+        _require(
+            quantization == "none",
+            f"model.quantization: {quantization} does not go with {engine}, which cannot divide "
+            "packed weights: use distributed.engine: replicated",
+        )
+        _require(
+            optimizer == "adamw",
+            f"optimizer.name: {optimizer} does not go with {engine}: use adamw",
+        )
+        _require(
+            self.algorithm.reference_every is None,
+            f"algorithm.reference_every does not go with {engine}: a refreshed reference is kept "
+            "whole",
+        )
+        _require(
+            not self.generation.cuda_graphs,
+            f"generation.cuda_graphs does not go with {engine}: a graph reads the weights where "
+            "they were, and gathering puts them elsewhere",
+        )
+
     @property
     def ranks(self) -> int:
         """Columns of the selection: denoising steps trained per trajectory, at most."""
@@ -435,6 +517,17 @@ class TrainConfig:
     def evaluates_at(self, step: int) -> bool:
         """Whether the RL step ``step``, from 1, is followed by an evaluation."""
         return step == self.steps or bool(self.eval.every and step % self.eval.every == 0)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the RL step ``step`` is followed by a checkpoint, however good it is."""
+        return bool(self.checkpoint.every and step % self.checkpoint.every == 0)
+
+    def runs_ahead_at(self, step: int) -> bool:
+        """Whether the rollout after the RL step ``step`` is made before the step's update."""
+        every = self.algorithm.reference_every
+        # What is made ahead is scored by a reference that must still be the one of its update.
+        refreshes = every is not None and step % every == 0
+        return self.pipeline and not (self.evaluates_at(step) or self.saves_at(step) or refreshes)
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

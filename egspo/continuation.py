@@ -15,6 +15,7 @@ _FREE = (
     "steps",
     "eval",
     "checkpoint",
+    "distributed",  # the same gradient, summed in another order
     "trackers",
     "model.activation_offload",
     "generation.cuda_graphs",

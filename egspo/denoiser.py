@@ -94,8 +94,8 @@ class Denoiser:
         )
 
     @property
-    def reference_model(self) -> nn.Module | None:
-        """The frozen copy, where that is the reference policy."""
+    def frozen_copy(self) -> nn.Module | None:
+        """The reference, where it is a model of its own."""
         return self._reference
 
     @property

@@ -35,8 +35,10 @@ from egspo.build import (
 )
 from egspo.config import TrainConfig
 from egspo.generation import check_context
-from egspo.memory import MemoryItem, estimate_memory, peak_bytes
+from egspo.memory import estimate_memory
+from egspo.memory_items import MemoryItem, peak_bytes
 from egspo.models import load_config, model_on_meta, new_config, special_token_ids
+from egspo.processes import world_size
 from egspo.sft import encode_targets
 from egspo.tasks import Task
 
@@ -111,7 +113,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     if model is not None:
         found = report.found
         found.model_config = model_config
-        found.memory = estimate_memory(config, model, found.prompt_tokens)
+        found.memory = estimate_memory(config, model, found.prompt_tokens, world_size())
     return report.found
 
 

@@ -7,18 +7,17 @@ real graph. Left out are what the CUDA context, cuBLAS and the allocator's fragm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from egspo.config import TrainConfig
 from egspo.denoising import LOGITS_BYTES
+from egspo.memory_items import MemoryItem
+from egspo.memory_sharded import SHARDED, sharded_weights
 from egspo.models.lora import is_of_reference
 from egspo_kernels.linear import DEFAULT_WORKSPACE_BYTES
-
-Phase = Literal["always", "rollout", "update", "instead", "host"]
 
 # A 4-bit weight, its block's scale in 8 bits (64 weights), and that scale's own (256 scales).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -29,39 +28,21 @@ _MOMENTS_8_BIT = 2 * (1 + 4 / 256)
 _STATISTICS_BYTES = 24
 
 
-@dataclass(frozen=True)
-class MemoryItem:
-    """A part of the memory of one process."""
-
-    name: str
-    bytes: int
-    formula: str
-    phase: Phase
-    """``always``: held throughout. ``rollout`` and ``update`` follow each other. ``instead``: what
-    the other setting of gradient checkpointing would take, in no sum. ``host``: memory of the
-    host, in no sum either."""
-
-
-def peak_bytes(items: Sequence[MemoryItem]) -> int:
-    """What is held throughout, and the larger of rollout and update."""
-    by_phase = {
-        phase: sum(item.bytes for item in items if item.phase == phase)
-        for phase in ("always", "rollout", "update")
-    }
-    return by_phase["always"] + max(by_phase["rollout"], by_phase["update"])
-
-
-def estimate_memory(config: TrainConfig, model: nn.Module, prompt_tokens: int) -> list[MemoryItem]:
+def estimate_memory(
+    config: TrainConfig, model: nn.Module, prompt_tokens: int, processes: int = 1
+) -> list[MemoryItem]:
     """The parts of the memory of one process.
 
     Args:
-        config: of the run.
+        config: of the run; with the share of this process of the prompts.
         model: on the meta device, in the dtype of its weights, with its adapter.
         prompt_tokens: length of the longest prompt.
+        processes: their number, over which a sharded engine divides the weights.
     """
     sizes = Sizes.of(model, compute_bytes(config, model))
+    sharded = config.distributed.engine in SHARDED
     return [
-        *_weights(config, model, sizes),
+        *(sharded_weights(config, model, processes) if sharded else _weights(config, model, sizes)),
         *_update(config, sizes, prompt_tokens),
         *_rollout(config, sizes, prompt_tokens),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -155,6 +155,20 @@ class MicroBatches:
             "begin there)",
             *(doing, count, tokens, setting),
         )
+
+    def give_up(self, states: States, index: Tensor, error: torch.OutOfMemoryError) -> NoReturn:
+        """Raise ``error`` with what to set, where other processes are in the middle of the pass."""
+        columns = self._columns(states).count(index.tolist())
+        smaller = (
+            f"micro_batch_size={max(len(index) // 2, 1)}"
+            if self.tokens is None
+            else f"micro_batch_tokens={columns // 2}"
+        )
+        error.add_note(
+            f"egspo: an update on {len(index)} states ({columns} columns) at a time does not fit, "
+            f"and a sharded model cannot begin again by itself: set {smaller}"
+        )
+        raise error
 
     def _columns(self, states: States) -> Columns:
         return Columns.of(states, self.generation, self.prediction_shift)

@@ -60,7 +60,7 @@ class ActivationOffload:
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         storage = tensor.untyped_storage()
-        if storage.nbytes() < self.smallest or storage.data_ptr() in self._own:
+        if storage.nbytes() < self.smallest or self._is_weight(tensor):
             return tensor
         key = id(storage)
         if key not in self._moved:
@@ -79,6 +79,12 @@ class ActivationOffload:
             tensor.shape,
             tensor.stride(),
         )
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        """Or a view of one. Those that a sharded engine gathers are nowhere twice the same."""
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return True
+        return tensor.untyped_storage().data_ptr() in self._own
 
     def _unpack(self, saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):

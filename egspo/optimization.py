@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -67,7 +68,8 @@ def clip_gradients(model: nn.Module, max_grad_norm: float) -> float:
         NonFiniteError: if the norm is not finite.
     """
     trainable = [p for p in model.parameters() if p.grad is not None]
-    norm = float(nn.utils.clip_grad_norm_(trainable, max_grad_norm))
+    total = nn.utils.clip_grad_norm_(trainable, max_grad_norm)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
         raise NonFiniteError(f"the gradient norm is {norm}; the weights did not take it")
     return norm

@@ -19,7 +19,9 @@ from egspo.config import LoraConfig, TrainConfig
 from egspo.data_order import data_order
 from egspo.dry_run import ASSUMED_PROMPT_TOKENS, DryRun, described_model, dry_run
 from egspo.expected_work import Shares, expected_work
-from egspo.memory import MemoryItem, estimate_memory, peak_bytes
+from egspo.memory import estimate_memory
+from egspo.memory_items import MemoryItem, peak_bytes
+from egspo.memory_sharded import SHARDED
 from egspo.metrics import read_metrics
 from egspo.recipe import load_config
 from egspo.work import ModelCost
@@ -36,7 +38,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """A training step of one recipe on a number of GPUs, each with the whole model."""
+    """A training step of one recipe on a number of GPUs."""
 
     flops: dict[str, int]
     """Of a step, by phase, on all GPUs together: what a run logs as ``flops/PHASE``."""
@@ -70,19 +72,25 @@ class Planner:
 
     Args:
         config: the recipe.
-        gpus: processes, each with the whole model and an equal share of the prompts.
+        gpus: processes, with an equal share of the sequences each.
         shares: what a run does of the most that the recipe allows.
 
     Raises:
         PlanError: the model is not known.
-        ValueError: ``prompts_per_step`` does not divide over the GPUs.
+        ValueError: there are more GPUs than sequences, or too few for the recipe's engine.
     """
 
     def __init__(self, config: TrainConfig, gpus: int, shares: Shares) -> None:
-        if gpus < 1 or config.prompts_per_step % gpus:
+        sequences = config.prompts_per_step * config.algorithm.group_size
+        if not 1 <= gpus <= sequences:
             raise ValueError(
-                f"prompts_per_step ({config.prompts_per_step}) must be a multiple of the GPUs, "
-                f"got {gpus}"
+                f"gpus must be between 1 and the {sequences} sequences of a step "
+                f"(prompts_per_step x algorithm.group_size), got {gpus}"
+            )
+        if gpus == 1 and config.distributed.engine in SHARDED:
+            raise ValueError(
+                f"distributed.engine: {config.distributed.engine} shards over processes: plan it "
+                "with two GPUs or more"
             )
         self.config, self.gpus, self.shares = config, gpus, shares
         self.looked: DryRun = dry_run(config)
@@ -99,9 +107,10 @@ class Planner:
     def of(self, config: TrainConfig) -> Plan:
         """Of the recipe or a variant of it, with the same model and data."""
         model = self._model(config)
-        each = replace(config, prompts_per_step=config.prompts_per_step // self.gpus)
+        each = replace(config, prompts_per_step=-(-config.prompts_per_step // self.gpus))
         return Plan(
-            self._flops(each, model), estimate_memory(each, model, self.looked.prompt_tokens)
+            self._flops(each, model),
+            estimate_memory(each, model, self.looked.prompt_tokens, self.gpus),
         )
 
     def _model(self, config: TrainConfig) -> nn.Module:
@@ -130,7 +139,8 @@ class Planner:
             "score": self.shares.trained_states,
             "update": self.shares.trained_states,
         }
-        return {name: round(total[name] * shares[name] / steps * self.gpus) for name in PHASES}
+        processes = self.config.prompts_per_step / each.prompts_per_step
+        return {name: round(total[name] * shares[name] / steps * processes) for name in PHASES}
 
     def suggestions(self, available: int) -> list[Suggestion]:
         """What brings the peak down to ``available`` bytes, or as far as it goes.
@@ -142,7 +152,7 @@ class Planner:
         alone: list[Suggestion] = []
         together: list[tuple[dict[str, Any], str]] = []
         config, plan = self.config, self.plan
-        for option in OPTIONS:
+        for option in OPTIONS if self.gpus == 1 else (_shard, *OPTIONS):
             best = self._least(option(self.config), self.config, available)
             if best is not None and best.plan.peak < self.plan.peak:
                 alone.append(best)
@@ -215,6 +225,15 @@ def _rollout_batch(config: TrainConfig) -> Variants:
     while size > 1:
         size //= 2
         yield {"generation.batch_size": size}, "same completions, smaller matrix products"
+
+
+def _shard(config: TrainConfig) -> Variants:
+    """For several GPUs."""
+    possible = config.model.quantization == "none" and config.optimizer.name == "adamw"
+    possible = possible and config.algorithm.reference_every is None
+    if config.distributed.engine not in SHARDED and possible and not config.generation.cuda_graphs:
+        effect = "same gradient; a GPU keeps a part of what is trained"
+        yield {"distributed.engine": "fsdp2"}, effect
 
 
 def _no_cache(config: TrainConfig) -> Variants:

@@ -47,7 +47,7 @@ class ReferenceRefresh:
         self._reference: dict[str, Tensor] = {}
         if self._every is None:
             return
-        model, copy = denoiser.model, denoiser.reference_model
+        model, copy = denoiser.model, denoiser.frozen_copy
         if copy is not None:
             self._policy = dict(model.named_parameters())
             self._reference = dict(copy.named_parameters())
@@ -104,5 +104,5 @@ class ReferenceRefresh:
         self._use()
 
     def _use(self) -> None:
-        if self._denoiser.reference_model is None:
+        if self._denoiser.frozen_copy is None:
             self._denoiser.reference_adapter = REFERENCE_ADAPTER

@@ -69,6 +69,10 @@ class RewardQueue:
         names = [reward.name for reward in self._rewards]
         return [self._texts[i] for i in range(count)], ScoredRewards.join(names, parts, count)
 
+    def close(self) -> None:
+        """Drop what was not begun, without waiting for the rest."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def __enter__(self) -> Self:
         return self
 

@@ -26,9 +26,8 @@ from egspo.files import replacing
 from egspo.recipe import from_mapping
 
 if TYPE_CHECKING:
+    from egspo.batch import Batch
     from egspo.build import Data
-    from egspo.iteration import Samples
-    from egspo.scoring import States
 
 SAMPLES = "samples"
 """Folder of a run that holds them."""
@@ -118,29 +117,31 @@ def sampled_group(
     config: TrainConfig,
     data: Data,
     eos_id: int,
-    samples: Samples,
-    kept: Tensor,
-    states: States,
+    batch: Batch,
     advantage: Tensor,
     one_step: OneStepCompletions | None,
 ) -> list[TrajectoryRecord]:
-    """The first group of an iteration that has something to teach, or the first at all.
+    """The first group of an iteration that has something to teach, or the first at all: those
+    members that are in this process.
 
     Args:
         config, data: of the run.
         eos_id: end of text.
-        samples: the rollout.
-        kept: int64 [P'], groups that are trained.
-        states: M selected states, of the P' * G trajectories of those groups.
+        batch: M selected states and the rollout that they are of.
         advantage: float64 [M].
         one_step: M completions; None for EGSPO.
     """
+    samples, states, sequences = batch.samples, batch.states, batch.sequences
     size = config.algorithm.group_size
-    group = int(kept[0]) if len(kept) else 0
-    rows = torch.arange(group * size, (group + 1) * size, device=samples.trajectory.tokens.device)
+    group = (sequences[0] if sequences else samples.sequences[0]) // size
+    members = [s for s in samples.sequences if s // size == group]
+    rewards, step_rewards = samples.rewards.flatten(), samples.step_rewards.flatten()
+    device = samples.trajectory.tokens.device
+    rows = torch.tensor([s - samples.sequences.start for s in members], device=device)
     trajectory = samples.trajectory.take(rows)
-    selected: list[list[SelectedStep]] = [[] for _ in range(size)]
-    of_group = (states.row < size).nonzero()[:, 0].tolist() if len(kept) else []
+    selected: list[list[SelectedStep]] = [[] for _ in members]
+    # The trajectories that are trained begin with those of the group, if any of them is trained.
+    of_group = (states.row < len(members)).nonzero()[:, 0].tolist() if sequences else []
     for m in of_group:
         text, reward = (None, None) if one_step is None else one_step.at(m)
         selected[int(states.row[m])].append(
@@ -150,7 +151,7 @@ def sampled_group(
         )
     example = samples.prompt_index[group]
     completions = completions_of(
-        trajectory, data.tokenizer, eos_id, indices=range(size), step_map=True
+        trajectory, data.tokenizer, eos_id, indices=range(len(members)), step_map=True
     )
     return [
         TrajectoryRecord(
@@ -162,13 +163,13 @@ def sampled_group(
             step_map=completion.step_map or [],
             messages=data.train.examples[example].prompt,
             prompt_index=example,
-            reward=_finite(samples.rewards[group, row]),
+            reward=_finite(rewards[members[row]]),
             rewards={
-                name: float(values[group, row])
+                name: float(values[rows[row]])
                 for name, values in samples.per_function.items()
-                if math.isfinite(values[group, row])
+                if math.isfinite(values[rows[row]])
             },
-            step_reward=_finite(samples.step_rewards[group, row]) if one_step else None,
+            step_reward=_finite(step_rewards[members[row]]) if one_step else None,
             step_entropy=[
                 _finite(value) for value in trajectory.entropy[row, : trajectory.steps[row]]
             ],

@@ -32,12 +32,14 @@ class States:
     """int64 [M], column of each state in the selection."""
     step: Tensor
     """int64 [M], denoising step of each state."""
+    ranks: int
+    """K, columns of the selection."""
 
     @classmethod
     def from_selection(cls, trajectory: Trajectory, selected: Tensor) -> States:
         """States of ``selected`` int64 [B, K], -1 at padding."""
         rank, row = (selected.t() >= 0).nonzero(as_tuple=True)
-        return cls(trajectory, row, rank, selected[row, rank])
+        return cls(trajectory, row, rank, selected[row, rank], selected.shape[1])
 
     def __len__(self) -> int:
         return self.row.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from egspo.config import Strategy
@@ -31,6 +32,7 @@ def select(
     k: int,
     *,
     limits: Tensor,
+    entropy_share: float | None = None,
     seed: int = 0,
     sequence_ids: Tensor | None = None,
 ) -> Tensor:
@@ -43,6 +45,7 @@ def select(
             candidate and k - 1 others; ``all``: every candidate (k is ignored).
         k: in [1, T].
         limits: int64 [B], see :func:`candidate_limits`.
+        entropy_share: of ``high_entropy``, see :func:`select_share`.
         seed, sequence_ids: key of the noise of ``random``.
 
     Returns:
@@ -51,6 +54,10 @@ def select(
     steps = trajectory.num_steps
     if not 1 <= k <= steps:
         raise ValueError(f"k must lie in [1, {steps}] (the denoising steps), got {k}")
+    if entropy_share is not None:
+        if strategy != "high_entropy":
+            raise ValueError(f"entropy_share needs strategy 'high_entropy', got {strategy!r}")
+        return select_share(trajectory.entropy, entropy_share, k, limits=limits)
     if strategy == "high_entropy":
         return select_steps(trajectory.entropy, k, limits=limits)
     if strategy == "all":
@@ -65,6 +72,28 @@ def select(
         last = torch.arange(steps, device=limits.device) == limits[:, None] - 1
         return select_steps(priority.masked_fill(last, 2.0), k, limits=limits)
     raise ValueError(f"unknown strategy {strategy!r}")
+
+
+def select_share(entropy: Tensor, share: float, most: int, *, limits: Tensor) -> Tensor:
+    """The fewest steps of largest entropy that hold a share of the entropy of the candidates.
+
+    NaN counts as no entropy; a row without any selects no step.
+
+    Args:
+        entropy: float32 or float64 [B, T], nats.
+        share: in (0, 1].
+        most: in [0, T], steps of a row, even where they hold less.
+        limits: int64 [B], see :func:`candidate_limits`.
+
+    Returns:
+        int64 [B, ``most``], the largest first, -1 beyond the steps that are needed.
+    """
+    order = select_steps(entropy, entropy.shape[1], limits=limits)
+    values = entropy.double().gather(1, order.clamp(min=0)).masked_fill(order < 0, 0.0)
+    # Summed in the order of the selection, so that rounding cannot ask for more than there is.
+    held = values.nan_to_num(nan=0.0).cumsum(1)
+    before = F.pad(held[:, :-1], (1, 0))
+    return order.masked_fill(before >= share * held[:, -1:], -1)[:, :most]
 
 
 def _uniform(limits: Tensor, k: int) -> Tensor:

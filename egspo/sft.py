@@ -26,13 +26,14 @@ from egspo.models.loading import seeded
 from egspo.optimization import (
     NonFiniteError,
     advance,
-    apply_gradients,
     build_optimizer,
     build_scheduler,
     clip_gradients,
 )
+from egspo.parallel import WholeModel
+from egspo.processes import Processes
 from egspo.progress import RunProgress
-from egspo.state import TrainingState, termination_raises
+from egspo.state import Termination, TrainingState, load_weights, resumed_step
 from egspo.tasks.base import Example
 from egspo.tokenization import encode_prompts, end_of_turn
 from egspo.trajectory import PromptBatch
@@ -139,14 +140,15 @@ def train_supervised(
     config: SFTConfig,
     folder: Path,
     *,
-    write_model: Callable[[Path], object],
+    write_model: Callable[[Path, dict[str, Tensor] | None], object],
     resume: Path | None = None,
     checkpoint: CheckpointConfig | None = None,
 ) -> None:
     """Train the model of ``denoiser`` in place; metrics and checkpoints go to ``folder``.
 
     Args:
-        write_model: saves the model, and what goes with it, into a folder.
+        write_model: saves the model, and what goes with it, into a folder, as
+            :func:`egspo.warm_start.save_model`.
         resume: a checkpoint to go on from.
         checkpoint: when to save, besides at the end and before an error or interrupt ends the run;
             None never saves.
@@ -156,12 +158,17 @@ def train_supervised(
         NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
     """
     model = denoiser.model
-    optimizer = build_optimizer(model, config.optimizer)
-    scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-    state = TrainingState("sft", model, optimizer, scheduler, write_model)
     start = 0
     if resume is not None:
-        start = state.load(resume, "sft.steps", config.steps)
+        start = resumed_step(resume, "sft", "sft.steps", config.steps)
+        load_weights(model, resume)
+    engine = WholeModel(
+        model, lambda model: build_optimizer(model, config.optimizer), Processes(alone=True)
+    )
+    scheduler = build_scheduler(engine.optimizer, config.optimizer, config.steps)
+    state = TrainingState("sft", model, engine, scheduler, write_model)
+    if resume is not None:
+        state.load(resume)
         remove_later(folder / CHECKPOINTS, start)
     writer = MetricsWriter(
         folder / _METRICS,
@@ -178,13 +185,13 @@ def train_supervised(
     try:
         with (
             RunProgress(config.steps, "supervised training", start=start) as progress,
-            termination_raises(),
+            Termination(),
         ):
             for step in range(start + 1, config.steps + 1):
                 value, norm = _gradients(denoiser, data, config, step)
                 rate = scheduler.get_last_lr()[0]
                 intact = False  # until all of the step is done, the state belongs to none
-                apply_gradients(optimizer)
+                engine.step()
                 advance(scheduler)
                 if step % config.log_every == 0 or step == config.steps:
                     writer.write({"step": step, "loss": value, "grad_norm": norm, "lr": rate})

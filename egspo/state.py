@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,22 +13,29 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from egspo.checkpoint import CheckpointError, save_checkpoint
 from egspo.models.lora import POLICY_ADAPTER
 from egspo.optimization import NonFiniteError
+from egspo.parallel.engine import Engine
 
 WEIGHTS, ADAPTER, OPTIMIZER, STATE = "model", "adapter", "optimizer.pt", "state.json"
 
 
-def save_weights(model: nn.Module, folder: Path) -> Path:
-    """Save to, and return, ``folder/adapter`` (PEFT format) or ``folder/model`` (own layout)."""
+def save_weights(model: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
+    """Save to, and return, ``folder/adapter`` (PEFT format) or ``folder/model`` (own layout).
+
+    Args:
+        model: what is saved.
+        folder: where.
+        weights: by name, where ``model`` itself has parts of them only.
+    """
     target = folder / (ADAPTER if isinstance(model, PeftModel) else WEIGHTS)
     # Of an adapter's model only the one that was trained, so that the folder is a plain adapter.
     chosen = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(target, **chosen)  # type: ignore[operator]
+    model.save_pretrained(target, state_dict=weights, **chosen)  # type: ignore[operator]
     return target
 
 
@@ -59,61 +65,75 @@ class TrainingState:
     command: Literal["train", "sft"]
     """Which of egspo's the run is of; one does not continue the other."""
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     scheduler: LRScheduler
-    write_model: Callable[[Path], object]
+    write_model: Callable[[Path, dict[str, Tensor] | None], object]
     """Puts what :func:`save_weights` does, and what goes with it, into a folder."""
 
-    def save(self, folder: Path, step: int, *, keep_last: int, keep: int | None = None) -> Path:
-        """Checkpoint after ``step`` under ``folder``.
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        keep_last: int,
+        keep: int | None = None,
+        main: bool = True,
+    ) -> None:
+        """Checkpoint after ``step`` under ``folder``, written by the ``main`` process.
+
+        Of a sharded engine every process calls this; of another only the main one needs to.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; the earlier checkpoints are kept.
         """
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        if not main:
+            return
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            value = parameter if weights is None else weights[name]
+            if parameter.requires_grad and not bool(value.isfinite().all()):
                 raise NonFiniteError(f"after step {step} the weight {name} has NaN or infinity")
 
         def write(path: Path) -> None:
-            self.write_model(path)
+            self.write_model(path, weights)
             torch.save(
-                {
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                },
+                {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()},
                 path / OPTIMIZER,
             )
             (path / STATE).write_text(json.dumps({"command": self.command, "step": step}))
 
-        return save_checkpoint(folder, step, write, keep_last=keep_last, keep=keep)
+        save_checkpoint(folder, step, write, keep_last=keep_last, keep=keep)
 
-    def load(self, path: Path, option: str, total_steps: int) -> int:
-        """Restore in place; returns the step.
-
-        Args:
-            path: the checkpoint.
-            option, total_steps: name and value of the option that says how long the run is.
-
-        Raises:
-            CheckpointError: it is of another command, model or longer run.
-        """
-        state = json.loads((path / STATE).read_text())
-        if state["command"] != self.command:
-            raise CheckpointError(
-                f"{path} is a checkpoint of egspo {state['command']}: egspo {self.command} cannot "
-                "resume from it"
-            )
-        if state["step"] > total_steps:
-            raise CheckpointError(
-                f"{path} is of step {state['step']}, later than the last of this run "
-                f"({option}={total_steps})"
-            )
-        load_weights(self.model, path)
+    def load(self, path: Path) -> None:
+        """Restore optimizer and schedule in place; the weights were before they were sharded."""
         saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.engine.load_optimizer_state(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        step: int = state["step"]
-        return step
+
+
+def resumed_step(path: Path, command: Literal["train", "sft"], option: str, total: int) -> int:
+    """The step of a checkpoint that a run is to go on from.
+
+    Args:
+        path: the checkpoint.
+        command: of the run.
+        option, total: name and value of the option that says how long the run is.
+
+    Raises:
+        CheckpointError: it is of another command or a longer run.
+    """
+    state = json.loads((path / STATE).read_text())
+    if state["command"] != command:
+        raise CheckpointError(
+            f"{path} is a checkpoint of egspo {state['command']}: egspo {command} cannot resume "
+            "from it"
+        )
+    if state["step"] > total:
+        raise CheckpointError(
+            f"{path} is of step {state['step']}, later than the last of this run ({option}={total})"
+        )
+    step: int = state["step"]
+    return step
 
 
 def trained_bytes(model: nn.Module, copies: int) -> int:
@@ -121,21 +141,29 @@ def trained_bytes(model: nn.Module, copies: int) -> int:
     return 12 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@contextmanager
-def termination_raises() -> Iterator[None]:
-    """Inside, SIGTERM raises SystemExit, so that a preempted run can save first.
+class Termination:
+    """SIGTERM, as a preempted run gets it: an exit with code 143 that lets the run save first.
 
-    Only in the main thread, which alone gets signals; elsewhere nothing changes.
+    Entered, the signal raises SystemExit at once; with ``deferred`` only a second one does, and
+    :attr:`requested` says of the first: for runs that can save between steps only. Only the main
+    thread gets signals; entered in another, nothing changes.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def terminate(*_: object) -> None:
+    def __init__(self, *, deferred: bool = False) -> None:
+        self.deferred, self.requested = deferred, False
+
+    def __enter__(self) -> Termination:
+        self._in_main = threading.current_thread() is threading.main_thread()
+        if self._in_main:
+            self._before = signal.signal(signal.SIGTERM, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _received(self, *_: object) -> None:
+        if self.deferred and not self.requested:
+            self.requested = True
+            return
         raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
+import signal
 import time
+from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from egspo.batch import Metrics
 from egspo.best import BestSoFar
 from egspo.build import (
     base_model,
@@ -24,9 +27,11 @@ from egspo.build import (
 )
 from egspo.checkpoint import (
     CHECKPOINTS,
+    PARTIAL,
     check_unclaimed,
     check_writable,
     find_checkpoint,
+    list_checkpoints,
     publish,
     remove_later,
     remove_partial,
@@ -36,10 +41,13 @@ from egspo.continuation import check_continuation, flat
 from egspo.data_order import data_order
 from egspo.evaluation import average, evaluate
 from egspo.graphs import check_device
-from egspo.iteration import Iteration, Metrics
+from egspo.iteration import Iteration
 from egspo.metrics import MetricsWriter, read_metrics
-from egspo.optimization import NonFiniteError, advance, build_optimizer, build_scheduler
+from egspo.optimization import NonFiniteError, advance, build_scheduler
+from egspo.parallel import build_engine, choose_engine, with_accelerate_options
+from egspo.pipeline import Pipeline
 from egspo.plotting import plot_run
+from egspo.processes import Processes, process_state
 from egspo.progress import RunProgress
 from egspo.quantization import check_quantization
 from egspo.recipe import config_to_dict, save_config
@@ -47,7 +55,14 @@ from egspo.reduction import merge
 from egspo.reference import ReferenceRefresh
 from egspo.sample_table import SampleTable
 from egspo.samples import carry_samples, write_group
-from egspo.state import WEIGHTS, TrainingState, termination_raises, trained_bytes
+from egspo.state import (
+    WEIGHTS,
+    Termination,
+    TrainingState,
+    load_weights,
+    resumed_step,
+    trained_bytes,
+)
 from egspo.warm_start import kept_base, needs_base, save_model, warm_start
 
 logger = logging.getLogger("egspo")
@@ -84,48 +99,56 @@ class Trainer:
     """Builds the parts of a run and drives them; see :func:`train`."""
 
     def __init__(self, config: TrainConfig, *, resume: Path | None = None) -> None:
-        self.config, self.output = config, Path(config.output_dir)
+        self.output = Path(config.output_dir)
         check_trackers(config)
+        process_state(timedelta(seconds=config.distributed.timeout))
         # Precision is the denoiser's business, in rollout, scoring and update alike.
         self.accelerator = Accelerator(
             mixed_precision="no",
-            # Started by torchrun on CPUs, it would otherwise see one process.
-            cpu=_world_size() > 1 and not torch.cuda.is_available(),
             log_with=list(config.trackers) or None,
             project_dir=config.output_dir,
         )
-        self._check_processes()
+        engine = choose_engine(config, self.accelerator)
+        self.config = config = with_accelerate_options(config, self.accelerator)
+        self.processes = Processes(config.distributed.timeout)
+        self._check_work()
         check_quantization(config, self.accelerator.device)
         if config.generation.cuda_graphs:
             check_device(self.accelerator.device)
         check_writable(self.output, 0)
+        self._check_shared()
         checkpoint = None if resume is None else find_checkpoint(resume)
         check_unclaimed(self._checkpoints, checkpoint)
+        self.completed = 0
         if checkpoint is not None:
             check_continuation(config, checkpoint.parent.parent, "train")
+            self.completed = resumed_step(checkpoint, "train", "steps", config.steps)
 
         self.resumed = None if checkpoint is None else checkpoint.parent.parent
         self.data = build_data(config)
-        with self.accelerator.main_process_first():
+        # What is to be sharded comes to the device part by part.
+        self._placed = torch.device("cpu") if engine == "fsdp2" else self.accelerator.device
+        with self.processes.main_first():
             base = self._base()
         check_data(config, self.data, getattr(base.config, "max_sequence_length", None))
-        self.denoiser = build_denoiser(config, base, self.data.tokenizer)
+        device = self.accelerator.device
+        self.denoiser = build_denoiser(config, base, self.data.tokenizer, device)
         self.reference = ReferenceRefresh(config.algorithm, self.denoiser)
         model = self.denoiser.model
         # Enough for the checkpoints, one being written, and the final model.
         copies = config.checkpoint.keep_last + config.checkpoint.keep_best + 2
         needed = trained_bytes(model, copies) + copies * self.reference.bytes
         check_writable(self.output, needed)
-        optimizer = build_optimizer(model, config.optimizer)
-        scheduler = build_scheduler(optimizer, config.optimizer, config.steps)
-        self.state = TrainingState("train", model, optimizer, scheduler, self._write_state)
-        self.iteration = Iteration(
-            config, self.data, self.denoiser, optimizer, self._reduce_gradients
-        )
-        self.completed = 0
         if checkpoint is not None:
-            self.completed = self.state.load(checkpoint, "steps", config.steps)
+            load_weights(model, checkpoint)
             self.reference.load(checkpoint, self.completed)
+        self.engine = build_engine(engine, config, self.denoiser, self.processes, self.accelerator)
+        scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.steps)
+        self.state = TrainingState("train", model, self.engine, scheduler, self._write_state)
+        if checkpoint is not None:
+            self.state.load(checkpoint)
+        self.iteration = Iteration(config, self.data, self.denoiser, self.engine, self.processes)
+        self.pipeline = Pipeline(config, self.iteration, self._work)
         self.best = BestSoFar()
         if self.resumed is not None and (self.resumed / "metrics.jsonl").exists():
             made = read_metrics(self.resumed)
@@ -159,7 +182,8 @@ class Trainer:
         try:
             with (
                 RunProgress(config.steps, "EGSPO", start=self.completed, enabled=main) as progress,
-                termination_raises(),
+                Termination(deferred=self.engine.sharded) as termination,
+                closing(self.pipeline),
             ):
                 if not self.resumed:
                     self._log({"step": 0, **self._evaluate()}, writer, progress)
@@ -169,56 +193,75 @@ class Trainer:
                     improved = self._log(self._step(step), writer, progress)
                     self.completed, self._between_steps = step, True
                     self.iteration.updated = False
-                    due = config.checkpoint.every and step % config.checkpoint.every == 0
-                    if due or (improved and config.checkpoint.keep_best):
+                    if config.saves_at(step) or (improved and config.checkpoint.keep_best):
                         self._save()
+                    if self.engine.sharded and self.processes.any(termination.requested):
+                        self._save()
+                        raise SystemExit(128 + signal.SIGTERM)
         except BaseException:
-            # Halfway through an update the weights belong to no step; otherwise they are intact.
-            if self.completed and self._between_steps and not self.iteration.updated:
-                try:
-                    self._save()
-                except (OSError, NonFiniteError) as error:  # must not hide what ended the run
-                    logger.error("step %d could not be saved: %s", self.completed, error)
+            self._rescue()
             raise
         return self._finish()
 
+    def _rescue(self) -> None:
+        """Save the last whole step before an error or interrupt ends the run.
+
+        Halfway through an update the weights belong to no step. The parts of a sharded model are
+        with the other processes, which may be gone: there the last checkpoint counts.
+        """
+        if self.engine.sharded:
+            newest = list_checkpoints(self._checkpoints)[-1:]
+            logger.error("ended in step %d; newest checkpoint: %s", self.completed + 1, newest)
+        elif self.completed and self._between_steps and not self.iteration.updated:
+            try:
+                self._save()
+            except (OSError, NonFiniteError) as error:  # must not hide what ended the run
+                logger.error("step %d could not be saved: %s", self.completed, error)
+
     def _step(self, step: int) -> Metrics:
         """One iteration, the evaluation that is due, and what to log of both."""
-        config, rank = self.config, self.accelerator.process_index
-        share = config.prompts_per_step // self.accelerator.num_processes
-        first = (step - 1) * config.prompts_per_step + rank * share
-        prompts = data_order(config.seed, len(self.data.train), first, share)
+        config = self.config
         start = time.perf_counter()
-        metrics = self.iteration.run(step, prompts, first * config.algorithm.group_size)
+        metrics = self.pipeline.step(step)
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
         advance(self.state.scheduler)
         self.reference.after(step)
-        metrics = merge(gather_object([metrics]))
+        self.processes.enter(f"the end of step {step}")
+        metrics = merge(self.processes.gather(metrics))
         if config.evaluates_at(step):
             if self._table is not None:
                 write_group(self.output, step, self.iteration.group)
                 self._table.add(step, self.iteration.group)
+            self.processes.enter(f"the evaluation of step {step}")
             metrics.update(self._evaluate())
         metrics["time/step"] = time.perf_counter() - start
         return {"step": step, **metrics}
+
+    def _work(self, step: int) -> tuple[list[int], int]:
+        """Prompts of all processes, and the id of the first sequence."""
+        config, count = self.config, self.config.prompts_per_step
+        first = (step - 1) * count
+        prompts = data_order(config.seed, len(self.data.train), first, count)
+        return prompts, first * config.algorithm.group_size
 
     def _evaluate(self) -> Metrics:
         """Held-out metrics, each process decoding its share of the prompts."""
         start = time.perf_counter()
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        records = evaluate(
-            self.denoiser,
-            self.data.tokenizer,
-            self.data.task,
-            self.data.held_out,
-            self.config.generation,
-            temperature=self.config.eval.temperature,
-            seed=self.config.seed ^ _EVAL_STREAM,
-            index=range(rank, len(self.data.held_out), processes),
-            on_error=self.config.task.on_reward_error,
-        )
-        means = average(gather_object(records))
+        with self.engine.gathered():
+            records = evaluate(
+                self.denoiser,
+                self.data.tokenizer,
+                self.data.task,
+                self.data.held_out,
+                self.config.generation,
+                temperature=self.config.eval.temperature,
+                seed=self.config.seed ^ _EVAL_STREAM,
+                index=range(rank, len(self.data.held_out), processes),
+                on_error=self.config.task.on_reward_error,
+            )
+        means = average([r for part in self.processes.gather(records) for r in part])
         metrics = {f"eval/{name}": value for name, value in means.items()}
         return {**metrics, "time/eval": time.perf_counter() - start}
 
@@ -254,45 +297,53 @@ class Trainer:
         return self.output / CHECKPOINTS
 
     def _save(self) -> None:
-        """From the main process, without waiting: where one process fails, others may not come."""
-        if self.accelerator.is_main_process:
-            options = self.config.checkpoint
-            keep = self.best.step if options.keep_best else None
+        """Of whole models without waiting: where one process fails, others may not come."""
+        main, options = self.accelerator.is_main_process, self.config.checkpoint
+        if main or self.engine.sharded:
+            self.processes.enter(f"saving step {self.completed}")
             self.state.save(
-                self._checkpoints, self.completed, keep_last=options.keep_last, keep=keep
+                self._checkpoints,
+                self.completed,
+                keep_last=options.keep_last,
+                keep=self.best.step if options.keep_best else None,
+                main=main,
             )
 
     def _finish(self) -> Path:
         final = self.output / "final"
         self._save()
+        weights = self.engine.weights()
         if self.accelerator.is_main_process:
-            publish(final, self._write_model)
+            publish(final, lambda folder: self._write_model(folder, weights))
             plot_run(self.output, self.output / "curves.png")
-        self.accelerator.wait_for_everyone()
+        self.processes.enter("the end")
+        self.processes.gather(None)
         self.accelerator.end_training()
         return final
 
-    def _write_state(self, folder: Path) -> None:
+    def _write_state(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         """What a checkpoint has besides the optimizer."""
-        self._write_model(folder)
+        self._write_model(folder, weights)
         self.reference.save(folder, self.completed)
 
-    def _write_model(self, folder: Path) -> None:
-        save_model(self.denoiser.model, self.data.tokenizer, self.config.generation, folder)
+    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        config, tokenizer = self.config, self.data.tokenizer
+        save_model(self.denoiser.model, tokenizer, config.generation, folder, weights)
 
     def _base(self) -> PreTrainedModel:
         """The model RL starts from, which is also the reference policy."""
-        config, device = self.config.model, self.accelerator.device
+        config, device, placed = self.config.model, self.accelerator.device, self._placed
         if config.path is not None:
-            return base_model(config, config.path, device)
+            return base_model(config, config.path, device, placed)
         if needs_base(self.config):
             main = self.accelerator.is_main_process
             folder = kept_base(self.output, self.resumed, self._write_base, main=main)
-            return base_model(config, str(folder), device)
+            return base_model(config, str(folder), device, placed)
         if self.config.sft is None:
-            return fresh_model(config, self.data.tokenizer, self.config.seed, device)
-        folder = warm_start(self.config, self.data, device)
-        return base_model(config, str(folder), device)
+            return fresh_model(config, self.data.tokenizer, self.config.seed, device, placed)
+        main = self.processes.is_main
+        folder = warm_start(self.config, self.data, device, only_cached=not main)
+        return base_model(config, str(folder), device, placed)
 
     def _write_base(self, folder: Path) -> None:
         config, tokenizer, device = self.config, self.data.tokenizer, self.accelerator.device
@@ -302,43 +353,29 @@ class Trainer:
             model = fresh_model(config.model, tokenizer, config.seed, device)
             save_model(model, tokenizer, config.generation, folder)
 
-    def _reduce_gradients(self, has_gradient: bool) -> bool:
-        """Average gradients over processes; False if no process has any.
-
-        Every process calls this once per optimizer step, whatever work it had, so that unequal
-        work cannot hang.
-        """
-        if self.accelerator.num_processes == 1:
-            return has_gradient
-        if not any(gather_object([has_gradient])):
-            return False
-        for parameter in self.denoiser.model.parameters():
-            if parameter.requires_grad:
-                gradient = parameter.grad
-                gradient = torch.zeros_like(parameter) if gradient is None else gradient
-                parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
-        return True
-
-    def _check_processes(self) -> None:
-        kind = str(self.accelerator.distributed_type).rpartition(".")[2]
-        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise ValueError(
-                f"accelerate is configured for {kind}: this version trains on one process or "
-                "data-parallel on several, each with a whole model"
-            )
-        processes = self.accelerator.num_processes
-        if processes != _world_size():
-            raise ValueError(
-                f"the launcher started {_world_size()} processes (WORLD_SIZE), accelerate sees "
-                f"{processes}: they would all train the same, into one output_dir"
-            )
-        if self.config.prompts_per_step % processes:
-            raise ValueError(
-                f"prompts_per_step ({self.config.prompts_per_step}) must be a multiple of the "
-                f"{processes} processes"
+    def _check_shared(self) -> None:
+        """What one process writes, those on other machines must find."""
+        probe = self.output / f"{PARTIAL}shared"
+        if self.processes.is_main:
+            probe.touch()
+        self.processes.gather(None)
+        seen = self.processes.gather(probe.exists())
+        if self.processes.is_main:
+            probe.unlink()
+        blind = [rank for rank, found in enumerate(seen) if not found]
+        if blind:
+            raise OSError(
+                f"output_dir {self.output} is not the same folder in all processes: {blind} do not "
+                "see what process 0 wrote; put it on a shared file system"
             )
 
-
-def _world_size() -> int:
-    """Processes that the launcher says it started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    def _check_work(self) -> None:
+        """Every process denoises at least one sequence per step."""
+        config, processes = self.config, self.processes.count
+        sequences = config.prompts_per_step * config.algorithm.group_size
+        if sequences < processes:
+            raise ValueError(
+                f"prompts_per_step ({config.prompts_per_step}) times algorithm.group_size "
+                f"({config.algorithm.group_size}) gives {sequences} sequences to {processes} "
+                "processes: it must be at least one each"
+            )

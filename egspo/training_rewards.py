@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,7 @@ class TrainingRewards:
 
     def __init__(self, config: TaskConfig, data: Data, eos_id: int) -> None:
         self.config, self.data, self.eos_id = config, data, eos_id
+        self._one_at_a_time = threading.Lock()
 
     @property
     def intermediate(self) -> list[Reward]:
@@ -35,14 +37,18 @@ class TrainingRewards:
     def score(
         self, rewards: Sequence[Reward], texts: Sequence[str], prompts: Sequence[int]
     ) -> ScoredRewards:
-        """Rewards of N completions, each an answer to the training prompt ``prompts[n]``."""
-        return score_completions(
-            rewards,
-            [self.data.train.examples[i].prompt for i in prompts],
-            texts,
-            self.data.train.columns(prompts),
-            on_error=self.config.on_reward_error,
-        )
+        """Rewards of N completions, each an answer to the training prompt ``prompts[n]``.
+
+        Of several threads one after the other: no function has to stand being called twice at once.
+        """
+        with self._one_at_a_time:
+            return score_completions(
+                rewards,
+                [self.data.train.examples[i].prompt for i in prompts],
+                texts,
+                self.data.train.columns(prompts),
+                on_error=self.config.on_reward_error,
+            )
 
     def solved(self, texts: Sequence[str], prompts: Sequence[int]) -> Tensor:
         """float64 [N]: whether each completion solves its prompt."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from egspo.build import (
@@ -61,24 +61,35 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "egspo"
 
 
-def warm_start(config: TrainConfig, data: Data, device: torch.device) -> Path:
+def warm_start(
+    config: TrainConfig, data: Data, device: torch.device, *, only_cached: bool = False
+) -> Path:
     """Folder of the warm-started model: from the cache, or trained now and put there.
 
     It is trained in float32, whatever ``model.dtype`` says of its use.
 
+    Args:
+        config, data, device: of the run.
+        only_cached: another process has trained it.
+
     Raises:
-        OSError: the cache cannot be written, or has no room.
+        OSError: the cache cannot be written, has no room, or is not the other process's.
     """
     assert config.sft is not None
     examples = supervised_examples(config, data)
     cached = cache_folder() / "warm_start" / _content_key(config, data, examples, device)
+    if only_cached and not cached.is_dir():
+        raise FileNotFoundError(
+            f"process 0 made the warm start, and {cached} is not there: put EGSPO_CACHE on a file "
+            "system that all machines share"
+        )
     if not _is_complete(cached):
         model_config = replace(config.model, dtype="float32")
         model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)
         check_data(config, data, getattr(model.config, "max_sequence_length", None))
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         check_writable(cached.parent, needed, name="the warm-start cache (EGSPO_CACHE)")
-        denoiser = plain_denoiser(config, model, data.tokenizer)
+        denoiser = plain_denoiser(config, model, data.tokenizer, device)
         _train(config, data, examples, denoiser, Path(config.output_dir) / "warm_start")
         # Another run may have been faster, and be reading its own.
         if not _is_complete(cached):
@@ -175,7 +186,7 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
         base = base_model(config.model, config.model.path, device)
     check_data(config, data, getattr(base.config, "max_sequence_length", None))
     model = trainable_model(config.model, base, config.sft.seed)
-    denoiser = plain_denoiser(config, model, data.tokenizer)
+    denoiser = plain_denoiser(config, model, data.tokenizer, device)
     check_writable(output, trained_bytes(model, config.checkpoint.keep_last + 2))
     remove_partial(output)
     remove_partial(output / CHECKPOINTS)
@@ -189,10 +200,17 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
 
 
 def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig, folder: Path
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Weights, tokenizer and decoding settings, loadable by ``egspo generate``."""
-    saved = save_weights(model, folder)
+    """Weights, tokenizer and decoding settings, loadable by ``egspo generate``.
+
+    ``weights`` as :func:`egspo.state.save_weights`.
+    """
+    saved = save_weights(model, folder, weights)
     tokenizer.save_pretrained(saved)
     save_generation_config(generation, saved)
 
@@ -216,8 +234,8 @@ def _train(
         supervised,
         config.sft,
         folder,
-        write_model=lambda path: save_model(
-            denoiser.model, data.tokenizer, config.generation, path
+        write_model=lambda path, weights: save_model(
+            denoiser.model, data.tokenizer, config.generation, path, weights
         ),
         resume=resume,
         checkpoint=checkpoint,

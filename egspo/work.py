@@ -79,6 +79,8 @@ class ModelCost:
         if width is None or layers is None:
             return None
         head = model.get_output_embeddings()
+        # Not of the weight, which may be elsewhere.
+        vocabulary = head.num_embeddings if isinstance(head, nn.Embedding) else head.out_features
         forward = backward = last = 0
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and module is not head and not is_of_reference(name):
@@ -91,7 +93,7 @@ class ModelCost:
             per_token=forward,
             per_token_backward=backward,
             per_pair=4 * width * layers,
-            per_head_row=2 * head.weight.shape[0] * head.weight.shape[1],
+            per_head_row=2 * width * vocabulary,
             head_trained=head.weight.requires_grad,
             checkpointed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
             per_token_again=forward - last,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import pkgutil
 import signal
+import socket
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -117,10 +119,11 @@ def outcome(run: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
 
 
 def strike(target: str, call: int, action: Callable[[], Any]) -> Callable[[], None]:
-    """Run ``action`` just before the ``call``-th call of ``module.function``; returns the undo."""
-    module_name, _, name = target.rpartition(".")
-    module = import_module(module_name)
-    original, count = getattr(module, name), 0
+    """Run ``action`` just before the ``call``-th call of ``module.function`` or
+    ``module.Class.method``; returns the undo."""
+    owner_name, _, name = target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    original, count = getattr(owner, name), 0
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
@@ -129,8 +132,8 @@ def strike(target: str, call: int, action: Callable[[], Any]) -> Callable[[], No
             action()
         return original(*args, **kwargs)
 
-    setattr(module, name, counting)
-    return lambda: setattr(module, name, original)
+    setattr(owner, name, counting)
+    return lambda: setattr(owner, name, original)
 
 
 def train_and_signal(config: TrainConfig, target: str, call: int, number: int, sft: bool) -> None:
@@ -169,20 +172,89 @@ PARALLEL: dict[str, Any] = {
 """A run of which, on two processes, one often has nothing to teach."""
 
 
-def train_parallel(output: Path) -> None:
+def train_parallel(output: Path, *changes: Mapping[str, Any], resume: Path | None = None) -> None:
     from egspo.trainer import train
 
     rewards[:] = [Reward("uneven", uneven), Reward("ones", partial_ones)]
     try:
-        train(config(output, PARALLEL))
+        train(config(output, PARALLEL, *changes), resume=resume)
     finally:
         rewards.clear()
 
 
-def train_as_rank(output: Path, rank: int, world_size: int, port: int) -> None:
+@dataclass(frozen=True)
+class Strike:
+    """What happens to one process: just before the ``call``-th call of ``target`` there."""
+
+    rank: int
+    target: str
+    call: int
+    signal: int
+
+
+def train_as_rank(
+    output: Path,
+    rank: int,
+    world_size: int,
+    port: int,
+    changes: Sequence[Mapping[str, Any]],
+    resume: Path | None,
+    blow: Strike | None,
+    on_gpus: bool,
+) -> None:
     """In a process of its own, with the environment that torchrun gives it."""
+    from egspo import trainer
+    from egspo.processes import LostProcessError
+
+    trainer.plot_run = lambda run, png: png  # takes longer than these runs do
+    if not on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _become_rank(rank, world_size, port)
-    train_parallel(output)
+    if blow is not None and blow.rank == rank:
+        strike(blow.target, blow.call, lambda: os.kill(os.getpid(), blow.signal))
+    try:
+        train_parallel(output, *changes, resume=resume)
+    except LostProcessError as error:
+        output.with_name(f"{output.name}.lost-{rank}").write_text(str(error))
+        raise SystemExit(LOST) from error
+
+
+LOST = 77
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def start(
+    output: Path,
+    world_size: int,
+    *changes: Mapping[str, Any],
+    resume: Path | None = None,
+    blow: Strike | None = None,
+    seconds: float = 90,
+    on_gpus: bool = False,
+) -> list[int | None]:
+    """Train on several processes; their exit codes by rank, None of one that had to be killed."""
+    port = free_port()
+    processes = [
+        forkserver().Process(
+            target=train_as_rank,
+            args=(output, rank, world_size, port, changes, resume, blow, on_gpus),
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    codes: list[int | None] = []
+    for process in processes:
+        process.join(seconds)
+        codes.append(process.exitcode)
+        process.kill()
+    return codes
 
 
 def evaluate_as_rank(arguments: list[str], rank: int, world_size: int, port: int) -> None:

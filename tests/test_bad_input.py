@@ -15,7 +15,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-import egspo.iteration
+import egspo.parallel.engine
 import egspo.sft
 from egspo.checkpoint import find_checkpoint
 from egspo.cli import main
@@ -49,6 +49,11 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"algorithm": {"entropy_share": 1.5}}, r"entropy_share must be in \(0, 1\], .* got 1.5"),
+        (
+            {"algorithm": {"entropy_share": 0.7, "strategy": "uniform"}},
+            r"entropy_share \(0.7\) .* needs algorithm.strategy: high_entropy, got uniform",
+        ),
         ({"algorithm": {"selected_steps": 6}}, r"selected_steps \(6\) .* generation.steps \(5\)"),
         ({"generation": {"block_length": 5, "steps": 6}}, r"generation.steps \(6\) .* 4 blocks"),
         ({"generation": {"steps": 25}}, "at most one step per token"),
@@ -313,8 +318,8 @@ def test_a_skipped_sample_stays_out_of_the_update(
 def at_call(
     monkeypatch: pytest.MonkeyPatch, name: str, call: int, *, before: Callable[..., None]
 ) -> None:
-    """``before`` gets the arguments of the ``call``-th call of ``egspo.iteration.<name>``."""
-    original, count = getattr(egspo.iteration, name), 0
+    """``before`` gets the arguments of the ``call``-th call of ``egspo.parallel.engine.<name>``."""
+    original, count = getattr(egspo.parallel.engine, name), 0
 
     def counting(*arguments: Any) -> Any:
         nonlocal count
@@ -323,7 +328,7 @@ def at_call(
             before(*arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(egspo.iteration, name, counting)
+    monkeypatch.setattr(egspo.parallel.engine, name, counting)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

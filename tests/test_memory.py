@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from egspo.memory import MemoryItem, Sizes, estimate_memory, peak_bytes
+from egspo.config import OptimizerConfig
+from egspo.memory import Sizes, estimate_memory
+from egspo.memory_items import MemoryItem, peak_bytes
+from egspo.memory_sharded import sharded_weights
 from egspo.models import add_lora, new_config, new_model
 from egspo.models.loading import model_on_meta
+from egspo.optimization import build_optimizer
+from egspo.parallel.fsdp import ShardedModel
+from egspo.processes import Processes, process_state
+from tests import runs
 from tests.runs import config
 
 TOKENS = (2, 64)
@@ -157,3 +165,59 @@ def test_the_peak_is_the_larger_phase(tmp_path: Path) -> None:
     others = [item for item in items if item.name != "rollout logits"]
     rollout = parts["rollout activations"].bytes
     assert peak_bytes([*others, large]) == held + rollout + 10 * update
+
+
+def sizes_of_a_rank(rank: int, port: int, lora: bool, found: Any) -> None:
+    """Bytes of the parts of weights and moments, and of the whole weights, of one of two."""
+    runs._become_rank(rank, 2, port)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    process_state()
+    model = build("llada", 2, torch.float32, lora)
+    engine = ShardedModel(
+        model,
+        lambda model: build_optimizer(model, OptimizerConfig()),
+        Processes(),
+        device_type="cpu",
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    engine.step()
+    parts = sum(p.to_local().nbytes for p in model.parameters())
+    moments = sum(
+        value.to_local().nbytes
+        for state in engine.optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    )
+    with engine.gathered():
+        whole = sum(p.nbytes for p in model.parameters())
+    found.put((parts, moments, whole))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_parts_of_a_sharded_model_take_what_is_estimated(lora: bool, tmp_path: Path) -> None:
+    context = runs.forkserver()
+    found, port = context.Queue(), runs.free_port()
+    processes = [
+        context.Process(target=sizes_of_a_rank, args=(rank, port, lora, found)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    measured = [found.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(30)
+    changes: dict[str, Any] = {"distributed": {"engine": "fsdp2"}}
+    if lora:
+        changes["model"] = {"lora": {"rank": 8}}
+    recipe = config(tmp_path, changes)
+    items = {
+        (item.name, item.phase): item.bytes
+        for item in sharded_weights(recipe, build("llada", 2, torch.float32, lora), 2)
+    }
+    parts, moments = items["weights", "always"], items["optimizer", "always"]
+    # Rows are divided: of an odd number one process has one more.
+    for part, moment, whole in measured:
+        assert part == pytest.approx(parts, rel=0.02)
+        assert moment == pytest.approx(moments, rel=0.02)
+        assert whole == pytest.approx(parts + items["gathered weights", "rollout"], rel=1e-6)

@@ -37,8 +37,8 @@ def updated(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
     seen: list[Any] = []
     backward = trainer.iteration._backward
 
-    def noting(*arguments: Any) -> Any:
-        outcome = backward(*arguments)
+    def noting(*arguments: Any, **options: Any) -> Any:
+        outcome = backward(*arguments, **options)
         seen.append(outcome.loss)
         seen.extend(
             p.grad.clone() for p in trainer.denoiser.model.parameters() if p.grad is not None
@@ -116,6 +116,17 @@ def test_what_is_small_stays() -> None:
         with offload():
             (x * weight[0, :4]).sum().backward()
         assert offload.storages == moved
+
+
+def test_weights_stay_wherever_they_come_from() -> None:
+    """A sharded engine gathers them into storages that there were not before."""
+    offload = ActivationOffload([], smallest=1)
+    linear = torch.nn.Linear(8, 8, bias=False)
+    inputs = torch.randn(2, 8, requires_grad=True)
+    with offload():
+        loss = linear(inputs.exp()).sum()
+    assert offload.bytes == inputs.nbytes
+    loss.backward()
 
 
 def test_strides_shapes_and_views_come_back() -> None:

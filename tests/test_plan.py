@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from egspo.cli import main
-from egspo.config import TrainConfig
+from egspo.config import DistributedConfig, TrainConfig
 from egspo.expected_work import Shares
 from egspo.memory import estimate_memory
 from egspo.metrics import read_metrics
@@ -126,8 +127,32 @@ def test_gpus_share_the_prompts(tmp_path: Path) -> None:
         next(i.bytes for i in plan.memory if i.name == "rollout activations") for plan in (one, two)
     ]
     assert rollout[0] == 2 * rollout[1]
-    with pytest.raises(ValueError, match=r"prompts_per_step \(4\) must be a multiple .* got 3"):
-        planned(config, 3)
+    # Sequences are divided, not prompts: three of four prompts' groups are split.
+    assert planned(config, 3).plan.flops["update"] == pytest.approx(one.flops["update"], rel=0.2)
+    with pytest.raises(ValueError, match=r"between 1 and the 16 sequences of a step .* got 17"):
+        planned(config, 17)
+
+
+def test_sharding_divides_what_is_trained(tmp_path: Path) -> None:
+    config = runs.config(tmp_path, FULL, {"prompts_per_step": 8})
+    whole = planned(config, 4)
+    with pytest.raises(ValueError, match="fsdp2 shards over processes: plan it with two"):
+        planned(replace(config, distributed=DistributedConfig("fsdp2")))
+    sharded = planned(replace(config, distributed=DistributedConfig("fsdp2")), 4)
+    assert sharded.plan.flops == whole.plan.flops
+
+    def always(planner: Planner) -> int:
+        return sum(item.bytes for item in planner.plan.memory if item.phase == "always")
+
+    assert always(sharded) == pytest.approx(always(whole) / 4, rel=1e-6)
+    assert any(
+        suggestion.changes == {"distributed.engine": "fsdp2"}
+        for suggestion in whole.suggestions(whole.plan.peak - 1)
+    )
+    assert not any(
+        "distributed.engine" in suggestion.changes
+        for suggestion in planned(config).suggestions(whole.plan.peak - 1)
+    )
 
 
 # --- Bytes
@@ -215,7 +240,7 @@ def test_the_peak_of_the_update_is_what_it_allocates(
         with allocated:
             for parameter in trainer.denoiser.model.parameters():
                 allocated.add(parameter)
-            for moments in iteration.optimizer.state.values():
+            for moments in iteration.engine.optimizer.state.values():
                 for tensor in moments.values():
                     allocated.add(tensor)
             return update(*arguments)
@@ -361,7 +386,7 @@ def test_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for options, message in (
         (["--rates", str(bad)], "no rate of the phase 'score'"),
         (["--tflops", "0"], "--tflops must be > 0"),
-        (["--gpus", "3"], "must be a multiple of the GPUs, got 3"),
+        (["--gpus", "999"], "gpus must be between 1 and the"),
         (["--saved-steps", "1"], "saved_steps must be in [0, 1)"),
         (["--measured", str(tmp_path)], "no metrics at"),
         (["--measured", str(tmp_path), "--saved-steps", "0"], "leave out --saved-steps"),

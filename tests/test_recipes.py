@@ -175,6 +175,7 @@ def test_recipes_dry_run(path: Path, tmp_path: Path) -> None:
     assert {item.name for item in report.memory} >= {"frozen weights", "adapters", "activations"}
 
 
-def test_the_small_recipe_dry_runs() -> None:
-    report = dry_run(load_config(FOLDER / "sudoku_tiny.yaml", ["task.options.train_examples=50"]))
+@pytest.mark.parametrize("name", ["countdown_tiny", "sudoku_tiny"])
+def test_the_small_recipes_dry_run(name: str) -> None:
+    report = dry_run(load_config(FOLDER / f"{name}.yaml", ["task.options.train_examples=50"]))
     assert {check.status for check in report.checks} == {"ok"}

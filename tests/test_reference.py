@@ -67,6 +67,16 @@ def test_the_exact_kl_goes_to_the_refreshed_reference_too(tmp_path: Path) -> Non
 
 
 @KINDS
+def test_nothing_is_made_ahead_of_a_refresh(kind: dict[str, Any], tmp_path: Path) -> None:
+    """The KL of a batch is to the reference that its update has."""
+    options = {"pipeline": True, "checkpoint": {"every": 0}, "steps": 5}
+    train(runs.config(tmp_path, COMMON, kind, options))
+    records = read_metrics(tmp_path)[1:]
+    assert [record["staleness"] for record in records] == [0, 1, 0, 1, 0]
+    assert records[2]["kl"] == records[4]["kl"] == 0 < records[3]["kl"]
+
+
+@KINDS
 def test_interrupted_and_resumed_is_bit_identical(kind: dict[str, Any], tmp_path: Path) -> None:
     """Of a blend, whose state no policy has, and after an interrupt between two refreshes."""
     options = (COMMON, kind, {"algorithm": {"reference_blend": 0.5}, "steps": 6})
@@ -177,6 +187,11 @@ def test_a_reference_adapter_changes_nothing_of_the_policy() -> None:
 def test_what_is_refused(algorithm: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         runs.config(tmp_path, COMMON, {"algorithm": algorithm})
+
+
+def test_a_sharded_model_excludes_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reference_every does not go with fsdp2"):
+        runs.config(tmp_path, COMMON, {"distributed": {"engine": "fsdp2"}})
 
 
 def test_a_checkpoint_without_its_reference(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def signalled(
     ("target", "call", "from_step"),
     [
         ("egspo.iteration.rollout_blocks", 4, 2),
-        ("egspo.iteration.apply_gradients", 6, 2),  # between two updates of one step
+        ("egspo.parallel.engine.WholeModel.step", 6, 2),  # between two updates of one step
         ("egspo.metrics._append", 5, 2),  # before the record of a step is written,
         ("egspo.state.save_checkpoint", 2, 2),  # and after, before its checkpoint
         ("egspo.checkpoint._digest", 18, 2),  # in the middle of a checkpoint
@@ -226,7 +226,7 @@ def test_interrupted_and_resumed_is_bit_identical(changes: dict[str, Any], tmp_p
     [
         ("egspo.trainer.evaluate", 1, []),  # before the first step
         ("egspo.iteration.rollout_blocks", 1, []),
-        ("egspo.iteration.apply_gradients", 8, ["step-000002"]),  # after half of step 4
+        ("egspo.parallel.engine.WholeModel.step", 8, ["step-000002"]),  # after half of step 4
         ("egspo.trainer.evaluate", 3, ["step-000002"]),  # after step 4, before it is recorded
         ("egspo.iteration.warn_of_failures", 7, ["step-000003"]),
     ],
@@ -365,7 +365,10 @@ def test_supervised_training_killed_and_resumed(
     dropout = {"model": {"config": {"residual_dropout": 0.2}}}
     run_sft(runs.config(tmp_path / "whole", SFT, dropout))
     config = runs.config(tmp_path / "run", SFT, dropout)
-    assert signalled(processes, config, "egspo.sft.apply_gradients", 8, sft=True) == -SIGKILL
+    assert (
+        signalled(processes, config, "egspo.parallel.engine.WholeModel.step", 8, sft=True)
+        == -SIGKILL
+    )
     assert find_checkpoint(tmp_path / "run").name == "step-000006"
     with interrupting("egspo.sft.supervised_loss", 2), pytest.raises(KeyboardInterrupt):
         run_sft(config, resume=tmp_path / "run")

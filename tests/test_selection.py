@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egspo.selection import candidate_limits, histogram, select
+from egspo.selection import candidate_limits, histogram, select, select_share
 from egspo.trajectory import PromptBatch, Trajectory
 
 EOS = 9
@@ -49,6 +51,59 @@ def test_high_entropy_stops_at_eos_and_pads() -> None:
     selected = select(SAMPLE, "high_entropy", 3, limits=limits)
     assert selected.tolist() == [[1, 0, -1], [3, 0, 1], [-1, -1, -1]]
     assert histogram(selected, 4).tolist() == [2, 2, 0, 1]
+
+
+def fewest(entropy: list[float], limit: int, share: float, most: int) -> list[int]:
+    """By the definition, in exact arithmetic: steps are added until they hold the share."""
+    value = [Fraction(0 if math.isnan(h) else h) for h in entropy[:limit]]
+    # Ties go to the earlier step, and NaN after all numbers.
+    order = sorted(range(limit), key=lambda s: (math.isnan(entropy[s]), -value[s], s))
+    chosen: list[int] = []
+    while sum(value[s] for s in chosen) < Fraction(share) * sum(value):
+        chosen.append(order[len(chosen)])
+    return (chosen[:most] + [-1] * most)[:most]
+
+
+# Binary fractions, of which floating point makes no rounding; with ties, zeros and NaN.
+ENTROPIES = st.sampled_from([0.0, 0.25, 0.25, 0.5, 1.0, 1.75, 3.0, math.nan])
+
+
+@given(
+    rows=st.lists(st.tuples(st.lists(ENTROPIES, min_size=7, max_size=7), st.integers(0, 7))),
+    share=st.sampled_from([0.0625, 0.25, 0.5, 0.75, 1.0]),
+    most=st.integers(1, 7),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_share_of_the_entropy_by_the_fewest_steps(
+    rows: list[tuple[list[float], int]], share: float, most: int, dtype: torch.dtype
+) -> None:
+    entropy = torch.tensor([row for row, _ in rows], dtype=dtype).view(-1, 7)
+    limits = torch.tensor([limit for _, limit in rows], dtype=torch.int64)
+    selected = select_share(entropy, share, most, limits=limits)
+    assert selected.tolist() == [fewest(row, limit, share, most) for row, limit in rows]
+
+
+def test_a_share_of_any_entropies_is_held_and_one_step_less_would_not_do() -> None:
+    torch.manual_seed(0)
+    entropy = torch.rand(200, 30) ** 4
+    for share in (0.3, 0.7, 0.999):
+        selected = select_share(entropy, share, 30, limits=torch.full((200,), 30))
+        chosen = selected >= 0
+        held = entropy.gather(1, selected.clamp(min=0)).double().where(chosen, 0.0)
+        wanted = share * entropy.double().sum(1)
+        assert bool((held.sum(1) >= wanted - 1e-9).all())
+        last = held.gather(1, chosen.sum(1, keepdim=True) - 1)[:, 0]
+        assert bool((held.sum(1) - last < wanted + 1e-9).all())
+        assert len(chosen.sum(1).unique()) > 3
+
+
+def test_a_share_is_of_the_candidates_and_of_the_highest_entropies_only() -> None:
+    limits = candidate_limits(SAMPLE, EOS, stop_at_eos=True)
+    selected = select(SAMPLE, "high_entropy", 3, limits=limits, entropy_share=0.7)
+    # Of 0.1 + 0.4 before the EOS, and of 0.5 + 0.5 + 0.2 + 0.7; the third row has no candidate.
+    assert selected.tolist() == [[1, -1, -1], [3, 0, 1], [-1, -1, -1]]
+    with pytest.raises(ValueError, match="entropy_share needs strategy 'high_entropy', got 'all'"):
+        select(SAMPLE, "all", 3, limits=limits, entropy_share=0.7)
 
 
 @given(

@@ -46,7 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def supervised(config: TrainConfig) -> tuple[Any, SupervisedData]:
     data = build_data(config)
     model = fresh_model(config.model, data.tokenizer, 0, CPU)
-    denoiser = plain_denoiser(config, model, data.tokenizer)
+    denoiser = plain_denoiser(config, model, data.tokenizer, torch.device("cpu"))
     length = config.generation.max_new_tokens
     return denoiser, SupervisedData.encode(data.tokenizer, data.task.train, length, denoiser)
 

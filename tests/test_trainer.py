@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from egspo.advantages import egspo_sa_advantages
 from egspo.cli import main
 from egspo.config import PRESETS
 from egspo.iteration import Iteration
-from egspo.metrics import deterministic, read_metrics
+from egspo.metrics import read_metrics
 from egspo.recipe import load_config
 from egspo.tasks import Reward
 from egspo.trainer import Trainer, train
@@ -30,10 +29,10 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 # Metrics of every step of every run.
 EVERY_STEP = {
     *("step", "reward/mean", "reward/std", "reward/cell_accuracy", "solved", "length/mean"),
-    *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy"),
+    *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy", "selected/k"),
     *("skipped/rewards", "skipped/groups"),
     *("advantage/mean", "advantage/std", "advantage/max"),
-    *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped"),
+    *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped", "staleness"),
     *("clip/low", "clip/high", "kl", "grad_norm", "lr", "speed/tokens_per_second"),
     *("flops/rollout", "flops/score", "flops/update", "memory/peak", "rollout/forwards"),
     *("rollout/saved", "rollout/head_rows", "rollout/logits_bytes", "rollout/cache_bytes"),
@@ -109,6 +108,7 @@ def test_presets(preset: str, tmp_path: Path, no_plots: None) -> None:
         groups = 2 - record["skipped/groups"]
         assert sum(record["selected/histogram"]) == record["selected/states"] == groups * 4 * 3
         assert record["updates"] == (0 if not groups else 3 if preset == "reference" else 1)
+        assert record["selected/k"] == 3
         assert ("step_reward/mean" in record) == (preset in ("egspo-sa", "reference"))
         assert record["kl"] is None
         if preset == "uniform":
@@ -188,8 +188,10 @@ def test_an_adapter_is_continued(tmp_path: Path, no_plots: None) -> None:
     assert all(not torch.equal(old[name], new[name]) for name in old)
 
 
-@pytest.mark.parametrize("stepwise", [False, True])
-def test_learns(stepwise: bool, tmp_path: Path, no_plots: None, letters: list[Reward]) -> None:
+@pytest.mark.parametrize(("stepwise", "pipeline"), [(False, False), (True, False), (True, True)])
+def test_learns(
+    stepwise: bool, pipeline: bool, tmp_path: Path, no_plots: None, letters: list[Reward]
+) -> None:
     """Ones pay: after a few steps the model writes many more of them than at the start."""
     letters.append(Reward("ones", runs.ones))
     changes = {
@@ -198,11 +200,14 @@ def test_learns(stepwise: bool, tmp_path: Path, no_plots: None, letters: list[Re
         "prompts_per_step": 4,
         "algorithm": {"group_size": 8, "stepwise": stepwise, "stop_at_eos": False},
         "eval": {"every": 0, "temperature": 1.0},
+        "checkpoint": {"every": 0},
+        "pipeline": pipeline,
     }
     train(runs.config(tmp_path, changes))
     records = read_metrics(tmp_path)
     rewards = [record["reward/mean"] for record in records[1:]]
     assert rewards[0] < 0.2
+    assert [record["staleness"] for record in records[1:]] == [0] + [int(pipeline)] * 11
     assert min(rewards[-3:]) > 0.6
     assert records[-1]["eval/reward"] > 0.6 > 0.2 > records[0]["eval/reward"]
     assert records[-1]["entropy/mean"] < records[1]["entropy/mean"]
@@ -291,7 +296,7 @@ def test_which_rewards_score_one_step_completions(
         seen.append((rewards, options["step_rewards"]))
         return egspo_sa_advantages(rewards, values, valid, lam, **options)
 
-    monkeypatch.setattr("egspo.iteration.egspo_sa_advantages", spy)
+    monkeypatch.setattr("egspo.batch.egspo_sa_advantages", spy)
     task = {"name": "letters", "options": None, "intermediate_rewards": option}
     changes = {**LETTERS, "task": task, "algorithm": {"stop_at_eos": False}, "steps": 1}
     train(runs.config(tmp_path, changes, {"prompts_per_step": 3}))
@@ -317,59 +322,20 @@ def test_which_rewards_score_one_step_completions(
         assert torch.equal((step_rewards * unit).round(), step_rewards * unit)
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path, no_plots: None) -> None:
-    """Each with a share of the prompts, in some steps one of them with nothing to teach."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        runs.forkserver().Process(target=runs.train_as_rank, args=(tmp_path / "two", rank, 2, port))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    runs.train_parallel(tmp_path / "one")
-    one, two = (
-        [deterministic(record) for record in read_metrics(tmp_path / name)]
-        for name in ("one", "two")
-    )
-    assert len(one) == len(two) == 5
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            if name.startswith(("flops/", "rollout/")):  # padding depends on what shares a batch
-                continue
-            exact = value is None or isinstance(value, int | list)
-            expected = value if exact else pytest.approx(value, rel=1e-4, abs=1e-6)
-            assert b[name] == expected, (a["step"], name)
-    # One of two groups left out: it was one of the two processes that had nothing to do.
-    assert 1 in {record["skipped/groups"] for record in two[1:]}
-    assert not (tmp_path / "two" / "metrics.dropped.jsonl").exists()  # one process wrote
-    weights = [
-        load_file(tmp_path / name / "final" / "model" / "model.safetensors")
-        for name in ("one", "two")
-    ]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-4)
-
-
 def test_every_prompt_once_an_epoch_and_no_sequence_twice(
     tmp_path: Path, no_plots: None, monkeypatch: pytest.MonkeyPatch, letters: list[Reward]
 ) -> None:
     letters.append(Reward("varied", runs.varied))
     places: list[int] = []
     sequences: list[int] = []
-    original = Iteration.run
+    original = Iteration.produce
 
     def spy(self: Iteration, step: int, prompt_index: list[int], first_sequence: int) -> Any:
         places.extend(prompt_index)
         sequences.extend(range(first_sequence, first_sequence + 4 * len(prompt_index)))
         return original(self, step, prompt_index, first_sequence)
 
-    monkeypatch.setattr(Iteration, "run", spy)
+    monkeypatch.setattr(Iteration, "produce", spy)
     changes = {**LETTERS, "steps": 3, "prompts_per_step": 4}
     train(runs.config(tmp_path, changes))
     train(runs.config(tmp_path, changes, {"steps": 6}), resume=tmp_path)

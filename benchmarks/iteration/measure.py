@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.iteration.baseline import Baseline, BaselineOutcome
 from benchmarks.iteration.problem import SIZES, Problem
 from benchmarks.meter import Meter, Mode, PhaseCost, merged
+from egspo.batch import Batch, Metrics
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
-from egspo.iteration import Iteration, Metrics
+from egspo.iteration import Iteration
 from egspo.optimization import build_optimizer
+from egspo.parallel import WholeModel
+from egspo.processes import Processes
 from egspo.scoring import Scores, States
 from egspo.work import ModelCost, Work
 
@@ -28,10 +31,27 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("egspo", "baseline")
 PHASES = ("rollout", "select", "score", "update")
 
 
+class _Engine(WholeModel):
+    """One process; says when a step is to be taken."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, before_step: Callable[[], None]
+    ) -> None:
+        super().__init__(
+            model, lambda model: build_optimizer(model, config.optimizer), Processes(alone=True)
+        )
+        self.before_step = before_step
+
+    def reduce_gradients(self, has_gradient: bool) -> bool:
+        self.before_step()
+        return super().reduce_gradients(has_gradient)
+
+
 class MeasuredIteration(Iteration):
     """egspo's iteration, measured phase by phase; what it did is kept to be compared.
 
-    What is left of the rewards after the rollout counts as part of the rollout.
+    What is left of the rewards after the rollout counts as part of the rollout, and of those of
+    one-step completions as part of the scoring.
     """
 
     def __init__(
@@ -39,31 +59,25 @@ class MeasuredIteration(Iteration):
         config: TrainConfig,
         data: Data,
         denoiser: Denoiser,
-        optimizer: torch.optim.Optimizer,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
-        def reduce_gradients(any_gradient: bool) -> bool:
-            before_step()
-            return any_gradient
-
-        super().__init__(config, data, denoiser, optimizer, reduce_gradients)
+        engine = _Engine(denoiser.model, config, before_step)
+        super().__init__(config, data, denoiser, engine, engine.processes)
         self.meter: Meter | None = None
         self.states: States
         self.scores: Scores
         self.advantage: Tensor
 
     @contextmanager
-    def _phase(self, metrics: Metrics, name: str) -> Iterator[None]:
+    def _phase(self, metrics: Metrics, step: int, name: str) -> Iterator[None]:
         assert self.meter is not None
-        name_measured = "rollout" if name == "reward" else name
-        with super()._phase(metrics, name), self.meter.phase(name_measured):
+        measured = {"reward": "rollout", "step_reward": "score"}.get(name, name)
+        with super()._phase(metrics, step, name), self.meter.phase(measured):
             yield
 
-    def _update(
-        self, step: int, states: States, scores: Scores, advantage: Tensor, sequences: int
-    ) -> Metrics:
-        self.states, self.scores, self.advantage = states, scores, advantage
-        return super()._update(step, states, scores, advantage, sequences)
+    def _update(self, batch: Batch, advantage: Tensor) -> Metrics:
+        self.states, self.scores, self.advantage = batch.states, batch.scores, advantage
+        return super()._update(batch, advantage)
 
     def selected(self) -> Tensor:
         """int64 [B, K]."""
@@ -100,8 +114,7 @@ class Bench:
             RuntimeError: the rewards of a group are all equal, so that there was less to do.
         """
         config = self.problem.config(stepwise=algorithm == "egspo-sa")
-        optimizer = build_optimizer(self.denoiser.model, config.optimizer)
-        iteration = MeasuredIteration(config, self.data, self.denoiser, optimizer, before_step)
+        iteration = MeasuredIteration(config, self.data, self.denoiser, before_step)
         iteration.meter = meter
         with meter.running():
             # Step 1 of a run that evaluates at no step but the first and the last.

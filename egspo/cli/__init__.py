@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; returns the exit code.
 
     0 success, 1 unexpected error (with traceback), 2 wrong usage, configuration, input or
-    files, 3 ``egspo plan``: the recipe does not fit, 130 interrupted, 143 terminated (SIGTERM)
-    after saving.
+    files, 3 ``egspo plan``: the recipe does not fit, 4 another process was lost, 130 interrupted,
+    143 terminated (SIGTERM) after saving.
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -53,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug or not _is_expected(error):
+        code = getattr(error, "exit_code", 2) if _is_expected(error) else 1
+        if debug or code == 1:
             traceback.print_exc()
-            return 2 if _is_expected(error) else 1
-        print(f"egspo: error: {error}", file=sys.stderr)
-        return 2
+        else:
+            print(f"egspo: error: {error}", file=sys.stderr)
+        return code
     return code or 0
 
 
