@@ -442,11 +442,15 @@ class TrainConfig:
             "pipeline: true has the one-step completions scored during an update: it needs "
             "algorithm.stepwise: true",
         )
-        for section, every in (("eval", self.eval.every), ("checkpoint", self.checkpoint.every)):
+        for name, every in (
+            ("eval.every", self.eval.every),
+            ("checkpoint.every", self.checkpoint.every),
+            ("algorithm.reference_every", self.algorithm.reference_every),
+        ):
             _require(
                 not self.pipeline or every != 1,
-                f"pipeline: true never gets ahead with {section}.every: 1, as no rollout is made "
-                "before an evaluation or a checkpoint",
+                f"pipeline: true never gets ahead with {name}: 1, as no rollout is made before "
+                "an evaluation, a checkpoint or a refresh of the reference",
             )
         size, tokens = self.micro_batch_size, self.micro_batch_tokens
         _require(
