@@ -35,6 +35,7 @@ from egspo.checkpoint import (
     publish,
     remove_later,
     remove_partial,
+    step_of,
 )
 from egspo.config import TrainConfig
 from egspo.continuation import check_continuation, flat
@@ -211,7 +212,9 @@ class Trainer:
         """
         if self.engine.sharded:
             newest = list_checkpoints(self._checkpoints)[-1:]
-            logger.error("ended in step %d; newest checkpoint: %s", self.completed + 1, newest)
+            saved = step_of(newest[0]) if newest else 0
+            if self.processes.is_main and saved < self.completed:
+                logger.error("the steps from %d to %d are lost", saved + 1, self.completed)
         elif self.completed and self._between_steps and not self.iteration.updated:
             try:
                 self._save()

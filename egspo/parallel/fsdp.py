@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,8 @@ class ShardedModel:
         self.model, self.processes, self._reshard = model, processes, reshard
         mesh = init_device_mesh(device_type, (processes.count,))
         policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        # Beside its output a block returns keys and values, which nothing changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         self._blocks: list[FSDPModule] = []
         self._rest: list[FSDPModule] = []  # embeddings, last norm and head
         for whole in (model, reference):
