@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from egspo.dry_run import memory_table
 from egspo.plan import PHASES, Plan, Planner, Suggestion
@@ -124,7 +124,8 @@ def _phases(report: Report) -> Table:
 
 
 def _suggested(report: Report) -> Table:
-    table = Table("change", title="What would change that", title_justify="left")
+    change = Column("change", overflow="fold", min_width=30)
+    table = Table(change, title="What would change that", title_justify="left")
     table.add_column("peak GB", justify="right", no_wrap=True)
     table.add_column("TFLOP a step", justify="right", no_wrap=True)
     table.add_column("fits")
