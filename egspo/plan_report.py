@@ -124,7 +124,7 @@ def _phases(report: Report) -> Table:
 
 
 def _suggested(report: Report) -> Table:
-    change = Column("change", overflow="fold", min_width=30)
+    change = Column("change", overflow="fold")
     table = Table(change, title="What would change that", title_justify="left")
     table.add_column("peak GB", justify="right", no_wrap=True)
     table.add_column("TFLOP a step", justify="right", no_wrap=True)
