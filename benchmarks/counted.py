@@ -13,6 +13,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Kernels are made for the interpreter or for a GPU when they are imported.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from benchmarks.report import DOCUMENT, replace_section
 
 if TYPE_CHECKING:
@@ -108,7 +111,6 @@ def _joined(cell: list[object]) -> str:
 
 def traffic_table() -> str:
     """Bytes that whole calls move, counted while the interpreter runs them."""
-    os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from tests.kernels.traffic import CASES, LLADA, measured
