@@ -12,7 +12,7 @@ from benchmarks.algorithms.study import TASKS
 from egspo.plotting import STYLE, mean_interval, save_figure
 
 PLOT = "benchmarks-algorithms.png"
-COLOURS = ("#d9772b", "#2f6db3", "#3a9267", "#7e61a8", "#6b7280", "#c0504d")
+COLOURS = ("#d9772b", "#2f6db3", "#3a9267", "#7e61a8", "#6b7280", "#c0504d", "#8c6d4f")
 
 
 def section(contents: Sequence[Mapping[str, Any]]) -> str:
@@ -33,8 +33,8 @@ def _task(content: Mapping[str, Any]) -> str:
             f"`recipes/{content['recipe']}.yaml`, {settings['steps']} steps of "
             f"{settings['prompts_per_step']} prompts x {settings['group_size']} completions of "
             f"{settings['denoising_steps']} denoising steps, of which {settings['selected_steps']} "
-            f"are trained (all steps: {settings['denoising_steps']}; one-step GRPO: none, but "
-            f"{settings['selected_steps']} inner updates); learning rate "
+            f"are trained (all steps: {settings['denoising_steps']}; one-step GRPO: none, but 4 "
+            f"inner updates, or 1); learning rate "
             f"{settings['learning_rate']:g} for all. From the same warm start, held-out reward "
             f"{start['reward']:.3f}, solved {100 * start['solved']:.1f} %.",
             summary_table(rows, budget),
