@@ -127,9 +127,13 @@ def between(value: Estimate) -> str:
     """``3.1 (2.4 to 4.4)``; an end that is open is infinite."""
     if value.mean is None:
         return "no gain"
-    low = "" if value.low is None else f"{value.low:.3g}"
-    high = "∞" if value.high is None else f"{value.high:.3g}"
-    return f"{value.mean:.3g}" + (f" ({low} to {high})" if low else "")
+    high = "∞" if value.high is None else _number(value.high)
+    interval = "" if value.low is None else f" ({_number(value.low)} to {high})"
+    return _number(value.mean) + interval
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -162,6 +166,8 @@ def draw(contents: Sequence[Mapping[str, Any]], folder: Path) -> Path:
                     alpha=0.12,
                     linewidth=0,
                 )
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, 0.0), min(high, 1.0))
             seeds = min(len(m["runs"]) for m in content["methods"].values())
             axes.set(
                 title=f"{TASKS[content['task']].title} ({seeds} seeds)",
