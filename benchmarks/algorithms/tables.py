@@ -106,11 +106,14 @@ def verdict(rows: Sequence[Comparison], budget: float) -> str:
             named["not told from"].append(row.method)
         else:
             named["below" if high < 0 else "above"].append(row.method)
-    parts = [f"{where} {first}: {', '.join(names)}" for where, names in named.items() if names]
+    parts = [
+        f"{where} {first}: {', '.join(f'*{name}*' for name in names)}"
+        for where, names in named.items()
+        if names
+    ]
     return (
-        f"At {budget / 1e12:.3g} TFLOP, by the 95 % interval of the difference seed by seed: "
-        + "; ".join(parts)
-        + "."
+        f"At {budget / 1e12:.3g} TFLOP, by the 95 % interval of the difference seed by seed, not "
+        f"corrected for there being {len(others)}: " + "; ".join(parts) + "."
     )
 
 

@@ -226,7 +226,7 @@ def test_the_report_shows_every_task(tmp_path: Path) -> None:
     assert report(arguments) == 0 and report([*arguments, "--check"]) == 0
     text = document.read_text()
     assert "| EGSPO-SA | 3 | 2 | 0.800 ± 0.025 |" in text
-    assert "below EGSPO-SA: worse; not told from EGSPO-SA: like it." in text
+    assert "below EGSPO-SA: *worse*; not told from EGSPO-SA: *like it*." in text
     assert all(f"### {task.title}" in text for task in TASKS.values())
     assert (tmp_path / "benchmarks-algorithms.png").stat().st_size > 5000
 
