@@ -1,4 +1,4 @@
-"""What reward costs: six algorithms on two small tasks, several seeds.
+"""What reward costs: algorithms of reinforcement learning on two small tasks, several seeds.
 
 python -m benchmarks.algorithms --help
 """

@@ -1,6 +1,6 @@
 """What reward costs in FLOPs, samples and gradient steps, by algorithm.
 
-    python -m benchmarks.algorithms                        # both tasks, six methods, three seeds
+    python -m benchmarks.algorithms                        # both tasks, all methods, three seeds
     python -m benchmarks.algorithms steps=200              # longer: finished runs go on from there
     python -m benchmarks.algorithms --tasks countdown --methods EGSPO "one-step GRPO" --seeds 0
 

@@ -29,6 +29,14 @@ class Method:
     trainer: type[Trainer] = Trainer
 
 
+def _one_step(updates: int) -> Method:
+    """One-step mean-field GRPO with d1's own clip range."""
+    clip = ("algorithm.clip_low=0.5", "algorithm.clip_high=0.5")
+    return Method(
+        ("algorithm.preset=egspo", f"algorithm.num_iterations={updates}", *clip), MeanFieldTrainer
+    )
+
+
 METHODS = {
     "EGSPO-SA": Method(("algorithm.preset=egspo-sa",)),
     "EGSPO": Method(("algorithm.preset=egspo",)),
@@ -36,16 +44,9 @@ METHODS = {
     "random": Method(("algorithm.preset=random",)),
     "all steps": Method(("algorithm.preset=egspo", "algorithm.strategy=all")),
     # As many inner updates as the others train steps: an iteration then costs what EGSPO's does.
-    # The clip range is d1's own.
-    "one-step GRPO": Method(
-        (
-            "algorithm.preset=egspo",
-            "algorithm.num_iterations=4",
-            "algorithm.clip_low=0.5",
-            "algorithm.clip_high=0.5",
-        ),
-        MeanFieldTrainer,
-    ),
+    "one-step GRPO": _one_step(4),
+    # As many optimizer steps as the others, for half the FLOPs.
+    "one-step GRPO, 1 update": _one_step(1),
 }
 
 
@@ -118,7 +119,7 @@ def plan(
     ]
     for seed in seeds:
         for method in methods:
-            place = folder / task / method.replace(" ", "-") / f"seed-{seed}"
+            place = folder / task / method.replace(",", "").replace(" ", "-") / f"seed-{seed}"
             changes = [*METHODS[method].overrides, *common, f"seed={seed}", f"output_dir={place}"]
             run = Run(task, method, seed, load_config(RECIPES / f"{settings.recipe}.yaml", changes))
             if list_checkpoints(place / CHECKPOINTS):

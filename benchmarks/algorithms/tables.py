@@ -12,7 +12,7 @@ from benchmarks.algorithms.study import TASKS
 from egspo.plotting import STYLE, mean_interval, save_figure
 
 PLOT = "benchmarks-algorithms.png"
-COLOURS = ("#d9772b", "#2f6db3", "#3a9267", "#7e61a8", "#6b7280", "#c0504d")
+COLOURS = ("#d9772b", "#2f6db3", "#3a9267", "#7e61a8", "#6b7280", "#c0504d", "#8c6d4f")
 
 
 def section(contents: Sequence[Mapping[str, Any]]) -> str:
@@ -33,8 +33,8 @@ def _task(content: Mapping[str, Any]) -> str:
             f"`recipes/{content['recipe']}.yaml`, {settings['steps']} steps of "
             f"{settings['prompts_per_step']} prompts x {settings['group_size']} completions of "
             f"{settings['denoising_steps']} denoising steps, of which {settings['selected_steps']} "
-            f"are trained (all steps: {settings['denoising_steps']}; one-step GRPO: none, but "
-            f"{settings['selected_steps']} inner updates); learning rate "
+            f"are trained (all steps: {settings['denoising_steps']}; one-step GRPO: none, but 4 "
+            f"inner updates, or 1); learning rate "
             f"{settings['learning_rate']:g} for all. From the same warm start, held-out reward "
             f"{start['reward']:.3f}, solved {100 * start['solved']:.1f} %.",
             summary_table(rows, budget),
@@ -106,11 +106,14 @@ def verdict(rows: Sequence[Comparison], budget: float) -> str:
             named["not told from"].append(row.method)
         else:
             named["below" if high < 0 else "above"].append(row.method)
-    parts = [f"{where} {first}: {', '.join(names)}" for where, names in named.items() if names]
+    parts = [
+        f"{where} {first}: {', '.join(f'*{name}*' for name in names)}"
+        for where, names in named.items()
+        if names
+    ]
     return (
-        f"At {budget / 1e12:.3g} TFLOP, by the 95 % interval of the difference seed by seed: "
-        + "; ".join(parts)
-        + "."
+        f"At {budget / 1e12:.3g} TFLOP, by the 95 % interval of the difference seed by seed, not "
+        f"corrected for there being {len(others)}: " + "; ".join(parts) + "."
     )
 
 
@@ -127,9 +130,13 @@ def between(value: Estimate) -> str:
     """``3.1 (2.4 to 4.4)``; an end that is open is infinite."""
     if value.mean is None:
         return "no gain"
-    low = "" if value.low is None else f"{value.low:.3g}"
-    high = "∞" if value.high is None else f"{value.high:.3g}"
-    return f"{value.mean:.3g}" + (f" ({low} to {high})" if low else "")
+    high = "∞" if value.high is None else _number(value.high)
+    interval = "" if value.low is None else f" ({_number(value.low)} to {high})"
+    return _number(value.mean) + interval
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -162,6 +169,8 @@ def draw(contents: Sequence[Mapping[str, Any]], folder: Path) -> Path:
                     alpha=0.12,
                     linewidth=0,
                 )
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, 0.0), min(high, 1.0))
             seeds = min(len(m["runs"]) for m in content["methods"].values())
             axes.set(
                 title=f"{TASKS[content['task']].title} ({seeds} seeds)",
