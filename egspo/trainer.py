@@ -233,7 +233,7 @@ class Trainer:
         self.processes.enter(f"the end of step {step}")
         metrics = merge(self.processes.gather(metrics))
         if config.evaluates_at(step):
-            if self._table is not None:
+            if self._table is not None and self.iteration.group:
                 write_group(self.output, step, self.iteration.group)
                 self._table.add(step, self.iteration.group)
             self.processes.enter(f"the evaluation of step {step}")

@@ -18,18 +18,20 @@ not here: the KL to a reference policy, and its sampling order (the rollout is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from egspo.advantages import egspo_advantages, groups_with_spread
+from egspo.batch import Metrics
 from egspo.build import Data
 from egspo.config import TrainConfig
 from egspo.denoiser import Denoiser
-from egspo.iteration import Iteration, Metrics
-from egspo.optimization import apply_gradients, clip_gradients
+from egspo.iteration import Iteration
+from egspo.parallel import Engine
+from egspo.pipeline import Pipeline
+from egspo.processes import Processes
 from egspo.reduction import Count, part
 from egspo.reward_queue import RewardQueue
 from egspo.trainer import Trainer
@@ -93,9 +95,11 @@ class MeanFieldIteration(Iteration):
         config: TrainConfig,
         data: Data,
         denoiser: Denoiser,
-        optimizer: torch.optim.Optimizer,
-        reduce_gradients: Callable[[bool], bool],
+        engine: Engine,
+        processes: Processes,
     ) -> None:
+        if processes.count > 1:
+            raise ValueError(f"one-step GRPO runs on one process, got {processes.count}")
         for name, value, expected in (
             ("algorithm.beta", config.algorithm.beta, 0.0),
             ("algorithm.scale_by_std", config.algorithm.scale_by_std, False),
@@ -107,17 +111,16 @@ class MeanFieldIteration(Iteration):
                 raise ValueError(f"one-step GRPO needs {name}={expected!r}, got {value!r}")
         if config.micro_batch_size is None:
             raise ValueError("one-step GRPO needs micro_batch_size, got micro_batch_tokens")
-        super().__init__(config, data, denoiser, optimizer, reduce_gradients)
+        super().__init__(config, data, denoiser, engine, processes)
 
     def run(self, step: int, prompt_index: list[int], first_sequence: int) -> Metrics:
         """Rollout, score and update on the prompts given; as the method it overrides."""
         self.updated = False
         metrics: Metrics = {}
-        ids = first_sequence + torch.arange(len(prompt_index) * self._group_size)
-        ids = ids.to(self.denoiser.device)
-        trajectory, rewards = self._sampled(step, prompt_index, ids, metrics)
+        trajectory, rewards = self._sampled(step, prompt_index, first_sequence, metrics)
+        ids = self._ids(first_sequence, range(len(trajectory)))
         kept = groups_with_spread(rewards).nonzero()[:, 0]
-        metrics["skipped/groups"] = Count(len(prompt_index) - len(kept))
+        metrics["skipped/groups"] = len(prompt_index) - len(kept)
         rows = (kept[:, None] * self._group_size + torch.arange(self._group_size)).flatten()
         valid = torch.ones(*rewards.shape, 1, dtype=torch.bool)
         advantage = egspo_advantages(rewards, valid).flatten()[rows].to(ids.device)
@@ -129,9 +132,9 @@ class MeanFieldIteration(Iteration):
             prompt_masks(trajectory.prompts, self.config.seed, update, ids)
             for update in range(self.config.algorithm.num_iterations)
         ]
-        with self._phase(metrics, "score"), torch.no_grad():
+        with self._phase(metrics, step, "score"), torch.no_grad():
             old = [self._log_probs(trajectory, masked) for masked in masks]
-        with self._phase(metrics, "update"):
+        with self._phase(metrics, step, "update"):
             head_rows = self.denoiser.work.head_rows
             metrics.update(self._updates(trajectory, masks, old, advantage, tokens))
             head_rows = self.denoiser.work.head_rows - head_rows
@@ -142,14 +145,15 @@ class MeanFieldIteration(Iteration):
         return metrics
 
     def _sampled(
-        self, step: int, prompt_index: list[int], ids: Tensor, metrics: Metrics
+        self, step: int, prompt_index: list[int], first_sequence: int, metrics: Metrics
     ) -> tuple[Trajectory, Tensor]:
         """Trajectories, and their rewards float64 [P, G]."""
+        sequences = range(len(prompt_index) * self._group_size)
         with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
-            with self._phase(metrics, "rollout"):
-                trajectory = self._rollout(prompt_index, ids, queue)
-            with self._phase(metrics, "reward"):
-                samples = self._reward(step, prompt_index, trajectory, queue, metrics)
+            with self._phase(metrics, step, "rollout"):
+                trajectory = self._rollout(prompt_index, sequences, first_sequence, queue)
+            with self._phase(metrics, step, "reward"):
+                samples = self._reward(step, prompt_index, sequences, trajectory, queue, metrics)
         tokens = int((trajectory.unmask_step != NEVER).sum())
         metrics["speed/tokens_per_second"] = tokens / max(metrics["time/rollout"], 1e-9)
         return trajectory, samples.rewards
@@ -189,11 +193,11 @@ class MeanFieldIteration(Iteration):
             loss, ratio = self._backward_all(
                 trajectory, masked, old_log_probs, advantage, counted, tokens
             )
-            if not self.reduce_gradients(bool(len(trajectory))):
+            if not self.engine.reduce_gradients(bool(len(trajectory))):
                 continue
-            norms.append(clip_gradients(self.denoiser.model, self.config.optimizer.max_grad_norm))
+            norms.append(self.engine.clip(self.config.optimizer.max_grad_norm))
             self.updated = True
-            apply_gradients(self.optimizer)
+            self.engine.step()
             losses.append(loss)
             ratios.append(ratio)
         nothing = torch.empty(0)
@@ -254,6 +258,16 @@ class MeanFieldTrainer(Trainer):
 
     def __init__(self, config: TrainConfig, *, resume: Path | None = None) -> None:
         super().__init__(config, resume=resume)
+        if config.pipeline:
+            raise ValueError("one-step GRPO needs pipeline=false, got true")
         self.iteration = MeanFieldIteration(
-            config, self.data, self.denoiser, self.iteration.optimizer, self._reduce_gradients
+            config, self.data, self.denoiser, self.engine, self.processes
         )
+        self.pipeline = _InTurn(config, self.iteration, self._work)
+
+
+class _InTurn(Pipeline):
+    """Of an iteration that is not made in two halves."""
+
+    def step(self, step: int) -> Metrics:
+        return self.iteration.run(step, *self.work(step))

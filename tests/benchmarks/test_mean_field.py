@@ -16,7 +16,6 @@ from benchmarks.algorithms.mean_field import (
     counted_tokens,
     prompt_masks,
 )
-from egspo.optimization import build_optimizer
 from egspo.reduction import merge
 from egspo.trajectory import PromptBatch, Trajectory
 from tests.runs import config
@@ -66,12 +65,9 @@ def one_iteration(
             kept.grad = None if mine.grad is None else mine.grad.clone()
         return any_gradient
 
+    trainer.engine.reduce_gradients = reduce_gradients  # type: ignore[method-assign]
     iteration = kind(
-        trainer.config,
-        trainer.data,
-        trainer.denoiser,
-        build_optimizer(model, trainer.config.optimizer),
-        reduce_gradients,
+        trainer.config, trainer.data, trainer.denoiser, trainer.engine, trainer.processes
     )
     metrics = merge([iteration.run(1, [0, 1, 2], 0)])
     return iteration, before, seen, metrics
@@ -188,6 +184,7 @@ def test_what_it_does_not_have_is_refused(
 ) -> None:
     trainer = MeanFieldTrainer(config(tmp_path, OPTIONS))
     setattr(getattr(trainer.config, section), option, value)
-    optimizer = build_optimizer(trainer.denoiser.model, trainer.config.optimizer)
     with pytest.raises(ValueError, match=rf"needs {section}\.{option}="):
-        MeanFieldIteration(trainer.config, trainer.data, trainer.denoiser, optimizer, bool)
+        MeanFieldIteration(
+            trainer.config, trainer.data, trainer.denoiser, trainer.engine, trainer.processes
+        )
