@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from egspo.tasks import Reward
 
 # Without a GPU, Triton kernels run in Triton's interpreter, decided when they are first imported.
 if not torch.cuda.is_available():
@@ -17,6 +22,30 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("egspo", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "egspo"))
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the tiny runs of the tests do."""
+    monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
+
+
+@pytest.fixture
+def letters() -> Iterator[list[Reward]]:
+    """The rewards of the task ``letters``, to be filled."""
+    from tests import runs
+
+    yield runs.rewards
+    runs.rewards.clear()
+
+
+@pytest.fixture
+def varied(letters: list[Reward]) -> None:
+    """Every group of the task ``letters`` has something to teach."""
+    from egspo.tasks import Reward
+    from tests import runs
+
+    letters.append(Reward("varied", runs.varied))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from egspo.optimization import build_optimizer
 from egspo.parallel import WholeModel
 from egspo.rollout import rollout
 from egspo.scoring import Scorer, States
-from egspo.tasks import Reward
 from egspo.trainer import Trainer
 from tests import runs
 from tests.runs import LETTERS
 from tests.test_scoring import prompts_of, small_denoiser
+
+pytestmark = pytest.mark.usefixtures("no_plots", "varied")
 
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 STATES = 2 * 2 * 2
@@ -37,14 +37,6 @@ SMALL: dict[str, Any] = {
 GENERATION = GenerationConfig(
     max_new_tokens=12, steps=6, block_length=4, temperature=0.9, early_exit=False
 )
-
-
-@pytest.fixture(autouse=True)
-def varied(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
-    runs.rewards[:] = [Reward("varied", runs.varied)]
-    yield
-    runs.rewards.clear()
 
 
 def limited(**changes: Any) -> dict[str, Any]:

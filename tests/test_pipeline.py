@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -50,23 +50,7 @@ PIPELINE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs do."""
-    monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
-
-
-@pytest.fixture
-def letters() -> Iterator[list[Reward]]:
-    """The rewards of the task ``letters``, to be filled."""
-    yield runs.rewards
-    runs.rewards.clear()
-
-
-@pytest.fixture
-def varied(letters: list[Reward]) -> None:
-    """Every group has something to teach."""
-    letters.append(Reward("varied", runs.varied))
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 # --- The gradient of a batch that is one update old

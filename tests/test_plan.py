@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from egspo.metrics import read_metrics
 from egspo.models import LLaDAConfig, add_lora, load_model
 from egspo.plan import PHASES, PlanError, Planner, measured_shares, read_rates
 from egspo.recipe import config_to_dict
-from egspo.tasks import Reward
 from egspo.trainer import Trainer, train
 from tests import runs
 from tests.runs import LETTERS
 from tests.test_dry_run import by_path, model_folder
+
+pytestmark = pytest.mark.usefixtures("no_plots", "varied")
 
 LORA = {"model": {"lora": {"rank": 8, "alpha": 8, "dropout": 0.05}}}
 # Every group teaches something, and every trajectory has all its steps.
@@ -37,14 +37,6 @@ FULL: dict[str, Any] = {
     "algorithm": {"stop_at_eos": False},
     "eval": {"every": 0, "examples": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def varied(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
-    runs.rewards[:] = [Reward("varied", runs.varied)]
-    yield
-    runs.rewards.clear()
 
 
 def planned(config: TrainConfig, gpus: int = 1, **shares: float) -> Planner:

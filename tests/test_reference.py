@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ from egspo.models import add_lora, load_model, reference_mode
 from egspo.models.lora import add_reference_adapter, reference_factors
 from egspo.plan import Planner, changed
 from egspo.reference import REFERENCE_FILE, ReferenceRefresh
-from egspo.tasks import Reward
 from egspo.trainer import Trainer, train
 from tests import runs
 from tests.test_memory import build
 from tests.test_resume import interrupting
+
+pytestmark = pytest.mark.usefixtures("no_plots", "varied")
 
 LORA: dict[str, Any] = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}}
 COMMON: dict[str, Any] = {
@@ -34,14 +34,6 @@ COMMON: dict[str, Any] = {
     "checkpoint": {"every": 1, "keep_last": 9, "keep_best": False},
 }
 KINDS = pytest.mark.parametrize("kind", [{}, LORA], ids=["full", "lora"])
-
-
-@pytest.fixture(autouse=True)
-def varied(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
-    runs.rewards[:] = [Reward("varied", runs.varied)]
-    yield
-    runs.rewards.clear()
 
 
 @KINDS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,6 @@ EVERY_STEP = {
     *(f"time/{phase}" for phase in ("rollout", "reward", "select", "score", "update", "step")),
 }
 EVALUATED = {"eval/reward", "eval/cell_accuracy", "eval/solved", "eval/skipped", "time/eval"}
-
-
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs do."""
-    monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
-
-
-@pytest.fixture
-def letters() -> Iterator[list[Reward]]:
-    """The rewards of the task ``letters``, to be filled."""
-    yield runs.rewards
-    runs.rewards.clear()
 
 
 def recipe_file(folder: Path, *changes: dict[str, Any]) -> Path:
