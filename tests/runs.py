@@ -149,6 +149,8 @@ def command_and_signal(arguments: list[str], target: str, call: int, number: int
     """The same by the command line ``egspo ARGUMENTS``."""
     from egspo.cli import main
 
+    # A shell starts its background jobs, and so these tests, with the interrupt ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     strike(target, call, lambda: os.kill(os.getpid(), number))
     raise SystemExit(main(arguments))
 
