@@ -7,7 +7,6 @@ is missing, and in which phase.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from accelerate import PartialState
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
-logger = logging.getLogger("egspo")
 
 # Who is done first waits for the others, hours maybe, where nothing bounds the work: no hang.
 _UNBOUNDED = timedelta(days=2)
