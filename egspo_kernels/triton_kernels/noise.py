@@ -1,5 +1,4 @@
-"""The counter-based noise of :mod:`egspo_kernels.random` as device functions: the same counters,
-the same uniform numbers to the last bit."""
+"""The counter-based noise of :mod:`egspo_kernels.random` as device functions."""
 
 from __future__ import annotations
 
@@ -8,16 +7,15 @@ import triton.language as tl
 
 
 @triton.jit
-def uniform(word):
-    """``(word + 0.5) / 2**32`` of a uint32, rounded once: its halves are exact."""
-    high = (word >> 16).to(tl.float32) * 65536.0
-    low = (word & 0xFFFF).to(tl.float32) + 0.5
-    return tl.minimum((high + low) * 2.3283064365386963e-10, 1.0 - 2.0**-24)
+def uniform(high, low):
+    """A uniform number in (0, 1) of two uint32: near 0 it is a multiple of 2^-64."""
+    u = (high.to(tl.float32) + (low.to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
+    return tl.minimum(u, 1.0 - 2.0**-24)
 
 
 @triton.jit
 def exponential(u):
-    """Standard exponential ``-log1p(-u)``, whose logarithm is the reference's negative Gumbel.
+    """Standard exponential ``-log1p(-u)``, whose logarithm is a negative Gumbel number.
 
     ``u - (1 - w)`` restores what rounding ``w = 1 - u`` lost: the sample is decided by the
     smallest values.
@@ -27,20 +25,19 @@ def exponential(u):
 
 
 @triton.jit
-def exponential_block(seed, step, row_id, block, BLOCK: tl.constexpr):
-    """float32 [BLOCK]: the exponentials of the columns of a block, four from each counter.
+def exponentials(seed, step, row_id, index):
+    """The exponentials of some indices, float32, one of each counter.
 
     Args:
         seed, step, row_id: int64, of which the low 64, 32 and 64 bits count.
+        index: int32, read as 32 bits.
     """
-    group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    zero = group * 0
-    a, b, c, d = tl.philox(
+    zero = index * 0
+    high, low, _, _ = tl.philox(
         seed,
-        group,
+        index,
         zero + row_id.to(tl.int32),
         zero + (row_id >> 32).to(tl.int32),
         zero + step.to(tl.int32),
     )
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # [.., j, i] is word j + 2 i
-    return exponential(uniform(tl.reshape(words, (BLOCK,))))
+    return exponential(uniform(high, low))
