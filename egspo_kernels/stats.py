@@ -88,12 +88,13 @@ def sample_tokens(
     entropy_temperature: float = 1.0,
     backend: str = "auto",
 ) -> SampledTokens:
-    """Gumbel-max sample of every row, with its log-probability, confidence and entropy.
+    """A sample of every row, with its log-probability, confidence and entropy.
 
-    The noise is a function of (seed, step, row id) alone, drawn in float32: what a row samples
-    does not depend on the batch it is in, nor on the precision of the logits. The triton backend
-    makes one pass over float32, float16 and bfloat16 logits; its tokens are those of the reference
-    but for ties within rounding.
+    Drawn in two levels, a block of 1024 columns and then a token of that block, exact in
+    distribution (:mod:`egspo_kernels.reference.sampling` has the definition). The noise is a
+    function of (seed, step, row id) alone, drawn in float32: what a row samples does not depend on
+    the batch it is in, nor on the precision of the logits. Tokens are the same in every backend
+    but for ties within rounding; the compiled ones read float32, float16 and bfloat16 logits once.
 
     Args:
         logits: floating point [N, V].
