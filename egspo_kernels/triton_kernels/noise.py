@@ -1,4 +1,5 @@
-"""The counter-based noise of :mod:`egspo_kernels.random` as device functions."""
+"""The counter-based noise of :mod:`egspo_kernels.random` as device functions: the same counters,
+the same uniform numbers to the last bit."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ import triton.language as tl
 
 
 @triton.jit
-def uniform(high, low):
-    """A uniform number in (0, 1) of two uint32: near 0 it is a multiple of 2^-64."""
-    u = (high.to(tl.float32) + (low.to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
-    return tl.minimum(u, 1.0 - 2.0**-24)
+def uniform(word):
+    """``(word + 0.5) / 2**32`` of a uint32, rounded once: its halves are exact."""
+    high = (word >> 16).to(tl.float32) * 65536.0
+    low = (word & 0xFFFF).to(tl.float32) + 0.5
+    return tl.minimum((high + low) * 2.3283064365386963e-10, 1.0 - 2.0**-24)
 
 
 @triton.jit
@@ -25,19 +27,20 @@ def exponential(u):
 
 
 @triton.jit
-def exponentials(seed, step, row_id, index):
-    """The exponentials of some indices, float32, one of each counter.
+def exponentials(seed, step, row_id, counter, word):
+    """float32 exponentials, one from a word (0 to 3) of each counter.
 
     Args:
         seed, step, row_id: int64, of which the low 64, 32 and 64 bits count.
-        index: int32, read as 32 bits.
+        counter: int32, read as 32 bits.
     """
-    zero = index * 0
-    high, low, _, _ = tl.philox(
+    zero = counter * 0
+    a, b, c, d = tl.philox(
         seed,
-        index,
+        counter,
         zero + row_id.to(tl.int32),
         zero + (row_id >> 32).to(tl.int32),
         zero + step.to(tl.int32),
     )
-    return exponential(uniform(high, low))
+    low, high = tl.where(word == 0, a, b), tl.where(word == 2, c, d)
+    return exponential(uniform(tl.where(word < 2, low, high)))

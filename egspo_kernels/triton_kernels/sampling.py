@@ -3,9 +3,9 @@
 Noise for every token would cost many times what memory leaves time for. A thread's columns of a
 segment are a block of the vocabulary: their mass at the sampling temperature is the thread's sum.
 Each block's mass is divided by a standard exponential number, and the largest quotient is drawn:
-a Gumbel maximum, exact for masses of any size. The tokens of that block alone are then drawn alike.
+a Gumbel maximum. The tokens of that block alone are then drawn alike.
 The block that wins a row is one that won its segment, so each segment draws its token itself, and
-the segments' winners compete. :func:`egspo_kernels.reference.sample_tokens` is the definition.
+the segments' winners compete. :mod:`egspo_kernels.reference.sampling` is the definition.
 """
 
 from __future__ import annotations
@@ -101,16 +101,17 @@ def draw_token(
         masses: float32 [THREADS] relative to ``top``.
     """
     lanes = tl.arange(0, THREADS)
-    # The counters of blocks follow those of columns: int32 wraps to 2^31 + block.
-    block = (segment * THREADS + lanes) | -0x80000000
-    scores = masses / exponentials(seed, step, row_id, block)
+    block = segment * THREADS + lanes
+    # The counters of blocks start at 2^31: the sign of an int32.
+    counters = (block // 4) | -0x80000000
+    scores = masses / exponentials(seed, step, row_id, counters, block % 4)
     best = tl.max(scores, 0)
     lane = tl.minimum(first_column(scores == best, lanes), THREADS - 1)
     columns = begin + lanes // GROUP * TILE + lane * GROUP + lanes % GROUP
     x = load_column(start, columns, end, banned, float("-inf"))
     weights, _ = power_terms((x - finite_or_zero(top)) * scale)
-    races = weights / exponentials(seed, step, row_id, columns)
-    races = tl.where(columns < end, races, -1.0)
+    races = weights / exponentials(seed, step, row_id, columns // 4, columns % 4)
+    # A segment of NaN has no winner, but what is sampled must be a token.
     token = first_column(races == tl.max(races, 0), columns)
     return best, tl.minimum(token, VOCAB - 1)
 
