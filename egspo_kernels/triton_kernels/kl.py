@@ -35,7 +35,7 @@ from egspo_kernels.triton_kernels.tiles import (
     exact_maximum,
     finite_or_zero,
     load_ragged,
-    load_tile,
+    load_whole,
     power_terms,
     row_pointer,
     segment_bounds,
@@ -123,7 +123,7 @@ def segment_kl_kernel(
     row = program // segments
     start = row_pointer(logits, row, row_stride, ALIGN)
     ref_start = row_pointer(ref_logits, row, ref_row_stride, REF_ALIGN)
-    begin, pairs_end, end = segment_bounds(program % segments, VOCAB, banned, ALIGNED)
+    begin, pairs_end, end = segment_bounds(program % segments, VOCAB, banned)
     scale = inverse_temperature * LOG2_E
     offset = tl.load(start + begin).to(tl.float32) - tl.load(ref_start + begin).to(tl.float32)
     lowest = tl.full((THREADS,), NO_LOGIT, tl.float32)
@@ -131,7 +131,8 @@ def segment_kl_kernel(
     reference = tl.fma(lowest, scale, 0.0)
     maxima, references, sums = (lowest, lowest), (reference, reference), (zero, zero, zero)
     for first in tl.range(begin, pairs_end, TILE):
-        x, y = load_tile(start, first), load_tile(ref_start, first)
+        x = load_whole(start, first, end, ALIGNED)
+        y = load_whole(ref_start, first, end, ALIGNED)
         maxima, references, sums = accumulate_pair(x, y, offset, scale, maxima, references, sums)
     for first in tl.range(pairs_end, end, TILE):
         x = load_ragged(start, first, end, banned, NO_LOGIT)

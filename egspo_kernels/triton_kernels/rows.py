@@ -40,7 +40,7 @@ from egspo_kernels.triton_kernels.tiles import (
     in_units_of,
     largest_column,
     load_ragged,
-    load_tile,
+    load_whole,
     raise_maximum,
     row_pointer,
     segment_bounds,
@@ -116,7 +116,7 @@ def segment_statistics_kernel(
     segments: tl.constexpr = triton.cdiv(VOCAB, SEGMENT)
     row, width = locate_row(rows, program // segments, row_count, VOCAB)
     start = row_pointer(logits, row, row_stride, ALIGN)
-    begin, pairs_end, end = segment_bounds(program % segments, width, banned, ALIGNED)
+    begin, pairs_end, end = segment_bounds(program % segments, width, banned)
     scale = inverse_temperature * LOG2_E
     maximum = tl.full((THREADS,), NO_LOGIT, tl.float32)
     place = tl.zeros((THREADS,), tl.int32)
@@ -124,7 +124,8 @@ def segment_statistics_kernel(
     total = tl.zeros((THREADS,), tl.float32)
     moment = tl.zeros((THREADS,), tl.float32)
     for first in tl.range(begin, pairs_end, 2 * TILE):
-        left, right = load_tile(start, first), load_tile(start, first + TILE)
+        left = load_whole(start, first, end, ALIGNED)
+        right = load_whole(start, first + TILE, end, ALIGNED)
         maximum, place = raise_maximum(left, first, maximum, place)
         maximum, place = raise_maximum(right, first + TILE, maximum, place)
         both = side_by_side(left, right)

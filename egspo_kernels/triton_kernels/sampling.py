@@ -44,7 +44,7 @@ from egspo_kernels.triton_kernels.tiles import (
     largest_column,
     load_column,
     load_ragged,
-    load_tile,
+    load_whole,
     power_terms,
     raise_maximum,
     row_pointer,
@@ -148,7 +148,7 @@ def segment_sample_kernel(
     segments: tl.constexpr = triton.cdiv(VOCAB, SEGMENT)
     n, segment = program // segments, program % segments
     start = row_pointer(logits, n, row_stride, ALIGN)
-    begin, pairs_end, end = segment_bounds(segment, VOCAB, banned, ALIGNED)
+    begin, pairs_end, end = segment_bounds(segment, VOCAB, banned)
     scale: tl.constexpr = LOG2_E
     own_scale = inverse_temperature * LOG2_E
     entropy_scale = inverse_entropy_temperature * LOG2_E
@@ -163,7 +163,8 @@ def segment_sample_kernel(
     )
     totals, moments = (zero, zero, zero), (zero, zero, zero)
     for first in tl.range(begin, pairs_end, 2 * TILE):
-        left, right = load_tile(start, first), load_tile(start, first + TILE)
+        left = load_whole(start, first, end, ALIGNED)
+        right = load_whole(start, first + TILE, end, ALIGNED)
         maximum, place = raise_maximum(left, first, maximum, place)
         maximum, place = raise_maximum(right, first + TILE, maximum, place)
         both = side_by_side(left, right)

@@ -94,7 +94,7 @@ def load_column(start, columns, end, banned, ABSENT: tl.constexpr):
 
 @triton.jit
 def load_ragged(start, first, end, banned, ABSENT: tl.constexpr):
-    """The same of a tile that is not whole, holds the banned token, or has no alignment.
+    """The same of a tile that is not whole or holds the banned token, or of a row without alignment.
 
     In the registers of the same threads: sums come out the same to the bit.
     """
@@ -113,22 +113,28 @@ def load_ragged(start, first, end, banned, ABSENT: tl.constexpr):
 
 
 @triton.jit
+def load_whole(start, first, end, ALIGNED: tl.constexpr):
+    """The same of a whole tile without the banned token; 16 bytes at a time where rows allow it."""
+    if ALIGNED:
+        x = load_tile(start, first)
+    else:
+        x = load_ragged(start, first, end, -1, NO_LOGIT)
+    return x
+
+
+@triton.jit
 def side_by_side(left, right):
     """[THREADS, 2 GROUP] of two tiles."""
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (THREADS, 2 * GROUP))
 
 
 @triton.jit
-def segment_bounds(segment, width, banned, ALIGNED: tl.constexpr):
-    """First column, end of the pairs of whole tiles without the banned token, end; of a segment.
-
-    A row without alignment has no such pairs.
-    """
+def segment_bounds(segment, width, banned):
+    """First column, end of the pairs of whole tiles without the banned token, end; of a segment."""
     begin = segment * SEGMENT
     end = tl.minimum(begin + SEGMENT, width)
     stop = tl.where(banned >= begin, tl.minimum(end, banned), end)
-    pairs = tl.maximum(stop - begin, 0) // (2 * TILE) if ALIGNED else 0
-    return begin, begin + pairs * (2 * TILE), end
+    return begin, begin + tl.maximum(stop - begin, 0) // (2 * TILE) * (2 * TILE), end
 
 
 @triton.jit
