@@ -56,6 +56,17 @@ def _dependent_launches(target: Any) -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
+def segment_options(registers: int) -> dict[str, Any]:
+    """Launch options of the kernels over segments; registers for a thread, where that can be said.
+
+    Without a limit the compiler spends more on paths that are hardly ever taken.
+    """
+    if triton.knobs.runtime.interpret:
+        return OPTIONS
+    target = triton.runtime.driver.active.get_current_target()
+    return OPTIONS | {"maxnreg": registers} if target.backend == "cuda" else OPTIONS
+
+
 def row_options(dependent: bool) -> dict[str, Any]:
     """Launch options of the kernels that combine the segments of a row."""
     options = OPTIONS | {"num_warps": 1}

@@ -13,15 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    OPTIONS,
     alignment,
     is_aligned,
     on_device_of,
     prepare_logits,
     row_options,
     segment_count,
+    segment_options,
 )
 from egspo_kernels.triton_kernels.rows import (
+    REGISTERS,
     merge_segments,
     row_partials,
     segment_statistics_kernel,
@@ -108,7 +109,7 @@ def log_probs(
                 ALIGN=alignment(logits),
                 ALIGNED=is_aligned(logits),
                 **scalars,
-                **OPTIONS,
+                **segment_options(REGISTERS),
             )
             row_normaliser_kernel[(rows,)](
                 logits,

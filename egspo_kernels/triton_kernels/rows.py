@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    OPTIONS,
     alignment,
     dependent_launches,
     is_aligned,
@@ -24,6 +23,7 @@ from egspo_kernels.triton_kernels.launch import (
     prepare_logits,
     row_options,
     segment_count,
+    segment_options,
 )
 from egspo_kernels.triton_kernels.tiles import (
     LN_2,
@@ -48,6 +48,9 @@ from egspo_kernels.triton_kernels.tiles import (
     strange,
 )
 from egspo_kernels.types import TokenStats
+
+REGISTERS = 40
+"""Of a thread: twelve programs on a processor."""
 
 
 @triton.jit
@@ -241,7 +244,7 @@ def token_stats(
             **scalars,
             ALIGN=alignment(logits),
             ALIGNED=is_aligned(logits),
-            **OPTIONS,
+            **segment_options(REGISTERS),
         )
         row_statistics_kernel[(count,)](
             logits,

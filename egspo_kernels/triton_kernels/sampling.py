@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    OPTIONS,
     alignment,
     dependent_launches,
     is_aligned,
@@ -24,6 +23,7 @@ from egspo_kernels.triton_kernels.launch import (
     prepare_logits,
     row_options,
     segment_count,
+    segment_options,
 )
 from egspo_kernels.triton_kernels.noise import exponentials
 from egspo_kernels.triton_kernels.rows import merge_segments, row_partials
@@ -54,6 +54,8 @@ from egspo_kernels.triton_kernels.tiles import (
 )
 from egspo_kernels.types import SampledTokens
 
+REGISTERS = 48
+"""Of a thread: ten programs on a processor."""
 FIELDS = 8
 """float32 numbers that a segment leaves behind."""
 
@@ -326,7 +328,7 @@ def sample_tokens(
             ALIGN=alignment(logits),
             ALIGNED=is_aligned(logits),
             **scalars,
-            **OPTIONS,
+            **segment_options(REGISTERS),
         )
         row_sample_kernel[(count,)](
             partials, *sampled, **scalars, **row_options(scalars["DEPENDENT"])
