@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from egspo_kernels.checks.arguments import check_index, check_matrix, may_read_values
 from egspo_kernels.dispatch import extension
-from egspo_kernels.dispatch.backend import Dispatcher, always_available
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, cpp_probe
 from egspo_kernels.reference import selection as reference
 
 _REDUCTIONS = {"sum": 0, "mean": 1}  # EGSPO_REDUCE_* in csrc/select_steps.h
@@ -27,14 +27,7 @@ def _probe_cuda(device: torch.device) -> str | None:
     return extension.cuda_device_lacks(device.index)
 
 
-def _probe_cpp(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "runs on CPU tensors only"
-    library = extension.cpu_library()
-    return library if isinstance(library, str) else None
-
-
-_CANDIDATES = {"cuda": _probe_cuda, "cpp": _probe_cpp, "reference": always_available}
+_CANDIDATES = {"cuda": _probe_cuda, "cpp": cpp_probe, "reference": always_available}
 _SELECT_STEPS = Dispatcher("select_steps", _CANDIDATES)
 _SELECT_STEPS_SEGMENTED = Dispatcher("select_steps_segmented", _CANDIDATES)
 

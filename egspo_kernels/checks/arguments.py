@@ -84,7 +84,18 @@ def check_banned(banned_token: int | None, vocab_size: int) -> None:
 
 
 def refuse_float64(*tensors: Tensor | None) -> dict[str, str]:
-    """Triton computes in float32: whether it is refused, and why."""
+    """The backends that compute in float32: whether they are refused, and why."""
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        return {"triton": "it computes in float32, and the input is float64"}
+        why = "it computes in float32, and the input is float64"
+        return {"triton": why, "cpp": why}
+    return {}
+
+
+def refuse_tracing() -> dict[str, str]:
+    """Whether backends that torch.compile cannot trace are refused, and why.
+
+    It compiles the reference itself where that serves.
+    """
+    if torch.compiler.is_compiling():
+        return {"cpp": "torch.compile cannot trace it, and compiles the reference instead"}
     return {}

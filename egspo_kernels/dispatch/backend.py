@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from egspo_kernels.dispatch import extension
+
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 ENVIRONMENT_VARIABLE = "EGSPO_KERNELS_BACKEND"
 
@@ -36,6 +38,14 @@ class UnavailableBackendError(RuntimeError):
 def always_available(device: torch.device) -> None:
     """The probe of a backend that runs everywhere."""
     del device
+
+
+def cpp_probe(device: torch.device) -> str | None:
+    """The probe of every function of the compiled CPU library."""
+    if device.type != "cpu":
+        return "runs on CPU tensors only"
+    library = extension.cpu_library()
+    return library if isinstance(library, str) else None
 
 
 def triton_probe(device: torch.device) -> str | None:

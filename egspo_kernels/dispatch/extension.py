@@ -25,7 +25,17 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _STEPS = (_POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64, _POINTER)
 # token_entropy, step_ids, batch, tokens, row_stride, steps, reduce, limits, k, indices
 _TOKENS = (_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, _INT32, _POINTER, _INT64, _POINTER)
+# rows, row_index, count, targets, logsumexp, entropy, log_prob, argmax, confidence, maximum, total
+_STATS = (_POINTER, _POINTER, _INT64, *(_POINTER,) * 8)
+# rows, row_ids, seed, step, entropy_temperature, token, log_prob, confidence, entropy
+_SAMPLE = (_POINTER, _POINTER, _INT64, _INT64, ctypes.c_double, *(_POINTER,) * 4)
 _CPU_FUNCTIONS = {
+    "egspo_token_stats": _STATS,
+    "egspo_sample_tokens": _SAMPLE,
+    # rows, reference, targets, log_prob, kl, maximum, total, reference_maximum, mean_difference
+    "egspo_row_divergence": (_POINTER,) * 9,
+    # rows, of, gradient, gradient_stride
+    "egspo_row_gradient": (_POINTER, _POINTER, _POINTER, _INT64),
     "egspo_select_steps_f32": _STEPS,
     "egspo_select_steps_f64": _STEPS,
     "egspo_select_steps_segmented_f32": _TOKENS,
@@ -63,9 +73,9 @@ def load_library(path: Path, *, cuda: bool = False) -> ctypes.CDLL:
             function = getattr(library, name)
             function.argtypes = arguments
             function.restype = _INT32
-        if cuda:
-            for name in ("egspo_cuda_error_name", "egspo_cuda_error_string"):
-                getattr(library, name).restype = ctypes.c_char_p
+        texts = ("egspo_cuda_error_name", "egspo_cuda_error_string")
+        for name in texts if cuda else ("egspo_vector_instructions",):
+            getattr(library, name).restype = ctypes.c_char_p
     except AttributeError as error:
         raise OSError(f"{path.name} lacks a function, reinstall egspo: {error}") from error
     if version != _ABI_VERSION:
