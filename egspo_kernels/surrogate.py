@@ -79,8 +79,8 @@ def stepwise_surrogate(
         overwrite_logits: the backward pass writes the gradient into the memory of ``logits``,
             half the memory for logits of a head that nothing else needs. Not with the
             reference, and refused where ``logits`` is a leaf, has overlapping or scattered rows,
-            or shares its memory with ``ref_logits``. Whatever else saved ``logits`` for its own backward pass
-            raises there, as after any in-place operation; so does a second backward pass.
+            or shares its memory with ``ref_logits``. Whatever else saved ``logits`` for its own
+            backward pass raises there, as after any in-place operation; so does a second one.
         backend: ``"auto"`` or a backend name.
 
     Returns:

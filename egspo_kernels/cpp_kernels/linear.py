@@ -84,7 +84,8 @@ class _LinearRows(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         heads = Heads(hidden, weight, bias, ref_hidden, ref_weight)
         scalars = (settings.temperature, settings.banned_token)
-        parts, saved = [], []
+        parts: list[tuple[Tensor | None, ...]] = []
+        saved: list[tuple[Tensor | None, ...]] = []
         keep = keep and any(ctx.needs_input_grad[:3])
         ctx.kept = None
         for chunk in chunks(hidden.shape[0], settings.chunk_rows):
@@ -116,10 +117,10 @@ class _LinearRows(torch.autograd.Function):
                 "linear_token_stats and linear_stepwise_surrogate are differentiable once: "
                 "create_graph=True is not supported"
             )
-        heads, targets, saved = Heads(*ctx.saved_tensors[:5]), ctx.saved_tensors[5], None
+        heads, targets = Heads(*ctx.saved_tensors[:5]), ctx.saved_tensors[5]
         saved = ctx.saved_tensors[6:]
         settings: Settings = ctx.settings
-        wanted = Coefficients(*grads[:3], grads[5])
+        wanted = Coefficients(grads[0], grads[1], grads[2], grads[5])
         gradients = _HeadGradients(heads, ctx.needs_input_grad[:3])
         for chunk in chunks(heads.hidden.shape[0], settings.chunk_rows):
             # The gradient takes the place of the logits: they serve once.
@@ -176,4 +177,4 @@ def _joined(parts: list[tuple[Tensor | None, ...]]) -> tuple[Any, ...]:
     """The parts of each column one after another; one part is as it is."""
     if len(parts) == 1:
         return parts[0]
-    return tuple(None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True))  # type: ignore[arg-type]
+    return tuple(None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True))

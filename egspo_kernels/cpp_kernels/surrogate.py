@@ -37,7 +37,8 @@ def stepwise_surrogate(
             token_reference, _ = log_probs(ref_logits.detach(), targets, *scalars)
         steps = steps.with_reference(token_reference, objective)
     exact = ref_logits if objective.needs_exact_kl else None
-    log_prob, token_kl = _Function.apply(logits, targets, exact, *scalars, overwrite_logits)
+    rows = (logits, targets, exact, *scalars, overwrite_logits)
+    log_prob, token_kl = _Function.apply(*rows)  # type: ignore[no-untyped-call]
     return step_objective(objective, log_prob, steps, token_kl)
 
 

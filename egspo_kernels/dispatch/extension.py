@@ -122,8 +122,10 @@ def cuda_device_lacks(index: int | None) -> str | None:
     return None if status == 0 else describe(library, status)
 
 
-def call(function: str, *arguments: Tensor | int | None) -> None:
+def call(function: str, *arguments: object) -> None:
     """Call a function of the CPU library; tensors pass their address, None a null pointer.
+
+    Others are passed as they are.
 
     Raises:
         RuntimeError: there is no library, or the function reports an error.
@@ -131,7 +133,7 @@ def call(function: str, *arguments: Tensor | int | None) -> None:
     _call(cpu_library(), function, *arguments)
 
 
-def call_cuda(function: str, device: torch.device, *arguments: Tensor | int | None) -> None:
+def call_cuda(function: str, device: torch.device, *arguments: object) -> None:
     """Call a function of the CUDA library on the current stream of ``device``, as :func:`call`."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -146,7 +148,7 @@ def describe(library: ctypes.CDLL, status: int) -> str:
     return f"{name}: {library.egspo_cuda_error_string(status).decode()}"
 
 
-def _call(library: ctypes.CDLL | str, function: str, *arguments: Tensor | int | None) -> None:
+def _call(library: ctypes.CDLL | str, function: str, *arguments: object) -> None:
     if isinstance(library, str):
         raise RuntimeError(library)
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
