@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels.checks.arguments import check_index, check_matrix, may_read_values
+from egspo_kernels.checks.arguments import (
+    check_index,
+    check_integer,
+    check_matrix,
+    may_read_values,
+)
 from egspo_kernels.dispatch import extension
 from egspo_kernels.dispatch.backend import Dispatcher, always_available, cpp_probe
 from egspo_kernels.reference import selection as reference
@@ -58,8 +63,10 @@ def select_steps(
     _check_k(k, entropy.shape[1])
     if limits is not None:
         check_index("limits", limits, len(entropy), entropy.device, entropy.shape[1] + 1)
-    run = _select_steps_operator if torch.compiler.is_compiling() else _select_steps
-    return run(entropy.detach(), k, limits, backend)
+    if torch.compiler.is_compiling():
+        selected: Tensor = _select_steps_operator(entropy.detach(), k, limits, backend)
+        return selected
+    return _select_steps(entropy, k, limits, backend)
 
 
 def select_steps_segmented(
@@ -103,8 +110,11 @@ def select_steps_segmented(
         raise ValueError(f"reduce must be one of {tuple(_REDUCTIONS)}, got {reduce!r}")
     if limits is not None:
         check_index("limits", limits, len(token_entropy), token_entropy.device, num_steps + 1)
-    run = _select_segmented_operator if torch.compiler.is_compiling() else _select_segmented
-    return run(token_entropy.detach(), step_ids, num_steps, k, reduce, limits, backend)
+    arguments = (step_ids, num_steps, k, reduce, limits, backend)
+    if torch.compiler.is_compiling():
+        selected: Tensor = _select_segmented_operator(token_entropy.detach(), *arguments)
+        return selected
+    return _select_segmented(token_entropy, *arguments)
 
 
 # The two functions below are what runs, in eager mode directly and under torch.compile as the
@@ -190,9 +200,7 @@ def _(
     return token_entropy.new_empty(token_entropy.shape[0], k, dtype=torch.int64)
 
 
-def _call_compiled(
-    backend: str, function: str, values: Tensor, *arguments: Tensor | int | None
-) -> None:
+def _call_compiled(backend: str, function: str, values: Tensor, *arguments: object) -> None:
     suffix = _SUFFIXES[values.dtype]
     if backend == "cuda":
         name = f"egspo_cuda_{function}_{suffix}"
@@ -224,8 +232,7 @@ def _check_entropy(name: str, tensor: Tensor) -> None:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    check_integer(name, value)
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}")
 

@@ -10,6 +10,7 @@ from egspo_kernels import reference
 from egspo_kernels.checks.arguments import (
     check_banned,
     check_index,
+    check_integer,
     check_matrix,
     check_row_ids,
     check_step,
@@ -117,7 +118,8 @@ def sample_tokens(
     """
     check_matrix("logits", logits)
     check_temperature(temperature, allow_zero=True)
-    check_temperature(entropy_temperature)
+    check_temperature(entropy_temperature, name="entropy_temperature")
+    check_integer("seed", seed)
     check_banned(banned_token, logits.shape[1])
     check_row_ids(row_ids, logits.shape[0], logits.device)
     check_step(step)
