@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from egspo.config.options import PRESETS, TrainConfig
+from egspo.config.options.run import TrainConfig
+from egspo.config.presets import PRESETS
 from egspo.files import replacing
 
 T = TypeVar("T")
