@@ -96,7 +96,7 @@ def test_everything_that_autograd_keeps_is_moved_once_and_no_parameter(
 ) -> None:
     model = build("llada", 2, torch.float32, lora)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.checkpoint_activations()
     offload = ActivationOffload(model.parameters(), smallest=1)
     with offload(), torch.autocast("cpu", torch.bfloat16):
         output = model(
@@ -174,7 +174,7 @@ def test_a_gpu_holds_less(checkpointing: bool) -> None:
     for on in (False, True):
         model = build("llada", 16, torch.bfloat16, True).cuda()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.checkpoint_activations()
         offload = ActivationOffload(model.parameters())
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
