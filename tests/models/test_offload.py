@@ -35,17 +35,16 @@ def updated(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
     if trainer.denoiser.offload is not None:
         trainer.denoiser.offload.smallest = 1
     seen: list[Any] = []
-    backward = trainer.iteration._backward
+    backward = trainer.engine.backward
 
-    def noting(*arguments: Any, **options: Any) -> Any:
-        outcome = backward(*arguments, **options)
-        seen.append(outcome.loss)
+    def noting(loss: Any, **options: Any) -> None:
+        backward(loss, **options)
+        seen.append(loss.detach())
         seen.extend(
             p.grad.clone() for p in trainer.denoiser.model.parameters() if p.grad is not None
         )
-        return outcome
 
-    monkeypatch.setattr(trainer.iteration, "_backward", noting)
+    monkeypatch.setattr(trainer.engine, "backward", noting)
     trainer.iteration.run(1, [0, 1], 0)
     return trainer, seen
 
