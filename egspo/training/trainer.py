@@ -35,6 +35,7 @@ from egspo.training.evaluation import average, evaluate
 from egspo.training.progress import RunProgress
 from egspo.training.setup import assemble, check_shared, launched, origin
 from egspo.training.state import Termination, copy_weights
+from egspo.training.trackers import tracker_options
 
 logger = logging.getLogger("egspo")
 
@@ -132,6 +133,9 @@ class Trainer:
         self.accelerator.init_trackers(
             "egspo",
             config={k: v if isinstance(v, int | float) else str(v) for k, v in options.items()},
+            init_kwargs=tracker_options(self.output, resumed)
+            if main and "wandb" in self.config.trackers
+            else {},
         )
         if main:
             if resumed is not None:
