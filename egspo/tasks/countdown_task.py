@@ -6,17 +6,19 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from egspo.tasks.answers import FORMAT, extract_answer
+from egspo.tasks.answers import FORMAT, answer_in_tags
 from egspo.tasks.base import SPLITS, Example, Reward, Task, register_task
 from egspo.tasks.countdown import (
     Problem,
     careless_expression,
     evaluate,
+    is_expression,
     make_problems,
     question_key,
     uses_numbers,
 )
 from egspo.tasks.data import Row
+from egspo.tasks.spelling import sides
 from egspo.tasks.splits import load_splits
 
 _COLUMNS = {"nums": list[int], "target": int}
@@ -25,40 +27,49 @@ _INSTRUCTION = (
     "write an arithmetic expression whose value is {target}. Put the expression alone between the "
     "answer tags, without an equals sign."
 )
-_SPELLINGS = {
-    "\u00d7": "*",
-    "\u00f7": "/",
-    "\u2212": "-",
-    "\\times": "*",
-    "\\cdot": "*",
-    "\\div": "/",
-}
+_MAX_ANSWER = 1000
 _WRONG_VALUE = 0.1
 
 
 def extract_expression(completion: str) -> str | None:
-    """The tagged or boxed answer, up to an equals sign, in ``+ - * /``."""
-    answer = extract_answer(completion)
+    """The answer in closed tags, in ``+ - * / ( )``; of an equation both sides."""
+    answer = answer_in_tags(completion)
     return None if answer is None else _plain(answer)
 
 
 def whole_expression(completion: str) -> str | None:
-    """All of the completion, up to an equals sign; None if there is nothing."""
+    """All of the completion, as an answer; None if there is nothing."""
     return _plain(completion) or None
 
 
 def _plain(answer: str) -> str:
-    expression = answer[:1000].partition("=")[0].strip()
-    for spelling, operator in _SPELLINGS.items():
-        expression = expression.replace(spelling, operator)
-    return expression
+    return "=".join(sides(answer)) if len(answer) <= _MAX_ANSWER else answer[:_MAX_ANSWER]
 
 
 def score(expression: str | None, nums: Sequence[int], target: int) -> float:
-    """1.0 for the target, 0.1 for the numbers, each once, with another value; else 0.0."""
-    if expression is None or not uses_numbers(expression, nums):
-        return 0.0
-    return 1.0 if evaluate(expression) == target else _WRONG_VALUE
+    """1.0 for the target, 0.1 for the numbers, each once, with another value; else 0.0.
+
+    An equation is a claim: with the numbers on one side, it counts where every side is an
+    expression, and pays 1.0 where all of them have the value of the target.
+    """
+    return judge(expression, nums, target)[0]
+
+
+def judge(expression: str | None, nums: Sequence[int], target: int) -> tuple[float, str]:
+    """What :func:`score` pays, and why."""
+    if expression is None:
+        return 0.0, "no answer in closed tags"
+    parts = expression.split("=")
+    if not all(map(is_expression, parts)):
+        return 0.0, "no expression of + - * / ( ) and whole numbers"
+    if not any(uses_numbers(part, nums) for part in parts):
+        return 0.0, f"does not use {list(nums)}, each exactly once"
+    for part in parts:
+        value = evaluate(part)
+        if value != target:
+            found = "divides by zero" if value is None else f"is {value}"
+            return _WRONG_VALUE, f"{part.strip()} {found}, not {target}"
+    return 1.0, f"is {target}"
 
 
 @register_task("countdown")
