@@ -28,9 +28,7 @@ _BETWEEN = re.compile(r"</reasoning>\s*<answer>")
 _ANSWER_TAG = re.compile(r"</?answer>")
 _NO_ANSWER = re.compile(r"(?:and|or|to)?", re.IGNORECASE)  # "between <answer> and </answer>"
 # Runs of escapes, and of empty braces, are one token: a megabyte of them takes no second.
-_BOX_OR_BRACE = re.compile(
-    r"\\{1,2}boxed\s*(\{)?|(?:\\(?!\\?boxed).)+|(?:\{\})+|[{}]", re.DOTALL
-)
+_BOX_OR_BRACE = re.compile(r"\\{1,2}boxed\s*(\{)?|(?:\\(?!\\?boxed).)+|(?:\{\})+|[{}]", re.DOTALL)
 _EMPTY_BOX = re.compile(r"\\{1,2}boxed\s*\{\s*\}")
 _SPACING = set("\\ ,;:!\n\t{}")
 _WORD = re.compile(r"[^\s$]+")

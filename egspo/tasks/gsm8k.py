@@ -20,7 +20,9 @@ from egspo.tasks.answers import (
     xml_count,
 )
 from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 _COLUMNS = {"question": str, "answer": str}
@@ -113,6 +115,8 @@ def build_gsm8k(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = FORMAT,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
 ) -> Task:
     """GSM8K, or data in its format: ``question``, and ``answer`` that ends in ``#### 42``.
 
@@ -123,6 +127,9 @@ def build_gsm8k(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every question.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
 
     Raises:
         OSError, ValueError: naming the source, and the column or row that is wrong.
@@ -132,6 +139,9 @@ def build_gsm8k(
         test,
         _COLUMNS,
         key=lambda row: normalise(row["question"]),
+        read=checking(lambda row: _example(row, instruction)),
+        names=ColumnNames(columns, _COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,

@@ -296,7 +296,6 @@ def test_problems_of_a_source(tmp_path: Path) -> None:
         ({"targets": []}, "targets must be"),
         ({"targets": [5000, 6000], "largest": 3}, r"found no problem .* target in \[5000, 6000\]"),
         ({"largest": 2, "numbers": 2}, "found only . of 256 test problems of 2 numbers up to 2"),
-        ({"test": "a.jsonl"}, "test needs train"),
         ({"train": "a.jsonl", "careless": 0.5}, "careless is of made problems"),
         ({"train": "a.jsonl", "largest": 9}, "largest is of made problems"),
         ({"train": "a.jsonl", "targets": [1, 9]}, "targets is of made problems"),
