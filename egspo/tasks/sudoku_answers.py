@@ -17,7 +17,8 @@ CellReward = Callable[[str | None, Puzzle], tuple[float, str]]
 
 _DIGITS = re.compile("[0-9]+")
 _WORD_LABEL = re.compile(
-    r"\b(?:(?:rows|lines) [0-9] ?(?:-|\u2013|to) ?[0-9]|(?:rows?|lines?|r)[ \t#]*[0-9])\b[ \t]*[.:)=-]*",
+    r"\b(?:(?:rows|lines) [0-9] ?(?:-|\u2013|to) ?[0-9]|(?:rows?|lines?|r)[ \t#]*[0-9])\b"
+    r"[ \t]*[.:)=-]*",
     re.IGNORECASE,
 )
 _NUMBER_LABEL = re.compile(r"^[ \t]*[0-9][.:)](?=[ \t])", re.MULTILINE)
