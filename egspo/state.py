@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from egspo.checkpoint import CheckpointError, save_checkpoint
+from egspo.models.experts import stacked
 from egspo.models.lora import POLICY_ADAPTER
 from egspo.optimization import NonFiniteError
 from egspo.parallel.engine import Engine
@@ -50,7 +51,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         tensors = {}
         for file in sorted((folder / WEIGHTS).glob("*.safetensors")):
             tensors.update(load_file(file))
-        outcome = model.load_state_dict(tensors, strict=False)
+        outcome = model.load_state_dict(stacked(tensors), strict=False)
         unexpected, missing = list(outcome.unexpected_keys), list(outcome.missing_keys)
     if unexpected or missing or not tensors:
         raise CheckpointError(

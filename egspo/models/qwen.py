@@ -31,9 +31,7 @@ class QwenAttention(nn.Module):
 
     is_causal = False  # read by transformers' attention functions
 
-    def __init__(
-        self, config: PretrainedConfig, layer: int, *, bias: bool, normed: bool
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, layer: int, *, bias: bool, normed: bool) -> None:
         super().__init__()
         self.layer = layer
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads

@@ -130,13 +130,21 @@ class StrictPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call, u
             ValueError: tensors are missing, unknown or (without ``ignore_mismatched_sizes``) of
                 another shape; the message names them.
         """
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **kwargs,
-        )
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **kwargs,
+            )
+        except RuntimeError as error:
+            if "conversion of the weights" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit {cls.__name__}; experts lack some "
+                "of their tensors, and cannot be stacked: the report above names their layers"
+            ) from error
         model, info = loaded
         shapes = [] if ignore_mismatched_sizes else sorted(info["mismatched_keys"])
         problems = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 from transformers import (
     DeepseekV3Config,
     Qwen3Config,
@@ -19,10 +20,11 @@ from transformers import (
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from egspo.models import LLaDA2Config, SDARConfig, add_lora
+from egspo.models.blocks import Columns, dense_mask, flex_mask
 from egspo.models.experts import Experts, GroupedRouter, Router, stacked
 from tests.families import BLOCK_CAUSAL, make
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+IMPLEMENTATIONS = ("sdpa", "eager")
 BLOCK = 4
 
 
@@ -129,11 +131,17 @@ def plain_llada2(model: Any, ids: Tensor) -> Tensor:
     def experts(x: Tensor, at: str) -> Tensor:
         scores = (x @ weights[at + "gate.weight"].T).sigmoid()
         choice = scores + weights[at + "gate.expert_bias"]
-        size, result = config.num_experts // config.n_group, gated(x, *names(at + "shared_experts."))
+        size, result = (
+            config.num_experts // config.n_group,
+            gated(x, *names(at + "shared_experts.")),
+        )
         for b in range(batch):
             for n in range(length):
                 mine = choice[b, n].tolist()
-                value = [sum(sorted(mine[g * size : g * size + size])[-2:]) for g in range(config.n_group)]
+                value = [
+                    sum(sorted(mine[g * size : g * size + size])[-2:])
+                    for g in range(config.n_group)
+                ]
                 kept = sorted(range(config.n_group), key=lambda g: -value[g])[: config.topk_group]
                 allowed = [e for e in range(config.num_experts) if e // size in kept]
                 chosen = sorted(allowed, key=lambda e: -mine[e])[: config.num_experts_per_tok]
@@ -276,7 +284,7 @@ def test_later_blocks_need_not_exist(input_ids: Tensor, family: str) -> None:
     with torch.no_grad():
         whole = model(input_ids).logits[:, : 2 * BLOCK]
         torch.testing.assert_close(model(input_ids[:, : 2 * BLOCK]).logits, whole)
-        part = model(input_ids[:, :BLOCK + 1]).logits
+        part = model(input_ids[:, : BLOCK + 1]).logits
     assert (part[:, BLOCK] - whole[:, BLOCK]).abs().max() > 1e-3  # of its own block it needs all
 
 
@@ -336,6 +344,42 @@ def test_copies_see_the_blocks_before_them_and_themselves(
             first += canvas.shape[1]
 
 
+def columns_of_a_pass() -> Columns:
+    generator = torch.Generator().manual_seed(4)
+    block = torch.randint(0, 4, (2, 150), generator=generator)
+    stream = torch.randint(0, 3, (2, 150), generator=generator)
+    return Columns(block, stream, torch.rand(2, 150, generator=generator) < 0.8)
+
+
+def test_the_block_mask_of_flex_attention_is_the_dense_mask() -> None:
+    columns = columns_of_a_pass()
+    mask = flex_mask(columns, columns)
+    whole = create_mask(mask.mask_mod, 2, 1, 150, 150, device="cpu")
+    assert torch.equal(whole, dense_mask(columns, columns))
+    clean = Columns(columns.block)
+    whole = create_mask(flex_mask(clean, clean).mask_mod, 2, 1, 150, 150, device="cpu")
+    assert torch.equal(whole, dense_mask(clean, clean))
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("family", BLOCK_CAUSAL)
+def test_flex_attention_gives_the_same(input_ids: Tensor, family: str) -> None:
+    torch.compiler.reset()
+    positions = torch.arange(11)[None]
+    streams = torch.tensor([0] * 7 + [1] * 4).expand(3, -1)
+    outputs = []
+    for implementation in ("sdpa", "flex_attention"):
+        model = make(family, attn_implementation=implementation)
+        with torch.no_grad():
+            plain = model(input_ids, return_cache=True)
+            copies = model(input_ids, position_ids=positions, streams=streams)
+            columns = torch.arange(4, 8).expand(3, -1)
+            cached = model(input_ids[:, 4:8], cache=plain.cache, columns=columns)
+        outputs.append([o.last_hidden_state for o in (plain, copies, cached)])
+    for actual, expected in zip(outputs[1], outputs[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
 def test_misuse_is_refused(input_ids: Tensor) -> None:
     model = make("sdar")
     streams = torch.zeros_like(input_ids)
@@ -366,7 +410,11 @@ def test_misuse_is_refused(input_ids: Tensor) -> None:
         (LLaDA2Config, {"num_experts_per_tok": 129}, "num_experts_per_tok must be <= 128"),
         (LLaDA2Config, {"rotary_dim": 32}, "rotary_dim must be .* = 64, got 32"),
         (LLaDA2Config, {"partial_rotary_factor": 0.0}, "partial_rotary_factor must rotate"),
-        (LLaDA2Config, {"first_k_dense_replace": 21}, r"first_k_dense_replace must be in \[0, 20\]"),
+        (
+            LLaDA2Config,
+            {"first_k_dense_replace": 21},
+            r"first_k_dense_replace must be in \[0, 20\]",
+        ),
     ],
 )
 def test_configurations_refuse_what_they_cannot_honour(
@@ -396,7 +444,8 @@ def test_gradient_checkpointing(input_ids: Tensor, family: str) -> None:
 
 
 TARGETS = {
-    "sdar": {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")},
+    "sdar": {f"self_attn.{n}_proj" for n in "qkvo"}
+    | {f"mlp.{n}_proj" for n in ("gate", "up", "down")},
     "sdar_moe": {f"self_attn.{n}_proj" for n in "qkvo"},
     "llada2": {"attention.query_key_value", "attention.dense"}
     | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}
@@ -420,7 +469,11 @@ def test_adapters_are_on_attention_dense_and_shared_projections(
 
 
 def test_stacking_says_which_expert_is_not_whole() -> None:
-    tensors = {f"m.mlp.experts.{n}.{p}_proj.weight": torch.ones(2, 2) for n in (0, 1) for p in ("gate", "up", "down")}
+    tensors = {
+        f"m.mlp.experts.{n}.{p}_proj.weight": torch.ones(2, 2)
+        for n in (0, 1)
+        for p in ("gate", "up", "down")
+    }
     assert stacked(tensors)["m.mlp.experts.gate_up_proj"].shape == (2, 4, 2)
     del tensors["m.mlp.experts.1.up_proj.weight"]
     with pytest.raises(ValueError, match=r"m\.mlp\.experts\.1 lacks \['up'\]"):
