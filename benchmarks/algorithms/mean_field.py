@@ -23,20 +23,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from egspo.advantages import egspo_advantages, groups_with_spread
-from egspo.batch import Metrics
-from egspo.build import Data
+from egspo.algorithm.advantages import egspo_advantages, groups_with_spread
+from egspo.algorithm.batch import Metrics
+from egspo.algorithm.iteration import Iteration
+from egspo.algorithm.pipeline import Pipeline
 from egspo.config import TrainConfig
-from egspo.denoiser import Denoiser
-from egspo.iteration import Iteration
-from egspo.parallel import Engine
-from egspo.pipeline import Pipeline
-from egspo.processes import Processes
-from egspo.reduction import Count, part
-from egspo.reward_queue import RewardQueue
-from egspo.trainer import Trainer
-from egspo.trajectory import NEVER, PromptBatch, Trajectory
-from egspo.work import peak_memory
+from egspo.engines import Engine
+from egspo.engines.processes import Processes
+from egspo.engines.reduction import Count, part
+from egspo.rewards.queue import RewardQueue
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.trajectory import NEVER, PromptBatch, Trajectory
+from egspo.rollouts.work import peak_memory
+from egspo.tasks.prompts import Data
+from egspo.training.trainer import Trainer
 from egspo_kernels import counter_uniform
 
 PROMPT_MASKED = 0.15
@@ -84,7 +84,7 @@ def counted_tokens(tokens: Tensor, eos_id: int) -> Tensor:
 
 
 class MeanFieldIteration(Iteration):
-    """The algorithm above in the place of EGSPO's; see :class:`egspo.iteration.Iteration`.
+    """The algorithm above in the place of EGSPO's: :class:`egspo.algorithm.iteration.Iteration`.
 
     Raises:
         ValueError: ``config`` asks for what it does not have.

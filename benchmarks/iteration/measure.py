@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from benchmarks.iteration.baseline import Baseline, BaselineOutcome
 from benchmarks.iteration.problem import SIZES, Problem
 from benchmarks.meter import Meter, Mode, PhaseCost, merged
-from egspo.batch import Batch, Metrics
-from egspo.build import Data
+from egspo.algorithm.batch import Batch, Metrics
+from egspo.algorithm.iteration import Iteration
+from egspo.algorithm.replay import Scores
+from egspo.algorithm.states import States
 from egspo.config import TrainConfig
-from egspo.denoiser import Denoiser
-from egspo.iteration import Iteration
-from egspo.optimization import build_optimizer
-from egspo.parallel import WholeModel
-from egspo.processes import Processes
-from egspo.scoring import Scores, States
-from egspo.work import ModelCost, Work
+from egspo.engines import WholeModel
+from egspo.engines.optimization import build_optimizer
+from egspo.engines.processes import Processes
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.work import ModelCost, Work
+from egspo.tasks.prompts import Data
 
 Algorithm = Literal["egspo", "egspo-sa"]
 Implementation = Literal["egspo", "baseline"]
@@ -214,7 +215,7 @@ def flops_at(
     problem: Problem, implementation: Implementation, work: dict[str, Work]
 ) -> dict[str, int]:
     """FLOPs by phase of the passes ``work`` in a model of the sizes of ``problem``, which need not
-    fit anywhere: matrix products, counted from sizes as :mod:`egspo.work` does."""
+    fit anywhere: matrix products, counted from sizes as :mod:`egspo.rollouts.work` does."""
     cost, base = ModelCost.of(problem.meta_model()), ModelCost.of(problem.meta_model(adapted=False))
     assert cost is not None and base is not None
     result: dict[str, int] = {}

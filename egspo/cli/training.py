@@ -82,7 +82,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _configured(args: argparse.Namespace) -> TrainConfig:
-    from egspo.recipe import load_config
+    from egspo.config.recipe import load_config
 
     overrides = args.overrides
     if args.output_dir is not None:
@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace) -> None:
         return
     resume = _prepare_output(args, config)
     configure_output()
-    from egspo.trainer import train
+    from egspo.training.trainer import train
 
     final = train(config, resume=resume)
     if is_main_process():
@@ -138,7 +138,7 @@ def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
         raise ValueError("--dry-run starts nothing: leave out --resume and --overwrite")
     from rich.console import Console
 
-    from egspo.dry_run import DryRunError, dry_run, print_report
+    from egspo.planning.dry_run import DryRunError, dry_run, print_report
 
     report = dry_run(config)
     print_report(report, Console())
@@ -151,7 +151,7 @@ def _sft(args: argparse.Namespace) -> None:
     config = _configured(args)
     resume = _prepare_output(args, config)
     configure_output()
-    from egspo.warm_start import run_sft
+    from egspo.training.warm_start import run_sft
 
     final = run_sft(config, resume=resume)
     if is_main_process():
@@ -160,7 +160,7 @@ def _sft(args: argparse.Namespace) -> None:
 
 def _print_outcome(output: Path, final: Path) -> None:
     """What training achieved on held-out prompts, and where everything is."""
-    from egspo.metrics import read_metrics
+    from egspo.runs.metrics import read_metrics
 
     records = read_metrics(output)
     for name, label in (("eval/reward", "held-out reward"), ("eval/solved", "held-out solved")):
@@ -172,7 +172,7 @@ def _print_outcome(output: Path, final: Path) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     configure_output()
-    from egspo.sweep import PLOT, TABLE, load_sweep, run_sweep
+    from egspo.evaluations.sweep import PLOT, TABLE, load_sweep, run_sweep
 
     sweep = load_sweep(args.sweep)
     if args.output_dir is not None:

@@ -91,8 +91,9 @@ def attend(
 def rope_tables(config: PretrainedConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, float32 [B or 1, 1, S, rotary_dim].
 
-    ``rotary_dim`` is the configuration's, ``head_dim`` where it has none. Computed at every call: a buffer would be rounded by ``.to(bfloat16)``, and be empty after
-    construction on the meta device.
+    ``rotary_dim`` is the configuration's, ``head_dim`` where it has none. Computed at every call:
+    a buffer would be rounded by ``.to(bfloat16)``, and be empty after construction on the meta
+    device.
     """
     dim = getattr(config, "rotary_dim", None) or config.head_dim
     device = position_ids.device

@@ -26,8 +26,8 @@ from benchmarks.iteration.measure import (
 )
 from benchmarks.iteration.problem import SIZES, changed
 from benchmarks.meter import LiveBytes, Meter
-from egspo.optimization import build_optimizer
-from egspo.reduction import merge
+from egspo.engines.optimization import build_optimizer
+from egspo.engines.reduction import merge
 
 SHORT = {"new_tokens": 8, "steps": 4, "block_length": 8}
 PROBLEM = replace(SIZES["tiny"], prompts=2, micro_batch=5, rollout_batch=5, lora_rank=4)

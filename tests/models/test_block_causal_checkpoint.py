@@ -19,7 +19,7 @@ from egspo.models import (
     load_model,
     model_on_meta,
 )
-from egspo.state import load_weights, save_weights
+from egspo.training.state import load_weights, save_weights
 from tests import official
 from tests.families import BLOCK_CAUSAL, FAMILIES, make
 from tests.models.test_dream_checkpoint import assert_same, read_tensors, write_tensors
