@@ -106,7 +106,7 @@ def rope_tables(config: PretrainedConfig, position_ids: Tensor) -> tuple[Tensor,
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` [B, H, S, head_dim], its first dimensions rotated in float32, in its own dtype."""
     wide = x.float()
-    turned, rest = wide.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    turned, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return (torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned).to(x.dtype)

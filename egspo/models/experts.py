@@ -125,7 +125,7 @@ class Experts(nn.Module):
 def _eager(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows [N, D], sorted by expert, times the experts' matrices [E, F, D]: [N, F]."""
     matrices = weight.unbind()
-    parts = rows.split(counts.tolist())
+    parts = torch.split(rows, counts.tolist())
     products = [F.linear(part, matrices[e]) for e, part in enumerate(parts) if len(part)]
     return torch.cat(products)
 
@@ -180,7 +180,7 @@ class GroupedRouter(Router):
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         scores = logits.sigmoid()
-        choice = (scores + self.expert_bias).unflatten(-1, (config.n_group, -1))
+        choice = torch.unflatten(scores + self.expert_bias, -1, (config.n_group, -1))
         groups = choice.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
         kept = torch.zeros_like(choice[..., 0], dtype=torch.bool).scatter(-1, groups, True)
         choice = choice.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
@@ -205,8 +205,10 @@ class MixtureOfExperts(nn.Module):
         """``x`` [B, N, D]."""
         rows = x.flatten(0, 1)
         index, weight = self.gate(rows)
-        result = self.experts(rows, index, weight).view_as(x)
-        return result + self.shared_experts(x) if hasattr(self, "shared_experts") else result
+        result: Tensor = self.experts(rows, index, weight).view_as(x)
+        if hasattr(self, "shared_experts"):
+            result = result + self.shared_experts(x)
+        return result
 
 
 class MixturePreTrainedModel(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unused-ignore]
