@@ -56,6 +56,7 @@ class Iteration:
             config.micro_batch_tokens,
             config.generation,
             denoiser.prediction_shift,
+            denoiser.block_size is not None,
         )
         self.cost = ModelCost.of(denoiser.model)
         self.updated = False

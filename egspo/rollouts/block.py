@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
-from egspo.rollouts.decoding import Decoding
 from egspo.rollouts.decoder import Sequences, Window
+from egspo.rollouts.decoding import Decoding
 from egspo.rollouts.unmasking import Candidates, Step, schedule, unmasking_policy
 from egspo_kernels import SampledTokens, linear_token_stats, sample_tokens
 
@@ -51,10 +51,10 @@ class DenoisedBlock:
 class BlockDenoising:
     """The steps of one block.
 
-    The positions of a block that begins in the prompt, or ends behind the completion, are known
-    there; with fewer masks it takes fewer steps. Without ``threshold`` every count is the schedule's, and nothing is read back from the device
-    before the block is done (but for ``entropy_over: masked``). With it, the masked positions left
-    are read after every step, and sequences that are done with the block leave it.
+    A block that begins in the prompt or ends behind the completion has fewer masks, and takes fewer
+    steps. Without ``threshold`` every count is the schedule's, and nothing is read back from the
+    device before the block is done (but for ``entropy_over: masked``). With it, the masked
+    positions left are read after every step. Sequences that are done with the block leave it.
     """
 
     def __init__(

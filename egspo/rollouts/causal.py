@@ -28,15 +28,6 @@ from egspo.rollouts.trajectory import PromptBatch
 from egspo_kernels import linear_token_stats
 
 
-def block_starts(positions: Tensor, prompt_lengths: Tensor, block_length: int) -> Tensor:
-    """First position of the block that each completion position is in, int64 like ``positions``.
-
-    Negative where that block begins in the prompt.
-    """
-    place = prompt_lengths + positions
-    return place - place % block_length - prompt_lengths
-
-
 @dataclass
 class Steps:
     """What the steps of a block have in common; made by :meth:`CausalDecoder.begin`.

@@ -193,7 +193,9 @@ class Denoiser:
         *,
         keep: bool = False,
     ) -> tuple[Tensor, KeyValueCache | None]:
-        """Hidden states [B, N, D] of clean columns and copies of blocks (:mod:`egspo.models.blocks`).
+        """Hidden states [B, N, D] of clean columns and copies of blocks.
+
+        See :mod:`egspo.models.blocks`.
 
         Args:
             input_ids, position_ids, streams: int64 [B, N].
