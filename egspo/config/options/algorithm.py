@@ -24,15 +24,22 @@ class AlgorithmConfig:
     """Step selection, advantages and loss. A preset fills what the recipe leaves out."""
 
     preset: Preset | None = None
+    """Fills in several options at once, where the recipe leaves them out."""
     group_size: int = 8
+    """Completions of each prompt, compared with each other."""
     selected_steps: int = 8
     """K, denoising steps trained per trajectory."""
     strategy: Strategy = "high_entropy"
+    """Which steps are trained: those of largest entropy, evenly spaced ones, random ones, or
+    all."""
     entropy_share: float | None = None
     """Adaptive K, with ``high_entropy``: of each trajectory the fewest steps that hold this share
     of the entropy of its candidates, at most ``selected_steps``. None trains so many always."""
     entropy_over: EntropyOver = "revealed"
+    """Positions that a step's entropy is over: those it revealed, all masked ones of the block,
+    or all masked ones."""
     entropy_reduce: EntropyReduce = "mean"
+    """Over those positions."""
     entropy_at: Literal["one", "sampling"] = "one"
     """Temperature of the step entropy."""
     stop_at_eos: bool = True
@@ -42,23 +49,37 @@ class AlgorithmConfig:
     lam: float = 0.5
     """Lambda, the weight of the stepwise term."""
     lam_schedule: Literal["constant", "late", "halving"] = "constant"
+    """``late`` grows from 0 at the first denoising step to ``lam`` at the last, ``halving``
+    halves it every ``lam_halving_updates``."""
     lam_halving_updates: int = 100
+    """RL steps."""
     normalize_returns: bool = True
+    """Divide the stepwise return by ``1 + lam``."""
     returns: Literal["joint", "split"] = "joint"
+    """The baseline is subtracted from the whole stepwise return, or (``split``) from the final
+    reward alone."""
     baseline: Literal["rank", "group"] = "rank"
     """Mean over the group at the same selection rank, or over all its selected steps. ``group``
     averages in values of later states of the same trajectory: a bias of order 1 / group_size."""
     scale_by_std: bool = False
+    """Divide advantages by the group's standard deviation, as GRPO does."""
     clip_low: float = 0.2
+    """The probability ratio is clipped to at least ``1 - clip_low``"""
     clip_high: float = 0.5
+    """and at most ``1 + clip_high``."""
     beta: float = 0.04
+    """Weight of the KL to the reference policy; 0 loads and computes none."""
     kl: Literal["k3", "exact"] = "k3"
+    """An estimate from the step's log-ratio, or the sum over the vocabulary."""
     reference_every: int | None = None
     """RL steps between two refreshes of the reference policy by the policy; null never refreshes:
     the KL then goes to what training began from."""
     reference_blend: float = 1.0
     """Share of the policy in a refresh: 1 copies it; of adapters, factors are blended."""
     aggregation: Literal["sum", "mean", "exact"] = "sum"
+    """``sum``: the log-ratio is summed over a step's tokens and the loss divided by their
+    number (the published code); ``mean``: mean log-ratio; ``exact``: neither division, which is
+    unbiased where steps differ in size."""
     ratio_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
     schedule: Literal["joint", "per_step"] = "joint"

@@ -12,6 +12,7 @@ class CheckpointConfig:
     every: int = 50
     """RL steps between checkpoints; 0 saves at the end only."""
     keep_last: int = 2
+    """Checkpoints; older ones are removed."""
     keep_best: bool = True
     """Also save the step of the best held-out reward so far, and keep it."""
 

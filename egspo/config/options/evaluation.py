@@ -17,6 +17,7 @@ class EvalConfig:
     examples: int | None = None
     """Held-out prompts; None for all of them."""
     temperature: float = 0.0
+    """0 is greedy."""
     patience: int | None = None
     """Stop after so many evaluations in a row without a better held-out reward; None never does."""
 

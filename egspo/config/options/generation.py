@@ -18,9 +18,13 @@ class GenerationConfig:
     """How a completion is denoised."""
 
     max_new_tokens: int = 256
+    """Length of a completion."""
     steps: int = 128
+    """Denoising steps of a completion, split evenly over its blocks."""
     block_length: int = 32
+    """Tokens denoised together; blocks go from left to right."""
     temperature: float = 0.9
+    """Of the sampling; 0 decodes greedily, which training cannot use."""
     policy: Policy = "max_prob"
     """Which positions are unmasked first. ``low_confidence`` is the published code's order; its
     step log-probability is a surrogate, the others' is exact."""

@@ -13,8 +13,11 @@ class LoraConfig:
     """Low-rank adapters on the seven projections of every block (never the LM head)."""
 
     rank: int = 128
+    """Columns of each factor."""
     alpha: int = 64
+    """The product of the factors is scaled by ``alpha / rank``."""
     dropout: float = 0.05
+    """Of the adapter's inputs, where training is supervised: RL runs without."""
     target_modules: list[str] | None = None
     """Module names or suffixes; None for all seven projections."""
 
@@ -42,12 +45,14 @@ class ModelConfig:
     """``nf4``: the frozen base under an adapter in 4 bits (QLoRA), by bitsandbytes. The head stays
     in ``dtype``."""
     attn_implementation: str = "sdpa"
+    """As transformers names them, for example ``eager``, ``sdpa`` or ``flash_attention_2``."""
     gradient_checkpointing: bool = False
     """The backward pass computes each layer again, and only the layers' inputs are kept for it."""
     activation_offload: bool = False
     """What is kept for the backward pass is kept in host memory: all of it, or with
     ``gradient_checkpointing`` the layers' inputs."""
     lora: LoraConfig | None = None
+    """A new adapter to train over the frozen base; null trains all weights."""
     adapter: str | None = None
     """Folder of an adapter in PEFT format to continue from."""
 

@@ -32,7 +32,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output_dir: str = "runs/egspo"
+    """Folder of the run: metrics, checkpoints, samples and the final model."""
     seed: int = 0
+    """Of prompts, noise and a new model's weights; a run is a function of it."""
     steps: int = 100
     """RL iterations: rollout, select, score, update."""
     pipeline: bool = False

@@ -14,8 +14,11 @@ class SFTConfig:
     """Masked-diffusion supervised training: the warm start of a new model, or ``egspo sft``."""
 
     steps: int = 1000
+    """Optimizer steps."""
     batch_size: int = 64
+    """Examples of a step."""
     seed: int = 0
+    """Of masks and order."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Over ``task.options``, for the supervised examples alone: easier ones, for example. Options
     that decide which examples are held out must stay as they are."""
@@ -25,6 +28,7 @@ class SFTConfig:
         )
     )
     log_every: int = 20
+    """Steps between two lines of ``sft_metrics.jsonl``."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):

@@ -13,10 +13,12 @@ class TaskConfig:
     """The task by registered name; ``options`` go to its builder."""
 
     name: str = "sudoku"
+    """A task of the package, or one that ``file`` registers."""
     file: str | None = None
     """Python file that registers the task; like every path of a recipe, relative to the working
     directory. A run keeps a copy, and only continues with the same content."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Of the task's builder; ``egspo data show TASK`` lists them."""
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Weights by reward name; rewards not named keep the task's."""
     intermediate_rewards: list[str] | None = None
