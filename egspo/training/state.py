@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -39,6 +40,13 @@ def save_weights(model: nn.Module, folder: Path, weights: dict[str, Tensor] | No
     chosen = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(model, PeftModel) else {}
     model.save_pretrained(target, state_dict=weights, **chosen)  # type: ignore[operator]
     return target
+
+
+def copy_weights(source: Path, folder: Path) -> None:
+    """Put into ``folder`` the model, or adapter, of the checkpoint ``source``."""
+    for name in (WEIGHTS, ADAPTER):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -80,8 +88,8 @@ class TrainingState:
         keep_last: int,
         keep: int | None = None,
         main: bool = True,
-    ) -> None:
-        """Checkpoint after ``step`` under ``folder``, written by the ``main`` process.
+    ) -> Path | None:
+        """Checkpoint after ``step`` under ``folder``, which the ``main`` one writes and returns.
 
         Of a sharded engine every process calls this; of another only the main one needs to.
 
@@ -90,7 +98,7 @@ class TrainingState:
         """
         weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
         if not main:
-            return
+            return None
         for name, parameter in self.model.named_parameters():
             value = parameter if weights is None else weights[name]
             if parameter.requires_grad and not bool(value.isfinite().all()):
@@ -104,7 +112,7 @@ class TrainingState:
             )
             (path / STATE).write_text(json.dumps({"command": self.command, "step": step}))
 
-        save_checkpoint(folder, step, write, keep_last=keep_last, keep=keep)
+        return save_checkpoint(folder, step, write, keep_last=keep_last, keep=keep)
 
     def load(self, path: Path) -> None:
         """Restore optimizer and schedule in place; the weights were before they were sharded."""

@@ -104,7 +104,7 @@ def test_same_loss() -> None:
     bench = trained_bench()
     config = bench.problem.config(stepwise=True)
     iteration = bench.egspo("egspo-sa", bench.meter("time"))
-    iteration.meter = bench.meter("time")
+    iteration.phase.meter = bench.meter("time")
     loss = merge([iteration.run(1, [0, 1], 0)])["loss"]
     _, theirs = bench.baseline("egspo-sa", bench.meter("time"))
     assert config.algorithm.beta > 0 and abs(loss) > 1e-6

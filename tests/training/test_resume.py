@@ -231,7 +231,7 @@ def test_interrupted_and_resumed_is_bit_identical(changes: dict[str, Any], tmp_p
             3,
             ["step-000002"],
         ),  # after step 4, unrecorded
-        ("egspo.algorithm.iteration.warn_of_failures", 7, ["step-000003"]),
+        ("egspo.algorithm.phases.rewards.warn_of_failures", 7, ["step-000003"]),
     ],
 )
 def test_only_whole_steps_are_saved(
