@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from egspo.engines.optimization import NonFiniteError
 from egspo.engines.whole import Engine
 from egspo.files import CheckpointError
+from egspo.models.experts import stacked
 from egspo.models.lora import POLICY_ADAPTER
 from egspo.runs.checkpoint import save_checkpoint
 
@@ -59,7 +60,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         tensors = {}
         for file in sorted((folder / WEIGHTS).glob("*.safetensors")):
             tensors.update(load_file(file))
-        outcome = model.load_state_dict(tensors, strict=False)
+        outcome = model.load_state_dict(stacked(tensors), strict=False)
         unexpected, missing = list(outcome.unexpected_keys), list(outcome.missing_keys)
     if unexpected or missing or not tensors:
         raise CheckpointError(
