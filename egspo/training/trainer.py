@@ -15,18 +15,18 @@ from egspo.config import TrainConfig
 from egspo.config.recipe import config_to_dict, save_config
 from egspo.engines.optimization import NonFiniteError, advance
 from egspo.engines.reduction import merge
+from egspo.files import remove_partial
 from egspo.inspection.plotting import plot_run
 from egspo.inspection.sample_table import SampleTable
 from egspo.runs.checkpoint import (
     CHECKPOINTS,
     check_writable,
     list_checkpoints,
-    publish,
     remove_later,
-    remove_partial,
     step_of,
 )
 from egspo.runs.metrics import MetricsWriter, read_metrics
+from egspo.runs.published import publish
 from egspo.runs.samples import carry_samples, write_group
 from egspo.training.best import BestSoFar
 from egspo.training.continuation import flat

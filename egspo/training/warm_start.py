@@ -17,17 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from egspo.config import CheckpointConfig, GenerationConfig, TrainConfig
 from egspo.config.recipe import save_config
-from egspo.files import CheckpointError
+from egspo.files import CheckpointError, remove_partial
 from egspo.rollouts.denoiser import Denoiser
 from egspo.runs.checkpoint import (
     CHECKPOINTS,
     check_unclaimed,
     check_writable,
     find_checkpoint,
-    publish,
-    remove_partial,
-    verify_checkpoint,
 )
+from egspo.runs.published import publish, verify_published
 from egspo.serving.named_model import save_generation_config
 from egspo.tasks import Example
 from egspo.tasks.prompts import Data, build_data, supervised_examples
@@ -122,7 +120,7 @@ def kept_base(
     target = output / BASE
     earlier = None if resumed is None else resumed / BASE
     if main and earlier is not None and earlier.is_dir():
-        verify_checkpoint(earlier)
+        verify_published(earlier)
         if earlier.resolve() != target.resolve():
             publish(target, lambda path: shutil.copytree(earlier / WEIGHTS, path / WEIGHTS))
     elif main:
@@ -132,7 +130,7 @@ def kept_base(
 
 def _is_complete(cached: Path) -> bool:
     try:
-        verify_checkpoint(cached)
+        verify_published(cached)
     except CheckpointError as error:
         if cached.exists():
             logger.warning("the cached warm start is made anew: %s", error)
