@@ -7,12 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from egspo.files import CheckpointError, partial_path, set_aside
+from egspo.files import CheckpointError, partial_path
 from egspo.runs.published import (
     MANIFEST,
-    NotOursError,
-    check_ours,
-    delete_published,
+    clear,
     is_intact,
     publish,
     verify_published,
@@ -47,11 +45,11 @@ def save_checkpoint(
     """
     target = folder / f"{_PREFIX}{step:06d}"
     if not is_intact(target):
-        _clear(target)
+        clear(target)
         publish(target, write)
     others = [path for path in list_checkpoints(folder) if step_of(path) != keep]
     for old in others[:-keep_last]:
-        _clear(old)
+        clear(old)
     return target
 
 
@@ -84,7 +82,7 @@ def remove_later(folder: Path, step: int) -> None:
     """Delete checkpoints of steps after ``step``: a run that goes on from there makes them anew."""
     for path in folder.glob(f"{_PREFIX}*"):
         if step_of(path) > step:
-            _clear(path)
+            clear(path)
 
 
 def find_checkpoint(where: Path) -> Path:
@@ -144,18 +142,6 @@ def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir")
             f"{name} {folder} has {free / 1e9:.3g} GB free, what this run saves there needs "
             f"{needed_bytes / 1e9:.3g} GB: free some space or lower checkpoint.keep_last"
         )
-
-
-def _clear(path: Path) -> None:
-    """Delete a checkpoint; what is there instead, or was added to it, is kept elsewhere."""
-    if not path.exists():
-        return
-    try:
-        check_ours(path)
-    except NotOursError as error:
-        logger.warning("%s; it is kept in %s", error, set_aside(path))
-    else:
-        delete_published(path)
 
 
 def step_of(path: Path) -> int:

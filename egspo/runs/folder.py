@@ -32,15 +32,21 @@ def claim(folder: Path) -> None:
     Raises:
         NotOursError: it has something where the run would write; nothing is touched.
     """
-    mark = folder / MARK
-    if not mark.is_file() and not list_checkpoints(folder / CHECKPOINTS):
-        found = [name for name in _WRITTEN if os.path.lexists(folder / name)]
-        if found:
-            raise NotOursError(
-                f"output_dir {folder} is no run of egspo and has {', '.join(found)}, which a run "
-                "would replace: choose another output_dir, or move them away"
-            )
+    check_run(folder)
     for name in PUBLISHED:
         check_ours(folder / name)
+    mark = folder / MARK
     if not mark.is_file():
         mark.write_text("A run of egspo: it replaces what it wrote here, and nothing else.\n")
+
+
+def check_run(folder: Path) -> None:
+    """Raises :class:`NotOursError` where ``folder`` is no run and has what one would replace."""
+    if (folder / MARK).is_file() or list_checkpoints(folder / CHECKPOINTS):
+        return
+    found = [name for name in _WRITTEN if os.path.lexists(folder / name)]
+    if found:
+        raise NotOursError(
+            f"output_dir {folder} is no run of egspo and has {', '.join(found)}, which a run "
+            "would replace: choose another output_dir, or move them away"
+        )

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from egspo.files import CheckpointError, partial_path, sync
+from egspo.files import CheckpointError, partial_path, set_aside, sync
+
+logger = logging.getLogger("egspo")
 
 MANIFEST = "manifest.json"
 
@@ -34,7 +38,8 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
     Raises:
         NotOursError: there is something else at ``target``; nothing is touched.
     """
-    check_ours(target)
+    if replace:
+        check_ours(target)
     partial = partial_path(target)
     partial.mkdir(parents=True)
     try:
@@ -42,17 +47,20 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
         (partial / MANIFEST).write_text(json.dumps(_inventory(partial), indent=1))
         for path in (*partial.rglob("*"), partial):
             sync(path)
-        if not replace and is_intact(target):
-            shutil.rmtree(partial)
-            return
-        check_ours(target)
-        if os.path.lexists(target):
+        if not replace:
+            with suppress(OSError):  # ENOTEMPTY: it is there
+                partial.rename(target)
+                sync(target.parent)
+            if is_intact(target):
+                return
+            clear(target)
+        elif os.path.lexists(target):
+            check_ours(target)
             delete_published(target)
         partial.rename(target)
         sync(target.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def check_ours(target: Path) -> None:
@@ -80,6 +88,19 @@ def delete_published(path: Path) -> None:
     partial = partial_path(path)
     path.rename(partial)
     shutil.rmtree(partial)
+
+
+def clear(path: Path) -> None:
+    """Delete what was published at ``path``; what is there instead, or was added, is kept beside
+    it under another name."""
+    if not os.path.lexists(path):
+        return
+    try:
+        check_ours(path)
+    except NotOursError as error:
+        logger.warning("%s; it is kept in %s", error, set_aside(path))
+    else:
+        delete_published(path)
 
 
 def verify_published(path: Path) -> None:

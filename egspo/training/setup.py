@@ -18,27 +18,15 @@ from egspo.engines import Engine, build_engine, choose_engine, with_accelerate_o
 from egspo.engines.build import Chosen
 from egspo.engines.optimization import build_scheduler
 from egspo.engines.processes import Processes, process_state
-from egspo.files import PARTIAL
 from egspo.models.quantization import check_quantization
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.graphs import check_device
-from egspo.runs.checkpoint import (
-    CHECKPOINTS,
-    check_unclaimed,
-    check_writable,
-    find_checkpoint,
-)
+from egspo.runs.checkpoint import check_writable
 from egspo.tasks.prompts import Data, build_data
 from egspo.training.build import base_model, build_denoiser, check_data, check_trackers, fresh_model
-from egspo.training.continuation import check_continuation
+from egspo.training.continuation import Resume, chosen_checkpoint
 from egspo.training.state import WEIGHTS, TrainingState, load_weights, resumed_step, trained_bytes
 from egspo.training.warm_start import kept_base, needs_base, save_model, warm_start
-
-
-Resume = Path | Literal["auto"] | None
-"""A checkpoint, or a run whose newest one to go on from; :data:`AUTO`; None begins."""
-AUTO = "auto"
-"""From the newest intact checkpoint in the output folder, or from the beginning without one."""
 
 
 @dataclass(frozen=True)
@@ -111,48 +99,15 @@ def launched(config: TrainConfig) -> Launch:
     return Launch(config, accelerator, processes, engine)
 
 
-def occupy(config: TrainConfig, processes: Processes) -> RunLock | None:
-    """The output folder made ready for this run alone; the lock is the main process's.
-
-    Raises:
-        NotOursError: the folder has something else where the run would write.
-        OSError: it cannot be written, or is not the same folder in all processes.
-        RunLockedError: another run goes there.
-    """
-    output = Path(config.output_dir)
-    taken: list[RunLock] = []
-
-    def take() -> None:
-        check_writable(output, 0)
-        taken.append(RunLock(output))
-        claim(output)
-
-    try:
-        processes.on_main(take)
-        check_writable(output, 0)
-        _check_shared(output, processes)
-    except BaseException:
-        for lock in taken:
-            lock.release()
-        raise
-    return taken[0] if taken else None
-
-
 def origin(config: TrainConfig, resume: Resume) -> Origin:
-    """The checkpoint at ``resume`` or of the run there, if a run with ``config`` may go on from it.
+    """What a run with ``config`` goes on from.
 
     Raises:
-        CheckpointError: it may not, or the output has checkpoints of another run.
+        CheckpointError: it may not go on from there, or the output has checkpoints of another run.
     """
-    output = Path(config.output_dir)
-    if resume == AUTO:
-        checkpoint = newest_intact(output)
-    else:
-        checkpoint = None if resume is None else find_checkpoint(resume)
-    check_unclaimed(output / CHECKPOINTS, checkpoint)
+    checkpoint = chosen_checkpoint(config, resume, "train")
     if checkpoint is None:
         return Origin()
-    check_continuation(config, checkpoint.parent.parent, "train")
     return Origin(checkpoint, resumed_step(checkpoint, "train", "steps", config.steps))
 
 
@@ -189,23 +144,6 @@ def assemble(launch: Launch, origin: Origin) -> Parts:
     if origin.checkpoint is not None:
         state.load(origin.checkpoint)
     return Parts(launch, origin, data, denoiser, reference, engine, state)
-
-
-def _check_shared(output: Path, processes: Processes) -> None:
-    """What one process writes, those on other machines must find; raises OSError."""
-    probe = output / f"{PARTIAL}shared"
-    if processes.is_main:
-        probe.touch()
-    processes.gather(None)
-    seen = processes.gather(probe.exists())
-    if processes.is_main:
-        probe.unlink()
-    blind = [rank for rank, found in enumerate(seen) if not found]
-    if blind:
-        raise OSError(
-            f"output_dir {output} is not the same folder in all processes: {blind} do not "
-            "see what process 0 wrote; put it on a shared file system"
-        )
 
 
 def _check_work(config: TrainConfig, processes: Processes) -> None:
