@@ -13,6 +13,7 @@ from egspo.files import set_aside
 
 if TYPE_CHECKING:
     from egspo.config import TrainConfig
+    from egspo.training.continuation import Resume
 
 _TRAIN_EPILOG = """\
 overrides:
@@ -26,6 +27,9 @@ overrides:
 an interrupted run:
     egspo {command} RECIPE --resume              from the newest checkpoint in output_dir
     egspo {command} RECIPE --resume FOLDER       from that checkpoint, or that run's newest
+    egspo {command} RECIPE --resume auto         the same command for the first start and every
+                                         restart: from the newest intact checkpoint in
+                                         output_dir, from the beginning without one
 """
 _PROCESSES_EPILOG = """
 several GPUs:
@@ -70,29 +74,39 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="CHECKPOINT_OR_RUN",
-        help="continue; without a value from the newest checkpoint in output_dir",
+        help="continue; without a value from the newest checkpoint in output_dir; auto: begin "
+        "where there is none yet",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
         help="start over where there is a run; the old folder is kept as DIR.old-TIMESTAMP",
     )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="only print the effective recipe, with what each value came from",
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="same as output_dir=DIR")
     parser.add_argument("--seed", type=int, metavar="N", help="same as seed=N")
 
 
 def _configured(args: argparse.Namespace) -> TrainConfig:
-    from egspo.recipe import load_config
+    from egspo.config.recipe import load_config
 
-    overrides = args.overrides
+    return load_config(args.recipe, _overrides(args))
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    overrides = list(args.overrides)
     if args.output_dir is not None:
-        overrides = [*overrides, f"output_dir={json.dumps(args.output_dir)}"]
+        overrides.append(f"output_dir={json.dumps(args.output_dir)}")
     if args.seed is not None:
-        overrides = [*overrides, f"seed={args.seed}"]
-    return load_config(args.recipe, overrides)
+        overrides.append(f"seed={args.seed}")
+    return overrides
 
 
-def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | None:
+def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Resume:
     """Keep what earlier runs produced; returns what to resume from.
 
     Raises:
@@ -101,12 +115,19 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
     output = Path(config.output_dir)
     if args.resume is not None and args.overwrite:
         raise ValueError("--resume continues a run, --overwrite starts over: give one of them")
+    if args.resume == "auto":
+        return "auto"
     resume = None if args.resume is None else Path(args.resume or output)
     continued = resume is not None and resume.resolve().is_relative_to(output.resolve())
     occupied = any((output / name).exists() for name in _METRICS_FILES)
     if not occupied or continued or not is_main_process():
         return resume
     if args.overwrite:
+        from egspo.runs.folder import check_run
+        from egspo.runs.lock import RunLock
+
+        check_run(output)
+        RunLock(output).release()  # nobody else is writing there
         print(f"egspo: the earlier run is kept in {set_aside(output)}", file=sys.stderr)
         return None
     finished = (output / "final").is_dir()
@@ -114,19 +135,24 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
     if any((output / "checkpoints").glob("step-*")):
         longer = " steps=N   train it further, to N steps" if finished else "   continue it"
         lines.append(f"  --resume{longer}")
+    else:
+        lines.append("  --resume auto   begin again: it has no checkpoint yet")
     lines.append("  --overwrite   start over; the old folder is renamed, not deleted")
     lines.append("  --output-dir DIR   start another run beside it")
     raise ValueError("\n".join(lines))
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.print_config:
+        _print_config(args)
+        return
     config = _configured(args)
     if args.dry_run:
         _dry_run(args, config)
         return
     resume = _prepare_output(args, config)
     configure_output()
-    from egspo.trainer import train
+    from egspo.training.trainer import train
 
     final = train(config, resume=resume)
     if is_main_process():
@@ -138,7 +164,7 @@ def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
         raise ValueError("--dry-run starts nothing: leave out --resume and --overwrite")
     from rich.console import Console
 
-    from egspo.dry_run import DryRunError, dry_run, print_report
+    from egspo.planning.dry_run import DryRunError, dry_run, print_report
 
     report = dry_run(config)
     print_report(report, Console())
@@ -147,11 +173,21 @@ def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
         raise DryRunError(f"{args.recipe} would not run: {names}")
 
 
+def _print_config(args: argparse.Namespace) -> None:
+    from egspo.config.describe import with_origins
+    from egspo.config.recipe import load_with_origins
+
+    print(with_origins(*load_with_origins(args.recipe, _overrides(args))), end="")
+
+
 def _sft(args: argparse.Namespace) -> None:
+    if args.print_config:
+        _print_config(args)
+        return
     config = _configured(args)
     resume = _prepare_output(args, config)
     configure_output()
-    from egspo.warm_start import run_sft
+    from egspo.training.warm_start import run_sft
 
     final = run_sft(config, resume=resume)
     if is_main_process():
@@ -160,7 +196,7 @@ def _sft(args: argparse.Namespace) -> None:
 
 def _print_outcome(output: Path, final: Path) -> None:
     """What training achieved on held-out prompts, and where everything is."""
-    from egspo.metrics import read_metrics
+    from egspo.runs.metrics import read_metrics
 
     records = read_metrics(output)
     for name, label in (("eval/reward", "held-out reward"), ("eval/solved", "held-out solved")):
@@ -172,7 +208,7 @@ def _print_outcome(output: Path, final: Path) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     configure_output()
-    from egspo.sweep import PLOT, TABLE, load_sweep, run_sweep
+    from egspo.evaluations.sweep import PLOT, TABLE, load_sweep, run_sweep
 
     sweep = load_sweep(args.sweep)
     if args.output_dir is not None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from egspo.best import HELD_OUT
-from egspo.checkpoint import (
-    CHECKPOINTS,
-    CheckpointError,
-    list_checkpoints,
-    step_of,
-    verify_checkpoint,
-)
-from egspo.metrics import read_metrics
+from egspo.files import CheckpointError
+from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, step_of
+from egspo.runs.metrics import read_metrics
+from egspo.runs.published import verify_published
+from egspo.training.best import HELD_OUT
 
 logger = logging.getLogger("egspo")
 
@@ -48,7 +44,7 @@ def choose_checkpoint(run: Path, which: str) -> Path:
         chosen = by_step[int(which)]
     else:
         raise ValueError(f"a checkpoint is best, last or a step, got {which!r}")
-    verify_checkpoint(chosen)
+    verify_published(chosen)
     return chosen
 
 
