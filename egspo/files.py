@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,24 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     yield temporary
     temporary.replace(path)
+
+
+def read_user_text(path: str | Path) -> str:
+    r"""The text of a file that a user wrote, ``-`` for standard input.
+
+    In UTF-8, with or without a byte order mark; every end of line becomes ``\n``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    if str(path) == "-":
+        text = sys.stdin.read().removeprefix("\ufeff")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def set_aside(path: Path) -> Path:

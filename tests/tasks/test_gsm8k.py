@@ -13,7 +13,8 @@ import pytest
 from egspo.rewards.scoring import score_completions
 from egspo.tasks import Task, build_task
 from egspo.tasks.answers import in_format
-from egspo.tasks.gsm8k import correctness, integer, number, solved
+from egspo.tasks.gsm8k import correctness, integer, solved
+from egspo.tasks.numbers import number
 from tests.tasks.hostile import HUGE, SMALL
 
 ROWS = [
