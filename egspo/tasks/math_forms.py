@@ -39,11 +39,16 @@ _SCIENTIFIC = re.compile(
 
 
 def normalised(text: str) -> str:
-    """Without a full stop at the end, and with bases that algebra cannot overlook."""
-    text = text.strip()
-    if text.endswith(".") and not text.endswith(".."):
-        text = text[:-1].rstrip()
+    """Without dollars around it and a full stop, and with bases that algebra cannot overlook."""
+    text = _without_stop(text)
+    if len(text) > 1 and text[0] == text[-1] == "$" and not text.endswith("\\$"):
+        text = _without_stop(text[1:-1])
     return _BASE.sub(_base_name, text)
+
+
+def _without_stop(text: str) -> str:
+    text = text.strip()
+    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
 def _base_name(match: re.Match[str]) -> str:
