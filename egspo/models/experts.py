@@ -242,3 +242,10 @@ class MixturePreTrainedModel(StrictPreTrainedModel):  # type: ignore[no-untyped-
                 module.expert_bias.zero_()
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def freeze_routers(model: nn.Module) -> None:
+    """Keep the choice of experts from being trained; without routers, nothing changes."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.requires_grad_(False)
