@@ -81,7 +81,10 @@ def test_a_new_model_from_warm_start_to_text(
     model = tmp_path / "run" / "final" / "model"
     assert load_model(model).config.model_type == FAMILIES[family]["model_type"]
     capsys.readouterr()
-    main(["generate", str(tmp_path / "run"), "12", "--json", "--step-map"])
+    main(
+        ["generate", "--model", str(tmp_path / "run"), "--prompt", "12", "--format", "jsonl"]
+        + ["--step-map"]
+    )
     answer = json.loads(capsys.readouterr().out.splitlines()[0])
     assert answer["index"] == 0 and answer["step_map"]
     main(["inspect", str(tmp_path / "run")])
@@ -99,7 +102,7 @@ def test_an_adapter_on_a_checkpoint_and_its_export(
     }
     train(config(tmp_path / "run", LETTERS, changes))
     check(tmp_path / "run")
-    main(["export", str(tmp_path / "run"), str(tmp_path / "merged")])
+    main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "merged")])
     merged = load_model(tmp_path / "merged", dtype=torch.float32)
     before = load_model(base, dtype=torch.float32)
     moved = {
@@ -118,7 +121,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(
 ) -> None:
     train(recipe(family, tmp_path / "whole"))
     train(recipe(family, tmp_path / "parts", {"steps": 2}))
-    main(["train", "--resume", str(tmp_path / "parts"), "steps=4"])
+    train(recipe(family, tmp_path / "parts"), resume=tmp_path / "parts")
     assert runs.outcome(tmp_path / "parts") == runs.outcome(tmp_path / "whole")
 
 
@@ -130,7 +133,7 @@ def test_supervised_training_and_what_a_dry_run_says(
     save_config(recipe(family, tmp_path / "sft", SFT), file)
     main(["train", str(file), "--dry-run"])
     assert "failed" not in capsys.readouterr().out
-    main(["plan", str(file), "--gpu-memory", "24"])
+    main(["plan", str(file), "--gpu-memory", "24GB"])
     assert "GiB" in capsys.readouterr().out
     main(["sft", str(file)])
     losses = [json.loads(line)["loss"] for line in (tmp_path / "sft" / "sft_metrics.jsonl").open()]
