@@ -190,7 +190,8 @@ class CausalDecoder:
             F.pad(stream, (clean, 0)).expand(trajectories, -1),
             keep=keep,
         )
-        rows = torch.unflatten(hidden[:, clean:], 1, (copies, size))[place, number]
+        drawn = hidden[:, clean:]
+        rows = drawn.reshape(len(drawn), copies, size, -1)[place, number]
         if cache is None:
             return Window(rows, start), None
         return Window(rows, start), Replayed(prompts, cache.narrow(0, clean), place, start)
