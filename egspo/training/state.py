@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from egspo.engines.optimization import NonFiniteError
 from egspo.engines.whole import Engine
 from egspo.files import CheckpointError
+from egspo.models.experts import stacked
 from egspo.models.lora import POLICY_ADAPTER
 from egspo.runs.checkpoint import intact_hint, save_checkpoint
 
@@ -67,6 +68,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}
         for file in sorted((folder / kind).glob("*.safetensors")):
             tensors.update(load_file(file))
+        tensors = stacked(tensors)
         _check_shapes(tensors, expected)
         if isinstance(model, PeftModel):
             set_peft_model_state_dict(model, tensors, adapter_name=POLICY_ADAPTER)

@@ -31,6 +31,7 @@ from egspo.training.occupation import occupy
 from egspo.training.progress import RunProgress
 from egspo.training.setup import assemble, launched, origin
 from egspo.training.state import Termination, copy_weights, saved_best
+from egspo.training.trackers import tracker_options
 
 logger = logging.getLogger("egspo")
 
@@ -154,6 +155,9 @@ class Trainer:
         self.accelerator.init_trackers(
             "egspo",
             config={k: v if isinstance(v, int | float) else str(v) for k, v in options.items()},
+            init_kwargs=tracker_options(self.output, resumed)
+            if main and "wandb" in self.config.trackers
+            else {},
         )
         if main:
             if resumed is not None:
