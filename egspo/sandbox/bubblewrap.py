@@ -152,7 +152,17 @@ def _mounts(shown: list[str], hidden: tuple[str, ...]) -> list[str]:
     for device in _DEVICES:  # no terminals: `--dev` would need a second namespace of users
         arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     arguments += ["--symlink", "/proc/self/fd", "/dev/fd"]
-    return [*arguments, "--proc", "/proc", "--size", "1048576", "--tmpfs", "/tmp", "--remount-ro", "/"]
+    return [
+        *arguments,
+        "--proc",
+        "/proc",
+        "--size",
+        "1048576",
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/",
+    ]
 
 
 def _uid_range() -> tuple[int, int]:

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from egspo.sandbox.exam import set_exam
-from egspo.sandbox.judge import judge
+from egspo.sandbox.exam import judge, set_exam
 from egspo.sandbox.verdict import CaseResult, Limits, SandboxError, Verdict
 
 INSIDE = Path(__file__).parent / "inside"
@@ -27,7 +26,7 @@ INSIDE = Path(__file__).parent / "inside"
 INTERPRETER_OPTIONS = ("-P", "-s", "-S", "-B")
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """The same order of sets in every run: a verdict that is asked for again is the same."""
-RUNNERS = ("separate", "pytest")
+
 MAX_RESULTS = 2**22
 """Bytes of results that are read."""
 
@@ -102,7 +101,7 @@ class ForkServer:
             payload.seek(0)
             self._process = subprocess.Popen(
                 [*command.argv, *INTERPRETER_OPTIONS, "-c", _BOOTSTRAP, str(payload.fileno())],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[payload.fileno()],
@@ -240,31 +239,57 @@ def run_tests(
     job = {"limits": limits.for_launcher(), **job, "code": code, "tests": tests}
     if command.settings["runner"] == "separate":
         lines = servers.run(command, job, limits.wall_seconds)
-        return read_verdict(_started(lines), limits)
+        return read_verdict(started(lines), limits)
     try:
         exam = set_exam(tests, code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return Verdict((), 0, f"{type(error).__name__}: {error}")
     lines = servers.run(command, {**job, "tests": exam.source}, limits.wall_seconds)
-    return judge(exam, _started(lines))
+    return judge(exam, started(lines))
 
 
-def _started(lines: list[str]) -> list[str]:
-    """Lines after the first, which says that the run began."""
+def started(lines: list[str]) -> list[str]:
+    """Lines after the first, which says that the run began.
+
+    Raises:
+        SandboxError: it is another, or one of them says that the run could not go on.
+    """
     first = lines[0] if lines else ""
-    if not first.startswith('={"started"'):
-        raise SandboxError(f"the sandbox did not start: {first[1:] or 'no sign of life'}")
+    failed = [line for line in lines if line.startswith('={"failed"')]
+    if failed or not first.startswith('={"started"'):
+        reason = (failed or [first])[0][1:]
+        raise SandboxError(f"the sandbox did not start: {reason or 'no sign of life'}")
     return lines[1:]
 
 
 def read_verdict(lines: list[str], limits: Limits) -> Verdict:
-    """The verdict that :mod:`egspo.sandbox.inside.checker` wrote."""
-    events = [json.loads(line[1:]) for line in lines]
-    results = [event for event in events if "name" in event]
-    cases = tuple(CaseResult(e["name"], e["passed"], e["error"]) for e in results)
-    total = results[0]["of"] if results else 0
-    timed_out = any(event["timeout"] for event in events)
-    if not events or "end" not in events[-1]:
+    """The verdict that :mod:`egspo.sandbox.inside.checker` wrote.
+
+    Raises:
+        SandboxError: it wrote none of this.
+    """
+    try:
+        events = [json.loads(line.removeprefix("=")) for line in lines]
+        results = [_result(event) for event in events if "name" in event]
+        totals = {event["of"] for event in events if "name" in event}
+        last = events[-1] if events and "end" in events[-1] else None
+        timed_out = any(event["timeout"] is True for event in events)
+        total = totals.pop() if totals else 0
+        error = None if last is None else last["end"]
+        if totals or len(results) > total or not isinstance(error, str | None):
+            raise ValueError(f"{len(results)} of {total} tests, {error!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
+        raise SandboxError(f"the sandbox reported nonsense: {problem!r:.300}") from None
+    if last is None:
         error = f"no result for every test within {limits.wall_seconds:g} s"
-        return Verdict(cases, total, error, timed_out=True)
-    return Verdict(cases, total, events[-1]["end"], timed_out)
+        return Verdict(tuple(results), total, error, timed_out=True)
+    return Verdict(tuple(results), total, error, timed_out)
+
+
+def _result(event: dict[str, Any]) -> CaseResult:
+    name, passed, error = event["name"], event["passed"], event["error"]
+    if not isinstance(name, str) or not isinstance(passed, bool):
+        raise ValueError(f"{name!r} has the result {passed!r}")
+    if not isinstance(error, str | None) or type(event["of"]) is not int or event["of"] < 1:
+        raise ValueError(f"{name!r} of {event['of']!r} has the error {error!r}")
+    return CaseResult(name, passed, error)

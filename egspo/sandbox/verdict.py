@@ -97,7 +97,10 @@ class Verdict:
 
 
 RUNNERS = ("separate", "pytest")
-PROBE = ("def f():\n    return 1\n", "from solution import f\n\ndef test_it():\n    assert f() == 1\n")
+PROBE = (
+    "def f():\n    return 1\n",
+    "from solution import f\n\ndef test_it():\n    assert f() == 1\n",
+)
 """A program that passes, and its tests: whether a sandbox works."""
 
 

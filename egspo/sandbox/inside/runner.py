@@ -1,8 +1,8 @@
 """Runs pytest over a program and its tests, in one process, and passes on what that reports.
 
-Nothing that comes from that process is believed here: :mod:`egspo.sandbox.judge` holds the key to
-it. This side sees that a test that hangs, or ends its process, takes no other test with it: the
-rest runs in a new process.
+Nothing that comes from that process is believed here: :mod:`egspo.sandbox.exam` holds the key to it.
+This side sees that a test that hangs, or ends its process, takes no other test with it: the rest
+runs in a new process.
 """
 
 from __future__ import annotations
@@ -29,17 +29,24 @@ _MAX_SESSIONS = 64
 _MAX_LINE = 65536
 
 
-def prepare(packages: list[str]) -> None:
-    """Import pytest and what test files often import, once for all runs."""
+_prepared: Any = None
+
+
+def prepare(packages: list[str], folder: str | None) -> None:
+    """Import pytest, once for all runs, and make it ready for those in ``folder``."""
+    global _prepared
     sys.path += packages
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    import unittest.mock
+    import unittest.mock  # noqa: F401
 
     import pytest_asyncio.plugin  # noqa: F401
 
     from . import session
 
     session.warm_up()
+    if folder is not None:
+        os.chdir(folder)
+        _prepared = session.Prepared()
 
 
 def run(job: dict[str, Any], results: int, prefix: str = "") -> None:
@@ -86,9 +93,7 @@ def _started(line: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _session(
-    job: dict[str, Any], done: list[str], patience: float, results: int
-) -> Iterator[str]:
+def _session(job: dict[str, Any], done: list[str], patience: float, results: int) -> Iterator[str]:
     """Lines of one process; ``ended`` or ``timeout`` if it did not say that it was through."""
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -101,7 +106,7 @@ def _session(
             from . import session
 
             _write_files(job)
-            session.main(done, write_end, job["limits"]["test_seconds"])
+            session.main(done, write_end, job["limits"]["test_seconds"], _prepared)
         finally:
             os._exit(0)
     with contextlib.suppress(OSError):  # whoever comes first: the group must exist to be killed

@@ -64,7 +64,7 @@ def _import(settings: dict[str, Any]) -> None:
     if settings["runner"] == "pytest":
         from . import runner
 
-        runner.prepare(settings["packages"])
+        runner.prepare(settings["packages"], "/tmp" if settings["namespaces"] else None)
     else:
         from . import candidate, checker  # noqa: F401
     gc.collect()
@@ -93,7 +93,9 @@ def _start(
     if settings["runner"] == "pytest":
         from . import runner
 
-        return [_fork(settings, job, job["uids"][0], results, host, lambda: runner.run(job, results))]
+        return [
+            _fork(settings, job, job["uids"][0], results, host, lambda: runner.run(job, results))
+        ]
     ours, theirs = socket.socketpair()
     with ours, theirs:
 

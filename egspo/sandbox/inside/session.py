@@ -15,6 +15,7 @@ import sys
 import types
 
 import pytest
+from _pytest.config import _prepareconfig  # as pytest-xdist does
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ OPTIONS = (
     *("-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:junitxml", "-p", "no:pastebin"),
     *("-p", "no:doctest", "-p", "no:faulthandler", "-p", "no:stepwise", "-p", "no:setuponly"),
     *("-p", "no:setupplan", "-p", "no:debugging", "-p", "pytest_asyncio.plugin"),
-    *("--assert=plain", "-c", os.devnull, "--rootdir", ".", "-W", "ignore"),
+    *("-p", "no:unraisableexception", "-p", "no:threadexception", "-p", "no:warnings"),
+    *("--assert=plain", "--capture=sys", "-c", os.devnull, "--rootdir", "."),
     *("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"),
 )
 _MAX_TEXT = 300
@@ -104,11 +106,13 @@ class _Raises:
 class Reporter:
     """A plugin that says what pytest does, and interrupts tests that have had their time."""
 
-    def __init__(
+    def __init__(self) -> None:
+        self._outcomes: dict[str, tuple[str, str]] = {}
+
+    def begin(
         self, write: Callable[[dict[str, Any]], None], done: Sequence[str], seconds: float
     ) -> None:
         self._write, self._done, self._seconds = write, frozenset(done), seconds
-        self._outcomes: dict[str, tuple[str, str]] = {}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if item.nodeid not in self._done]
@@ -152,8 +156,32 @@ def _shorten(representation: Any) -> str:
     return chosen[:_MAX_TEXT]
 
 
-def main(done: Sequence[str], descriptor: int, seconds: float) -> None:
-    """Run the tests of this folder but those in ``done``, and report to ``descriptor``."""
+class Prepared:
+    """Pytest, ready to collect the tests of this folder: most of what a run of it costs."""
+
+    def __init__(self) -> None:
+        self.reporter = Reporter()
+        self._config = _prepareconfig([*OPTIONS, "test_solution.py"], [self.reporter])
+        self._config.option.tbstyle = "native"  # others read and parse the source of every frame
+        self._config._do_configure()
+        self._session = pytest.Session.from_config(self._config)
+        self._config.hook.pytest_sessionstart(session=self._session)
+
+    def run(self) -> None:
+        try:
+            self._config.hook.pytest_collection(session=self._session)
+            self._config.hook.pytest_runtestloop(session=self._session)
+        except pytest.Session.Interrupted:  # the tests could not be collected
+            pass
+
+
+def main(
+    done: Sequence[str], descriptor: int, seconds: float, prepared: Prepared | None = None
+) -> None:
+    """Run the tests of this folder but those in ``done``, and report to ``descriptor``.
+
+    ``prepared`` was made in this folder, before this process was forked.
+    """
 
     def write(found: dict[str, Any]) -> None:
         os.write(descriptor, f"{json.dumps(found)}\n".encode())
@@ -164,10 +192,11 @@ def main(done: Sequence[str], descriptor: int, seconds: float) -> None:
     module = types.ModuleType(CHECKS)
     module.__dict__[CHECKS] = Checks(write)
     sys.modules[CHECKS] = module
+    prepared = prepared or Prepared()
+    prepared.reporter.begin(write, done, seconds)
     signal.signal(signal.SIGALRM, interrupt)
-    reporter = Reporter(write, done, seconds)
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)  # for loading; then for each test
-    pytest.main([*OPTIONS, "test_solution.py"], plugins=[reporter])
+    prepared.run()
     write({"through": True})
 
 
@@ -179,11 +208,11 @@ def warm_up() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         with open("test_solution.py", "w") as file:
-            file.write("import pytest\nasync def test_warm_up(): assert 1 == 1\n")
+            file.write("async def test_a(): assert 1 == 1\ndef test_b(): assert 1 == 2\n")
         try:
-            pytest.main([*OPTIONS, "test_solution.py"])
+            main((), os.open(os.devnull, os.O_WRONLY), 60.0)
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             os.chdir(here)
-    for name in ("test_solution", "conftest"):
-        sys.modules.pop(name, None)
-    sys.path[:] = [entry for entry in sys.path if entry != folder]
+    del sys.modules[CHECKS], sys.modules["test_solution"]
+    sys.path.remove(folder)

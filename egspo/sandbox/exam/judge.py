@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from egspo.sandbox.exam import Exam
-from egspo.sandbox.exam_tests import Written
-from egspo.sandbox.verdict import CaseResult, Verdict
+from egspo.sandbox.exam.setting import Exam
+from egspo.sandbox.exam.survey import Written
+from egspo.sandbox.verdict import CaseResult, SandboxError, Verdict
 
 _MAX_NAME = 200
 _MAX_TEXT = 300
-_TELLING = 8  # candidates: a wrong answer that is among fewer may be an honest mistake
-_SUSPECT = 3
+_TELLING = 8  # candidates: a wrong answer among fewer may be an honest mistake
+_SUSPECT = 8  # values of which each is one of its candidates, most of them a wrong one
 
 
 class Tampering(Exception):
@@ -44,6 +44,9 @@ def judge(exam: Exam, lines: Iterable[str]) -> Verdict:
         exam: what was asked.
         lines: what :func:`egspo.sandbox.inside.runner.run` wrote, without ``started``; the end is
             missing where the run had no more time.
+
+    Raises:
+        SandboxError: a line is not of those.
     """
     report = _Report()
     try:
@@ -77,6 +80,8 @@ class _Report:
             event = json.loads(text)
         except (ValueError, RecursionError):
             event = None
+        if mark not in ("=", "-") or (mark == "=" and not isinstance(event, dict)):
+            raise SandboxError(f"the sandbox reported nonsense: {line[:_MAX_TEXT]!r}")
         if not isinstance(event, dict):
             raise Tampering("a report that is none")
         if mark == "=":
@@ -120,7 +125,9 @@ class _Marking:
 
     def __init__(self, exam: Exam, report: _Report) -> None:
         self._exam, self._report = exam, report
-        self._right = self._decoys = 0
+        self._right: set[int] = set()
+        self._decoys: set[int] = set()
+        self._others = 0
         self._uses: Counter[tuple[int, int]] = Counter()
 
     def cases(self) -> tuple[list[CaseResult], int]:
@@ -135,7 +142,8 @@ class _Marking:
         found: list[CaseResult] = []
         for name, written in self._exam.tests.items():
             found += self._of_function(name, written, by_function.get(name, []))
-        if self._decoys >= _SUSPECT and self._decoys > self._right:
+        picked = len(self._decoys | self._right)
+        if picked >= _SUSPECT and not self._others and len(self._decoys) > len(self._right):
             raise Tampering("answers are picked from those that the tests offer")
         if wrong_outside:
             found = [CaseResult(case.name, False, wrong_outside[0]) for case in found]
@@ -202,6 +210,8 @@ class _Marking:
         if found.count("1") > 1:
             raise Tampering("a value that is equal to several different ones")
         right = found[place] == "1"
-        self._right += right
-        self._decoys += not right and "1" in found and count >= _TELLING
+        if count >= _TELLING:
+            self._others += "1" not in found
+            if "1" in found:
+                (self._right if right else self._decoys).add(choice)
         return right

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from egspo.sandbox.assertions import Assertion, Reading, assertions, last_name, literal
-from egspo.sandbox.columns import Column, expected_columns, rows, tables
-from egspo.sandbox.decoys import builtin_exception, candidates, exceptions
-from egspo.sandbox.exam_tests import Function, Survey, Written
+from egspo.sandbox.exam.assertions import Assertion, Reading, assertions, last_name, literal
+from egspo.sandbox.exam.columns import Column, expected_columns, rows, tables
+from egspo.sandbox.exam.decoys import builtin_exception, candidates, exceptions
+from egspo.sandbox.exam.survey import Function, Survey, Written
 
 CHECKS = "_checks"
 """The name of :class:`egspo.sandbox.inside.session.Checks` in a rewritten file."""
@@ -74,7 +74,7 @@ class Rewriter(ast.NodeTransformer):
         self._test, self._columns, self._tables, self._straight, self._caught = outer
         return node
 
-    visit_FunctionDef = visit_AsyncFunctionDef = _function  # noqa: N815
+    visit_FunctionDef = visit_AsyncFunctionDef = _function
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         node.body = self._statements(node.body, straight=False)
@@ -98,7 +98,7 @@ class Rewriter(ast.NodeTransformer):
             setattr(node, name, self._statements(getattr(node, name), straight=False))
         return node  # type: ignore[no-any-return]
 
-    visit_If = visit_While = visit_AsyncFor = _branches  # noqa: N815
+    visit_If = visit_While = visit_AsyncFor = _branches
 
     def visit_For(self, node: ast.For) -> ast.AST:
         leaves = any(isinstance(each, ast.Break | ast.Continue) for each in ast.walk(node))
@@ -131,7 +131,7 @@ class Rewriter(ast.NodeTransformer):
         self._caught = outer
         return node
 
-    visit_With = visit_AsyncWith = _with  # noqa: N815
+    visit_With = visit_AsyncWith = _with
 
     # --- Assertions
 

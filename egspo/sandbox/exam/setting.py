@@ -1,15 +1,4 @@
-"""Test files as exams: multiple choice, with a key that stays outside of the program's reach.
-
-Tests in pytest's form run in the program's process, where nothing can be hidden from it and no
-report can be trusted. So the tests that go there do not say what is right. ``assert f(3) == 5``
-becomes a check of which of sixteen values ``f(3)`` is equal to, five being one of them; ``assert
-not f(3)`` a check of what ``f(3)`` is. A program that reads its tests, replaces parts of pytest or
-writes reports of its own can claim any answer, but not know which one is right, unless it computes
-it.
-
-Two tests more stand among the others, named as they are. They call what does not exist, so must
-fail.
-"""
+"""From a test file to an exam."""
 
 from __future__ import annotations
 
@@ -18,8 +7,8 @@ import builtins
 import random
 from dataclasses import dataclass
 
-from egspo.sandbox.exam_tests import Function, Written, survey
-from egspo.sandbox.rewriting import CHECKS, Check, Rewriter
+from egspo.sandbox.exam.rewriting import CHECKS, Check, Rewriter
+from egspo.sandbox.exam.survey import Function, Written, survey
 
 _CANARIES = 2
 _WORDS = ("again", "more", "also", "twice", "other", "next", "small", "large", "simple", "full")
@@ -64,7 +53,9 @@ def set_exam(tests: str, code: str = "", rng: random.Random | None = None) -> Ex
 def _after_future_imports(tree: ast.Module) -> int:
     place = 0
     for index, node in enumerate(tree.body):
-        docstring = index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        docstring = (
+            index == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        )
         if docstring or (isinstance(node, ast.ImportFrom) and node.module == "__future__"):
             place = index + 1
     return place
@@ -83,10 +74,13 @@ def _name_what_star_gives(tree: ast.Module) -> None:
     free = dict.fromkeys(node.id for node in names if node.id not in bound)
     wanted = [name for name in free if name != CHECKS and not hasattr(builtins, name)]
     for index, node in enumerate(tree.body):
-        if isinstance(node, ast.ImportFrom) and node.module == "solution":
-            if [alias.name for alias in node.names] == ["*"]:
-                text = f"import solution as _s\n{CHECKS}.star(globals(), {wanted!r})"
-                tree.body[index : index + 1] = ast.parse(text).body
+        if isinstance(node, ast.ImportFrom) and _gives_all(node):
+            text = f"import solution as _s\n{CHECKS}.star(globals(), {wanted!r})"
+            tree.body[index : index + 1] = ast.parse(text).body
+
+
+def _gives_all(node: ast.ImportFrom) -> bool:
+    return node.module == "solution" and [alias.name for alias in node.names] == ["*"]
 
 
 def _add_canaries(tree: ast.Module, code: str, rng: random.Random) -> frozenset[str]:

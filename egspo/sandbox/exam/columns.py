@@ -10,8 +10,8 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from egspo.sandbox.assertions import Reading, assertions, literal
-from egspo.sandbox.exam_tests import Function
+from egspo.sandbox.exam.assertions import Reading, assertions, literal
+from egspo.sandbox.exam.survey import Function
 
 
 @dataclass
@@ -37,15 +37,16 @@ def expected_columns(function: Function) -> dict[str, Column]:
         for n in ast.walk(function)
         if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)
     ]
-    inner = any(isinstance(n, Function | ast.Lambda) for n in ast.walk(function) if n is not function)
+    functions = [n for n in ast.walk(function) if isinstance(n, Function | ast.Lambda)]
     arguments = [argument.arg for argument in function.args.args]
     found: dict[str, Column] = {}
     for name, column in _bound(function):
         once = stores.count(name) + arguments.count(name) == 1
-        if not inner and once and name in uses and loads.count(name) == len(uses[name]):
-            if all(literal(nodes[place]) is not None for nodes, place in column.places):
-                column.gap = max(uses[name])
-                found[name] = column
+        compared = name in uses and loads.count(name) == len(uses[name])
+        written = all(literal(nodes[place]) is not None for nodes, place in column.places)
+        if once and compared and written and len(functions) == 1:
+            column.gap = max(uses[name])
+            found[name] = column
     for left, right in _pairs(function):  # of two values that are written out neither is a result
         if left in found and right in found:
             del found[left], found[right]

@@ -10,6 +10,7 @@ _EQUALITIES = {
     *("assertEqual", "assertEquals", "assertListEqual", "assertTupleEqual", "assertDictEqual"),
     *("assertSetEqual", "assertSequenceEqual", "assertMultiLineEqual"),
 }
+_SINGLETONS = ((None,), (True,), (False,))
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def _almost_equal(call: ast.Call) -> list[Assertion]:
     if tolerance is None or not isinstance(tolerance[0], int | float):
         return []
     gap = 10.0 ** -int(tolerance[0]) if delta is None else float(tolerance[0])
-    text = "_v == _e or abs(_v - _e) <= " + repr(gap) if delta is not None else (
-        f"_v == _e or round(abs(_v - _e), {int(tolerance[0])}) == 0"
+    text = (
+        "_v == _e or abs(_v - _e) <= " + repr(gap)
+        if delta is not None
+        else (f"_v == _e or round(abs(_v - _e), {int(tolerance[0])}) == 0")
     )
     relation = _expression(text)
     readings = [Reading(*sides, relation, gap) for sides in ((first, second), (second, first))]
@@ -107,7 +110,11 @@ def _equal(test: ast.Compare) -> list[Reading]:
             gap = _tolerance(expected, "rel", "abs", (1e-6, 1e-12))
             operand = ast.Call(expected.func, [operand, *expected.args[1:]], expected.keywords)
             expected = expected.args[0]
-        if isinstance(test.ops[0], ast.Is) and literal(expected) not in ((None,), (True,), (False,)):
+        if isinstance(test.ops[0], ast.Is) and literal(expected) not in (
+            (None,),
+            (True,),
+            (False,),
+        ):
             continue
         sides = (operand, _name("_v")) if turned else (_name("_v"), operand)
         relation = ast.Compare(sides[0], test.ops, [sides[1]])
@@ -148,7 +155,7 @@ def _tolerance(
 def literal(node: ast.AST) -> tuple[Any] | None:
     """The value of a node that is written out, in a tuple: it may be None itself."""
     try:
-        return (ast.literal_eval(node),)  # type: ignore[arg-type]
+        return (ast.literal_eval(node),)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
 
