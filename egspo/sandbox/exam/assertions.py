@@ -6,9 +6,21 @@ import ast
 from dataclasses import dataclass
 from typing import Any
 
-_EQUALITIES = {
+_EQUALITIES = (
     *("assertEqual", "assertEquals", "assertListEqual", "assertTupleEqual", "assertDictEqual"),
     *("assertSetEqual", "assertSequenceEqual", "assertMultiLineEqual"),
+)
+_COMPARISONS: dict[str, ast.cmpop] = {
+    **dict.fromkeys(_EQUALITIES, ast.Eq()),
+    "assertNotEqual": ast.NotEq(),
+    "assertIs": ast.Is(),
+    "assertIsNot": ast.IsNot(),
+    "assertIn": ast.In(),
+    "assertNotIn": ast.NotIn(),
+    "assertGreater": ast.Gt(),
+    "assertGreaterEqual": ast.GtE(),
+    "assertLess": ast.Lt(),
+    "assertLessEqual": ast.LtE(),
 }
 _SINGLETONS = ((None,), (True,), (False,))
 
@@ -49,12 +61,15 @@ def _method(call: ast.Call) -> list[Assertion]:
     if not isinstance(function, ast.Attribute) or ast.unparse(function.value) != "self":
         return []
     name, arguments = function.attr, call.args
-    if name in _EQUALITIES and len(arguments) >= 2:
-        return [_assertion(ast.Compare(arguments[0], [ast.Eq()], [arguments[1]]))]
-    if name == "assertIs" and len(arguments) >= 2:
-        return [_assertion(ast.Compare(arguments[0], [ast.Is()], [arguments[1]]))]
-    if name == "assertIsNone" and arguments:
-        return [_assertion(ast.Compare(arguments[0], [ast.Is()], [ast.Constant(None)]))]
+    if name in _COMPARISONS and len(arguments) >= 2:
+        return [_assertion(ast.Compare(arguments[0], [_COMPARISONS[name]], [arguments[1]]))]
+    if name in ("assertIsNone", "assertIsNotNone") and arguments:
+        operation = ast.Is() if name == "assertIsNone" else ast.IsNot()
+        return [_assertion(ast.Compare(arguments[0], [operation], [ast.Constant(None)]))]
+    if name in ("assertIsInstance", "assertNotIsInstance") and len(arguments) >= 2:
+        is_one = ast.Call(_name("isinstance"), arguments[:2], [])
+        positive = name == "assertIsInstance"
+        return [_assertion(is_one if positive else ast.UnaryOp(ast.Not(), is_one))]
     if name == "assertTrue" and arguments:
         return [_assertion(arguments[0])]
     if name == "assertFalse" and arguments:

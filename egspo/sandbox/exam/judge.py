@@ -136,9 +136,7 @@ class _Marking:
         by_function: dict[str, list[_Item]] = {}
         for item in self._report.items.values():
             by_function.setdefault(item.function, []).append(item)
-        for name in self._exam.canaries:
-            if any(item.outcome != "failed" for item in by_function.get(name, [])):
-                raise Tampering("a test that cannot pass has passed")
+        self._look_at_canaries(by_function)
         found: list[CaseResult] = []
         for name, written in self._exam.tests.items():
             found += self._of_function(name, written, by_function.get(name, []))
@@ -148,6 +146,24 @@ class _Marking:
         if wrong_outside:
             found = [CaseResult(case.name, False, wrong_outside[0]) for case in found]
         return found, len(found)
+
+    def _look_at_canaries(self, by_function: dict[str, list[_Item]]) -> None:
+        """They have failed, and none was left out before a test that has passed."""
+        order = {name: place for place, name in enumerate(self._exam.order)}
+        passed = [
+            order.get(name.partition("::")[0], -1)
+            for name, items in by_function.items()
+            if any(item.outcome == "passed" for item in items)
+        ]
+        last = max(passed, default=-1)
+        if passed and self._report.ended:
+            last = len(order)
+        for name in self._exam.canaries:
+            items = by_function.get(name, [])
+            if any(item.outcome != "failed" for item in items):
+                raise Tampering("a test that cannot pass has passed")
+            if not items and order[name] < last:
+                raise Tampering("a test was left out")
 
     def _of_function(self, name: str, written: Written, items: list[_Item]) -> list[CaseResult]:
         if written.count is not None and len(items) > written.count:

@@ -150,6 +150,8 @@ class Rewriter(ast.NodeTransformer):
         test, holds = assertion.test, True
         while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             test, holds = test.operand, not holds
+        if self._rng.random() < 0.5:  # as half of all are written: it says nothing of the original
+            test, holds = ast.UnaryOp(ast.Not(), test), not holds
         number = self._number(Check(_text(origin), holds=holds))
         return ast.copy_location(ast.Expr(_call("true", ast.Constant(number), test)), origin)
 

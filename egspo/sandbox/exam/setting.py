@@ -24,6 +24,8 @@ class Exam:
     """Of each choice the place of the expected value, and the number of candidates."""
     tests: dict[str, Written]
     canaries: frozenset[str]
+    order: list[str]
+    """The names of the module's functions and classes, as they stand."""
 
 
 def set_exam(tests: str, code: str = "", rng: random.Random | None = None) -> Exam:
@@ -47,7 +49,8 @@ def set_exam(tests: str, code: str = "", rng: random.Random | None = None) -> Ex
     place = _after_future_imports(tree)
     tree.body.insert(place, ast.parse(f"from {CHECKS} import {CHECKS}").body[0])
     source = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
-    return Exam(source, rewriter.checks, rewriter.answers, found.tests, canaries)
+    order = [node.name for node in tree.body if isinstance(node, Function | ast.ClassDef)]
+    return Exam(source, rewriter.checks, rewriter.answers, found.tests, canaries, order)
 
 
 def _after_future_imports(tree: ast.Module) -> int:

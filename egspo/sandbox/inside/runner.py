@@ -1,6 +1,6 @@
 """Runs pytest over a program and its tests, in one process, and passes on what that reports.
 
-Nothing that comes from that process is believed here: :mod:`egspo.sandbox.exam` holds the key to it.
+Nothing that comes from that process is believed: :mod:`egspo.sandbox.exam` holds the key to it.
 This side sees that a test that hangs, or ends its process, takes no other test with it: the rest
 runs in a new process.
 """

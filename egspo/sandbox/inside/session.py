@@ -27,7 +27,7 @@ CHECKS = "_checks"
 OPTIONS = (
     *("-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:junitxml", "-p", "no:pastebin"),
     *("-p", "no:doctest", "-p", "no:faulthandler", "-p", "no:stepwise", "-p", "no:setuponly"),
-    *("-p", "no:setupplan", "-p", "no:debugging", "-p", "pytest_asyncio.plugin"),
+    *("-p", "no:setupplan", "-p", "pytest_asyncio.plugin"),
     *("-p", "no:unraisableexception", "-p", "no:threadexception", "-p", "no:warnings"),
     *("--assert=plain", "--capture=sys", "-c", os.devnull, "--rootdir", "."),
     *("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"),
@@ -148,12 +148,13 @@ class Reporter:
 
 
 def _shorten(representation: Any) -> str:
-    """Of a traceback the last line that says what was raised."""
+    """Of a traceback the line that says what was raised."""
     crash = getattr(representation, "reprcrash", None)
-    text = str(representation) if crash is None else str(crash.message)
-    lines = [line for line in text.splitlines() if line.strip()] or [""]
-    chosen = lines[0] if crash is not None else lines[-1].removeprefix("E").strip()
-    return chosen[:_MAX_TEXT]
+    text = str(representation if crash is None else crash.message)
+    lines = [line.removeprefix("E").strip() for line in text.splitlines() if line.strip()] or [""]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", line)]
+    place = -1 if crash is None else 0
+    return (named or lines)[place][:_MAX_TEXT]
 
 
 class Prepared:
