@@ -23,16 +23,16 @@ from torch import Tensor
 
 from benchmarks.hardware import provenance
 from egspo.cli.common import hide_loading_bars
-from egspo.cli.model import weights_folder
 from egspo.config import BlockCache, GenerationConfig
-from egspo.decoder import Decoder
-from egspo.denoiser import Denoiser
 from egspo.models import load_model, load_tokenizer
-from egspo.rollout import rollout
+from egspo.models.tokenization import encode_prompts
+from egspo.rollouts.decoder import Decoder
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.engine import rollout
+from egspo.rollouts.trajectory import PromptBatch, Trajectory
+from egspo.rollouts.work import ModelCost
+from egspo.serving.named_model import weights_folder
 from egspo.tasks import build_task
-from egspo.tokenization import encode_prompts
-from egspo.trajectory import PromptBatch, Trajectory
-from egspo.work import ModelCost
 
 CACHES: tuple[BlockCache, ...] = ("none", "prefix", "dual")
 

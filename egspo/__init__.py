@@ -3,10 +3,11 @@
 Entropy-guided step selection and stepwise advantages (arXiv 2603.12554). Data flows one way::
 
     prompts -> trajectories -> selected steps -> scored states -> loss -> update
-    rollout    selection       scoring          advantages        iteration
+    tasks      rollouts        algorithm         algorithm        engines
 
 ``egspo train RECIPE`` runs all of it; the names below are what to build on from Python. They are
-loaded when first used, so that importing the package stays cheap.
+loaded when first used, so that importing the package stays cheap. docs/architecture.md walks
+through the rooms.
 """
 
 from __future__ import annotations
@@ -15,29 +16,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from egspo.completion import Completion, TextDelta, TokenStep
     from egspo.config import TrainConfig
-    from egspo.denoiser import Denoiser
-    from egspo.generation import complete, generate, stream
-    from egspo.recipe import load_config
-    from egspo.rollout import rollout
-    from egspo.trainer import train
-    from egspo.trajectory import PromptBatch, Trajectory
+    from egspo.config.recipe import load_config
+    from egspo.rollouts.completion import Completion, TextDelta, TokenStep
+    from egspo.rollouts.denoiser import Denoiser
+    from egspo.rollouts.engine import rollout
+    from egspo.rollouts.trajectory import PromptBatch, Trajectory
+    from egspo.serving.generation import complete, generate, stream
+    from egspo.training.trainer import train
 
 _HOME = {
-    "Completion": "completion",
-    "Denoiser": "denoiser",
-    "PromptBatch": "trajectory",
-    "TextDelta": "completion",
-    "TokenStep": "completion",
+    "Completion": "rollouts.completion",
+    "Denoiser": "rollouts.denoiser",
+    "PromptBatch": "rollouts.trajectory",
+    "TextDelta": "rollouts.completion",
+    "TokenStep": "rollouts.completion",
     "TrainConfig": "config",
-    "Trajectory": "trajectory",
-    "complete": "generation",
-    "generate": "generation",
-    "load_config": "recipe",
-    "rollout": "rollout",
-    "stream": "generation",
-    "train": "trainer",
+    "Trajectory": "rollouts.trajectory",
+    "complete": "serving.generation",
+    "generate": "serving.generation",
+    "load_config": "config.recipe",
+    "rollout": "rollouts.engine",
+    "stream": "serving.generation",
+    "train": "training.trainer",
 }
 
 __version__ = "0.1.0"

@@ -25,3 +25,7 @@ def set_aside(path: Path) -> Path:
     old = path.with_name(f"{path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
     path.rename(old)
     return old
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, incomplete or damaged."""

@@ -27,13 +27,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "egspo"))
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than the tiny runs of the tests do."""
-    monkeypatch.setattr("egspo.trainer.plot_run", lambda run, png: png)
+    monkeypatch.setattr("egspo.training.trainer.plot_run", lambda run, png: png)
 
 
 @pytest.fixture
 def letters() -> Iterator[list[Reward]]:
     """The rewards of the task ``letters``, to be filled."""
-    from tests import runs
+    from tests.helpers import runs
 
     yield runs.rewards
     runs.rewards.clear()
@@ -43,7 +43,7 @@ def letters() -> Iterator[list[Reward]]:
 def varied(letters: list[Reward]) -> None:
     """Every group of the task ``letters`` has something to teach."""
     from egspo.tasks import Reward
-    from tests import runs
+    from tests.helpers import runs
 
     letters.append(Reward("varied", runs.varied))
 

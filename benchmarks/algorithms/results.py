@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.algorithms.study import METHODS, PROVENANCE, TASKS, Run
 from egspo.files import replacing
-from egspo.metrics import read_metrics
-from egspo.plotting import mean_interval
+from egspo.inspection.plotting import mean_interval
+from egspo.runs.metrics import read_metrics
 
 SUITE = "algorithms"
 PHASES = ("rollout", "score", "update")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.algorithms.mean_field import MeanFieldTrainer
-from egspo.checkpoint import CHECKPOINTS, list_checkpoints
 from egspo.config import TrainConfig
-from egspo.continuation import check_continuation
-from egspo.metrics import read_metrics
-from egspo.recipe import load_config
-from egspo.trainer import Trainer
+from egspo.config.recipe import load_config
+from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
+from egspo.runs.metrics import read_metrics
+from egspo.training.continuation import check_continuation
+from egspo.training.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROVENANCE = "provenance.json"

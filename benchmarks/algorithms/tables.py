@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.algorithms.results import Comparison, Estimate, compare, total_flops
 from benchmarks.algorithms.study import TASKS
-from egspo.plotting import STYLE, mean_interval, save_figure
+from egspo.inspection.plotting import STYLE, mean_interval, save_figure
 
 PLOT = "benchmarks-algorithms.png"
 COLOURS = ("#d9772b", "#2f6db3", "#3a9267", "#7e61a8", "#6b7280", "#c0504d", "#8c6d4f")

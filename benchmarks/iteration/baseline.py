@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.meter import Meter
-from egspo.build import Data
 from egspo.config import TrainConfig
-from egspo.denoiser import Denoiser
-from egspo.tokenization import decode_completions
-from egspo.work import Work
+from egspo.models.tokenization import decode_completions
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.work import Work
+from egspo.tasks.prompts import Data
 from egspo_kernels import counter_gumbel
 
 

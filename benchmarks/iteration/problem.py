@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from egspo.build import Data, autocast_dtype
 from egspo.config import (
     AlgorithmConfig,
     GenerationConfig,
@@ -22,11 +21,12 @@ from egspo.config import (
     TaskConfig,
     TrainConfig,
 )
-from egspo.denoiser import Denoiser
-from egspo.evaluation import PromptSet
 from egspo.models import LLaDAConfig, add_lora
 from egspo.models.loading import model_on_meta
+from egspo.rollouts.denoiser import Denoiser
 from egspo.tasks import Example, Reward, Task
+from egspo.tasks.prompts import Data, PromptSet
+from egspo.training.build import autocast_dtype
 
 PAD, EOS, MASK, UNKNOWN = range(4)
 SPECIAL = 4
@@ -143,7 +143,7 @@ class Problem:
 
     def _adapted(self, model: PreTrainedModel) -> nn.Module:
         if self.checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+            model.checkpoint_activations()
         return add_lora(model, rank=self.lora_rank, alpha=self.lora_rank, dropout=0.0, seed=1)
 
     def data(self) -> Data:

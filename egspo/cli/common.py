@@ -28,7 +28,7 @@ def configure_output() -> None:
     """One progress bar, and the messages of egspo above it, from the main process only."""
     from rich.logging import RichHandler
 
-    from egspo.progress import stderr_console
+    from egspo.training.progress import stderr_console
 
     for name in ("egspo", "egspo_kernels"):  # the kernels say which backend runs
         logger = logging.getLogger(name)

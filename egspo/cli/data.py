@@ -137,9 +137,9 @@ def _is_task(name: str) -> bool:
 
 def _task(name: str, options: Sequence[str]) -> Task:
     """The task of that name with ``key=value`` options, or of a recipe with overrides."""
-    from egspo.build import recipe_task
     from egspo.config import TaskConfig
-    from egspo.recipe import load_config, read_overrides
+    from egspo.config.recipe import load_config, read_overrides
+    from egspo.tasks.prompts import recipe_task
 
     if Path(name).suffix in (".yaml", ".yml"):
         config = load_config(name, options).task

@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egspo.cli.common import AddCommand, configure_output
-from egspo.cli.model import (
-    NamedModel,
-    add_adapter_argument,
-    add_generation_arguments,
-    generation_config,
-    weights_folder,
-)
+from egspo.cli.model import add_adapter_argument, add_generation_arguments
 from egspo.files import set_aside
 
 if TYPE_CHECKING:
     from egspo.config import GenerationConfig, TaskConfig, TrainConfig
+    from egspo.serving.named_model import NamedModel
 
 _EPILOG = """\
 examples:
@@ -71,9 +66,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     configure_output()
+    from egspo.engines.processes import process_state
     from egspo.evaluations.plan import EvaluationPlan, fingerprint, load_task
     from egspo.evaluations.run import run_evaluation
-    from egspo.processes import process_state
 
     run = _run_of(args.adapter or args.model)
     chosen, checkpoint = _chosen_model(args, run)
@@ -122,7 +117,7 @@ def _run_of(where: str) -> Path | None:
 
 def _config_of(run: Path) -> TrainConfig:
     """The run's configuration, with its own copy of the task file."""
-    from egspo.recipe import TASK_COPY, load_config
+    from egspo.config.recipe import TASK_COPY, load_config
 
     config = load_config(run / "config.yaml")
     if (run / TASK_COPY).is_file():
@@ -132,6 +127,8 @@ def _config_of(run: Path) -> TrainConfig:
 
 def _chosen_model(args: argparse.Namespace, run: Path | None) -> tuple[NamedModel, Path | None]:
     """What to load, and the checkpoint that was asked for."""
+    from egspo.serving.named_model import NamedModel, weights_folder
+
     model, adapter, checkpoint = args.model, args.adapter, None
     if args.checkpoint is not None:
         from egspo.evaluations.checkpoints import choose_checkpoint
@@ -171,7 +168,7 @@ def _tasks(args: argparse.Namespace, trained: TrainConfig | None) -> list[TaskCo
 
 def _task_options(given: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """``TASK.KEY=VALUE`` by task."""
-    from egspo.recipe import read_overrides
+    from egspo.config.recipe import read_overrides
 
     options = {name: {} for name in names} | read_overrides(given)
     for name, values in options.items():
@@ -184,7 +181,9 @@ def _task_options(given: list[str], names: list[str]) -> dict[str, dict[str, Any
 
 def _generations(args: argparse.Namespace, folder: str) -> list[GenerationConfig]:
     """One configuration per length, greedy and with the trained tokens per step unless given."""
-    trained = generation_config(argparse.Namespace(), folder)
+    from egspo.serving.named_model import generation_config
+
+    trained = generation_config({}, folder)
     generations = []
     for length in args.lengths or [trained.max_new_tokens]:
         given = {"temperature": 0.0, **vars(args), "max_new_tokens": length}
@@ -196,7 +195,7 @@ def _generations(args: argparse.Namespace, folder: str) -> list[GenerationConfig
                     "step, as in training, the steps are no whole number: give --steps"
                 )
             given["steps"] = steps
-        generations.append(generation_config(argparse.Namespace(**given), folder))
+        generations.append(generation_config(given, folder))
     return generations
 
 

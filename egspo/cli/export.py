@@ -35,7 +35,7 @@ def add_commands(add: AddCommand) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from egspo.cli.common import hide_loading_bars
-    from egspo.export import export
+    from egspo.training.export import export
 
     hide_loading_bars()
     exported = export(

@@ -13,7 +13,7 @@ from egspo.cli.common import AddCommand, hide_loading_bars
 from egspo.cli.model import (
     add_adapter_argument,
     add_generation_arguments,
-    generation_config,
+    given_generation,
     named_model,
 )
 from egspo.cli.output import (
@@ -27,7 +27,7 @@ from egspo.cli.output import (
 from egspo.cli.prompts import is_jsonl, read_prompts
 
 if TYPE_CHECKING:
-    from egspo.completion import Completion, TextDelta
+    from egspo.rollouts.completion import Completion, TextDelta
 
 _GENERATE_EPILOG = """\
 examples:
@@ -78,11 +78,12 @@ def _generate(args: argparse.Namespace) -> None:
     if len(done) == len(prompts):
         print(f"egspo: {file} has all {len(prompts)} answers", file=sys.stderr)
         return
-    from egspo.generation import stream
+    from egspo.serving.generation import stream
+    from egspo.serving.named_model import generation_config
 
     hide_loading_bars()
     chosen = named_model(args)
-    config = generation_config(args, chosen.trained)
+    config = generation_config(given_generation(args), chosen.trained)
     model, tokenizer = chosen.load()
     messages = [prompt.messages for prompt in prompts]
     events = stream(
@@ -104,8 +105,8 @@ def _write(
     progress: bool,
 ) -> None:
     """All events, with a bar on a terminal that shows nothing else."""
-    from egspo.completion import Completion
-    from egspo.progress import RunProgress, stderr_console
+    from egspo.rollouts.completion import Completion
+    from egspo.training.progress import RunProgress, stderr_console
 
     shown = progress and stderr_console().is_terminal
     with RunProgress(total, "generate", start=done, enabled=shown) as bar:

@@ -13,7 +13,7 @@ from egspo.files import replacing
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from egspo.samples import TrajectoryRecord
+    from egspo.runs.samples import TrajectoryRecord
 
 _EPILOG = """\
 A run keeps the trajectories of one group in samples/ at every evaluation (eval.every). Without
@@ -46,7 +46,7 @@ def add_commands(add: AddCommand) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from egspo.samples import read_trajectories
+    from egspo.runs.samples import read_trajectories
 
     console = Console(highlight=False)
     if args.list and args.step is None and args.source.is_dir():
@@ -72,7 +72,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _file(source: Path, step: int | None) -> tuple[Path, str]:
     """The file of trajectories, and what to call it."""
-    from egspo.samples import list_samples
+    from egspo.runs.samples import list_samples
 
     if source.is_file():
         if step is not None:
@@ -106,7 +106,7 @@ def _chosen(group: Sequence[TrajectoryRecord], index: int | None, file: Path) ->
 
 def _list_steps(run: Path, console: Console) -> None:
     from egspo.inspection.terminal import samples_table
-    from egspo.samples import list_samples, read_trajectories
+    from egspo.runs.samples import list_samples, read_trajectories
 
     _file(run, None)
     console.print(

@@ -16,7 +16,7 @@ from egspo.config import GenerationConfig
 from egspo.files import set_aside
 
 if TYPE_CHECKING:
-    from egspo.completion import Completion, TextDelta
+    from egspo.rollouts.completion import Completion, TextDelta
 
 
 class Writer(Protocol):

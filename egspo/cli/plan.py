@@ -62,10 +62,10 @@ def _bytes(text: str) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from egspo.expected_work import Shares
-    from egspo.plan import PHASES, Planner, measured_shares, read_rates
-    from egspo.plan_report import as_json, make_report, print_plan
-    from egspo.recipe import load_config
+    from egspo.config.recipe import load_config
+    from egspo.planning.expected_work import Shares
+    from egspo.planning.plan import PHASES, Planner, measured_shares, read_rates
+    from egspo.planning.report import as_json, make_report, print_plan
 
     config = load_config(args.recipe, args.overrides)
     given = (args.saved_steps, args.trained_states)

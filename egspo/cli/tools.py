@@ -17,7 +17,7 @@ def add_commands(add: AddCommand) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from egspo.doctor import diagnose, print_report
+    from egspo.cli.doctor import diagnose, print_report
 
     report = diagnose()
     if args.json:
@@ -29,7 +29,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from egspo.plotting import plot_run
+    from egspo.inspection.plotting import plot_run
 
     for run_dir in args.run_dir:
         print(plot_run(run_dir, run_dir / "curves.png"))

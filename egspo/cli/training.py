@@ -77,19 +77,28 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start over where there is a run; the old folder is kept as DIR.old-TIMESTAMP",
     )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="only print the effective recipe, with what each value came from",
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="same as output_dir=DIR")
     parser.add_argument("--seed", type=int, metavar="N", help="same as seed=N")
 
 
 def _configured(args: argparse.Namespace) -> TrainConfig:
-    from egspo.recipe import load_config
+    from egspo.config.recipe import load_config
 
-    overrides = args.overrides
+    return load_config(args.recipe, _overrides(args))
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    overrides = list(args.overrides)
     if args.output_dir is not None:
-        overrides = [*overrides, f"output_dir={json.dumps(args.output_dir)}"]
+        overrides.append(f"output_dir={json.dumps(args.output_dir)}")
     if args.seed is not None:
-        overrides = [*overrides, f"seed={args.seed}"]
-    return load_config(args.recipe, overrides)
+        overrides.append(f"seed={args.seed}")
+    return overrides
 
 
 def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | None:
@@ -120,13 +129,16 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.print_config:
+        _print_config(args)
+        return
     config = _configured(args)
     if args.dry_run:
         _dry_run(args, config)
         return
     resume = _prepare_output(args, config)
     configure_output()
-    from egspo.trainer import train
+    from egspo.training.trainer import train
 
     final = train(config, resume=resume)
     if is_main_process():
@@ -138,7 +150,7 @@ def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
         raise ValueError("--dry-run starts nothing: leave out --resume and --overwrite")
     from rich.console import Console
 
-    from egspo.dry_run import DryRunError, dry_run, print_report
+    from egspo.planning.dry_run import DryRunError, dry_run, print_report
 
     report = dry_run(config)
     print_report(report, Console())
@@ -147,11 +159,21 @@ def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
         raise DryRunError(f"{args.recipe} would not run: {names}")
 
 
+def _print_config(args: argparse.Namespace) -> None:
+    from egspo.config.describe import with_origins
+    from egspo.config.recipe import load_with_origins
+
+    print(with_origins(*load_with_origins(args.recipe, _overrides(args))), end="")
+
+
 def _sft(args: argparse.Namespace) -> None:
+    if args.print_config:
+        _print_config(args)
+        return
     config = _configured(args)
     resume = _prepare_output(args, config)
     configure_output()
-    from egspo.warm_start import run_sft
+    from egspo.training.warm_start import run_sft
 
     final = run_sft(config, resume=resume)
     if is_main_process():
@@ -160,7 +182,7 @@ def _sft(args: argparse.Namespace) -> None:
 
 def _print_outcome(output: Path, final: Path) -> None:
     """What training achieved on held-out prompts, and where everything is."""
-    from egspo.metrics import read_metrics
+    from egspo.runs.metrics import read_metrics
 
     records = read_metrics(output)
     for name, label in (("eval/reward", "held-out reward"), ("eval/solved", "held-out solved")):
@@ -172,7 +194,7 @@ def _print_outcome(output: Path, final: Path) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     configure_output()
-    from egspo.sweep import PLOT, TABLE, load_sweep, run_sweep
+    from egspo.evaluations.sweep import PLOT, TABLE, load_sweep, run_sweep
 
     sweep = load_sweep(args.sweep)
     if args.output_dir is not None:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from egspo.best import HELD_OUT
-from egspo.checkpoint import (
-    CHECKPOINTS,
-    CheckpointError,
-    list_checkpoints,
-    step_of,
-    verify_checkpoint,
-)
-from egspo.metrics import read_metrics
+from egspo.files import CheckpointError
+from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, step_of, verify_checkpoint
+from egspo.runs.metrics import read_metrics
+from egspo.training.best import HELD_OUT
 
 logger = logging.getLogger("egspo")
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from egspo import __version__
 from egspo.config import GenerationConfig, TaskConfig
-from egspo.continuation import flat
 from egspo.files import replacing
-from egspo.generation import GENERATION_FILE
+from egspo.serving.named_model import GENERATION_FILE
 from egspo.tasks import Example, Task
+from egspo.training.continuation import flat
 
 PLAN_FILE = "evaluation.json"
 Split = Literal["test", "validation"]
@@ -66,7 +66,7 @@ class EvaluationPlan:
 
 def load_task(config: TaskConfig) -> Task:
     """The task as ``config`` has it; raises as :func:`egspo.tasks.build_task`."""
-    from egspo.build import recipe_task
+    from egspo.tasks.prompts import recipe_task
 
     task = recipe_task(config)
     for reward in task.rewards:

@@ -14,19 +14,19 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from egspo.completion import Completion, completions_of
 from egspo.config import GenerationConfig
-from egspo.denoiser import Denoiser
-from egspo.evaluation import PromptSet, score
 from egspo.evaluations.plan import EvaluationPlan, check_same, examples_of, identity, save_identity
 from egspo.evaluations.records import Record, SampleFile
 from egspo.evaluations.summary import SummaryRow, summarise, write_summary
-from egspo.generation import check_context
-from egspo.progress import RunProgress
-from egspo.rollout import RolloutBlock, rollout_blocks
+from egspo.models.tokenization import encode_prompts
+from egspo.rollouts.completion import Completion, completions_of
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.engine import RolloutBlock, check_context, rollout_blocks
+from egspo.rollouts.trajectory import PromptBatch
 from egspo.tasks import Task
-from egspo.tokenization import encode_prompts
-from egspo.trajectory import PromptBatch
+from egspo.tasks.prompts import PromptSet
+from egspo.training.evaluation import score
+from egspo.training.progress import RunProgress
 
 logger = logging.getLogger("egspo")
 

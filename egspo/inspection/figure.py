@@ -17,8 +17,8 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from egspo.inspection.layout import blocks_of, headline, title_of, token_text, visible
-from egspo.plotting import STYLE, save_figure
-from egspo.samples import TrajectoryRecord
+from egspo.inspection.plotting import STYLE, save_figure
+from egspo.runs.samples import TrajectoryRecord
 
 _MASKED, _KNOWN = "#f2f4f6", "#cfd6dd"
 _ORANGE, _GREY, _GREEN, _RED, _INK = "#d9772b", "#8b949e", "#3a9267", "#c0504d", "#24292f"

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from egspo.completion import TokenStep
-from egspo.samples import TrajectoryRecord
+from egspo.rollouts.completion import TokenStep
+from egspo.runs.samples import TrajectoryRecord
 
 # As many steps are shown without asking which of them matter.
 _FEW_STEPS = 16

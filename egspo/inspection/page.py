@@ -17,7 +17,7 @@ from egspo.inspection.layout import (
     token_text,
     visible,
 )
-from egspo.samples import TrajectoryRecord
+from egspo.runs.samples import TrajectoryRecord
 
 _STYLE = """
 .curve { display: flex; align-items: flex-end; gap: 1px; height: 7rem; margin-top: 1.2rem;

@@ -11,7 +11,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from egspo.completion import TokenStep
 from egspo.inspection.layout import (
     EOS,
     Block,
@@ -25,7 +24,8 @@ from egspo.inspection.layout import (
     token_text,
     visible,
 )
-from egspo.samples import TrajectoryRecord
+from egspo.rollouts.completion import TokenStep
+from egspo.runs.samples import TrajectoryRecord
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
@@ -87,7 +88,13 @@ def load_config(path_or_id: str | os.PathLike[str], **hub: Any) -> PretrainedCon
 
 
 def model_on_meta(config: PretrainedConfig) -> TransformerForMaskedLM:
-    """The model that ``config`` (of a supported class) describes, without memory for weights."""
+    """The model that ``config`` (of a supported class) describes, without memory for weights.
+
+    Nothing is computed with it, so the attention implementation that a checkpoint names need not
+    be installed.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return _by_type(config.model_type)(config)
 

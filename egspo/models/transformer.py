@@ -93,6 +93,16 @@ class StrictPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call, u
     _supports_sdpa = True
     _supports_flash_attn = True
 
+    def checkpoint_activations(self) -> None:
+        """The backward pass computes each layer again, by whichever name transformers has it."""
+        new = getattr(self, "activation_checkpointing_enable", None)
+        (new or self.gradient_checkpointing_enable)()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """As peft asks, without the warning of transformers that the name is old."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,

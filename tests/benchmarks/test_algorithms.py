@@ -21,10 +21,10 @@ from benchmarks.algorithms.results import (
 )
 from benchmarks.algorithms.study import METHODS, TASKS, plan
 from benchmarks.report import main as report
-from egspo.checkpoint import CheckpointError
-from egspo.metrics import read_metrics
-from egspo.recipe import load_config
-from tests.runs import MODEL
+from egspo.config.recipe import load_config
+from egspo.files import CheckpointError
+from egspo.runs.metrics import read_metrics
+from tests.helpers.runs import MODEL
 
 SMALL = [
     "steps=2",
@@ -94,10 +94,12 @@ def test_a_study_is_made_once_goes_on_and_counts_what_was_spent(
         made.append(self.config.output_dir)
         return original(self)
 
-    monkeypatch.setattr("egspo.trainer.Trainer.run", lambda self: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "egspo.training.trainer.Trainer.run", lambda self: pytest.fail("made again")
+    )
     assert run_study(tmp_path, *SMALL, *methods) == 0
     assert json.loads(file.read_text())["methods"] == first["methods"]
-    monkeypatch.setattr("egspo.trainer.Trainer.run", counted)
+    monkeypatch.setattr("egspo.training.trainer.Trainer.run", counted)
     assert run_study(tmp_path, *SMALL, "steps=3", *methods) == 0
     assert len(made) == 2
     longer = json.loads(file.read_text())["methods"]["EGSPO"]["runs"][0]["points"]

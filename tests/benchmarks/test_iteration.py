@@ -26,8 +26,8 @@ from benchmarks.iteration.measure import (
 )
 from benchmarks.iteration.problem import SIZES, changed
 from benchmarks.meter import LiveBytes, Meter
-from egspo.optimization import build_optimizer
-from egspo.reduction import merge
+from egspo.engines.optimization import build_optimizer
+from egspo.engines.reduction import merge
 
 SHORT = {"new_tokens": 8, "steps": 4, "block_length": 8}
 PROBLEM = replace(SIZES["tiny"], prompts=2, micro_batch=5, rollout_batch=5, lora_rank=4)
@@ -104,7 +104,7 @@ def test_same_loss() -> None:
     bench = trained_bench()
     config = bench.problem.config(stepwise=True)
     iteration = bench.egspo("egspo-sa", bench.meter("time"))
-    iteration.meter = bench.meter("time")
+    iteration.phase.meter = bench.meter("time")
     loss = merge([iteration.run(1, [0, 1], 0)])["loss"]
     _, theirs = bench.baseline("egspo-sa", bench.meter("time"))
     assert config.algorithm.beta > 0 and abs(loss) > 1e-6

@@ -16,9 +16,9 @@ from benchmarks.algorithms.mean_field import (
     counted_tokens,
     prompt_masks,
 )
-from egspo.reduction import merge
-from egspo.trajectory import PromptBatch, Trajectory
-from tests.runs import config
+from egspo.engines.reduction import merge
+from egspo.rollouts.trajectory import PromptBatch, Trajectory
+from tests.helpers.runs import config
 
 UPDATES = 3
 OPTIONS: dict[str, Any] = {

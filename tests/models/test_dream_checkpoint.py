@@ -18,8 +18,6 @@ from transformers import (
 )
 
 from egspo.config import GenerationConfig
-from egspo.denoiser import Denoiser
-from egspo.generation import generate
 from egspo.models import (
     DreamConfig,
     DreamForMaskedLM,
@@ -30,10 +28,12 @@ from egspo.models import (
     new_model,
     special_token_ids,
 )
-from egspo.sft import SupervisedData
+from egspo.models.tokenization import decode_completions, encode_prompts, end_of_turn
+from egspo.rollouts.denoiser import Denoiser
+from egspo.serving.generation import generate
 from egspo.tasks import Example
-from egspo.tokenization import decode_completions, encode_prompts, end_of_turn
-from tests.chatml import AB, EOS, IM_END, IM_START, MASK, SPACE, write_tokenizer
+from egspo.training.sft import SupervisedData
+from tests.helpers.chatml import AB, EOS, IM_END, IM_START, MASK, SPACE, write_tokenizer
 
 # Field for field what the published config.json has, at a small size.
 OFFICIAL_CONFIG: dict[str, Any] = {

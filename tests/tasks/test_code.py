@@ -10,12 +10,12 @@ from typing import Any
 import datasets
 import pytest
 
-from egspo.evaluation import Reward
-from egspo.rewards import RewardError, score_completions
+from egspo.rewards.scoring import RewardError, score_completions
 from egspo.sandbox import SandboxError, SandboxUnavailable, Verdict
 from egspo.tasks import Task, build_task
 from egspo.tasks.code import MAX_PROGRAM, ProgramTests, code_format, extract_program, fenced
 from egspo.tasks.code_tests import as_test, import_free_names, unsupported
+from egspo.training.evaluation import Reward
 from tests.sandbox.conftest import require_bubblewrap
 
 A, B = "def a(): return 1\n", "def b(): return 2\n"

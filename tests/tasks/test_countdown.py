@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from egspo.models.tokenization import character_tokenizer, encode_prompts
 from egspo.tasks import build_task
 from egspo.tasks.countdown import (
     evaluate,
@@ -23,7 +24,6 @@ from egspo.tasks.countdown import (
     uses_numbers,
 )
 from egspo.tasks.countdown_task import extract_expression, score, whole_expression
-from egspo.tokenization import character_tokenizer, encode_prompts
 from tests.tasks.hostile import HUGE, SMALL
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from egspo.rewards import score_completions
+from egspo.rewards.scoring import score_completions
 from egspo.tasks import Task, build_task
 from egspo.tasks.answers import in_format
 from egspo.tasks.gsm8k import correctness, integer, number, solved

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from egspo.rewards import score_completions
+from egspo.rewards.scoring import score_completions
 from egspo.tasks import Task, build_task, equivalence
 from egspo.tasks.answers import in_format
 from egspo.tasks.equivalence import _Worker, equivalent

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from egspo.rewards import score_completions
+from egspo.rewards.scoring import score_completions
 from egspo.tasks import build_task, files, load_task_file, registered_tasks
 from egspo.tasks.base import unregister_task
 from egspo.tasks.files import TaskFileError
-from tests import runs
+from tests.helpers import runs
 
 TASK = """\
 from __future__ import annotations
@@ -102,9 +102,9 @@ def train_config(output: Path, file: Path, **task: Any) -> Any:
 
 
 def test_a_recipe_names_the_file(tmp_path: Path) -> None:
-    from egspo.checkpoint import CheckpointError
-    from egspo.recipe import load_config
-    from egspo.trainer import train
+    from egspo.config.recipe import load_config
+    from egspo.files import CheckpointError
+    from egspo.training.trainer import train
 
     file, run = write(tmp_path, "words"), tmp_path / "run"
     config = train_config(run, file)
@@ -123,8 +123,8 @@ def test_a_recipe_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_of_a_sweep_is_of_the_same_file(tmp_path: Path) -> None:
-    from egspo.recipe import ConfigError, save_config
-    from egspo.sweep import _check_same
+    from egspo.config.recipe import ConfigError, save_config
+    from egspo.evaluations.sweep import _check_same
 
     config = train_config(tmp_path / "run", write(tmp_path, "words"))
     save_config(config, tmp_path / "run" / "config.yaml")
@@ -135,7 +135,7 @@ def test_a_finished_run_of_a_sweep_is_of_the_same_file(tmp_path: Path) -> None:
 
 
 def test_a_file_without_the_task_named(tmp_path: Path) -> None:
-    from egspo.trainer import train
+    from egspo.training.trainer import train
 
     file = write(tmp_path, "words2")
     with pytest.raises(ValueError, match="unknown task 'words', did you mean 'words2'"):

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from egspo.build import build_data, supervised_examples
 from egspo.config import SFTConfig
-from egspo.metrics import read_metrics
-from egspo.rewards import RewardError
+from egspo.rewards.scoring import RewardError
+from egspo.runs.metrics import read_metrics
 from egspo.tasks import Reward
-from egspo.trainer import train
-from tests import runs
+from egspo.tasks.prompts import build_data, supervised_examples
+from egspo.training.trainer import train
+from tests.helpers import runs
 
 COUNTDOWN = {
     "name": "countdown",

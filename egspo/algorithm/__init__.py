@@ -1,0 +1,1 @@
+"""EGSPO: selected steps, their states, advantages, loss and update."""

@@ -1,0 +1,133 @@
+"""One iteration: prompts -> trajectories -> selected steps -> scored states -> loss -> update."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from egspo.algorithm.batch import Batch, Groups, Metrics, OneStepCompletions
+from egspo.algorithm.micro_batches import MicroBatches
+from egspo.algorithm.objectives.stepwise import StepwiseObjective
+from egspo.algorithm.phases.clock import PhaseClock
+from egspo.algorithm.phases.replay import replay_states
+from egspo.algorithm.phases.rewards import collect_one_step, collect_rewards
+from egspo.algorithm.phases.rollout import Rollout, rollout_metrics
+from egspo.algorithm.phases.selection import selection_metrics
+from egspo.algorithm.phases.update import Update
+from egspo.algorithm.sampled_group import sampled_group
+from egspo.config import TrainConfig
+from egspo.engines import Engine
+from egspo.engines.processes import Processes
+from egspo.engines.reduction import part
+from egspo.rewards.queue import RewardQueue
+from egspo.rewards.training import TrainingRewards
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.work import peak_memory
+from egspo.runs.samples import TrajectoryRecord
+from egspo.tasks.prompts import Data
+
+
+class Iteration:
+    """The algorithm, on one of several processes or the only one."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        denoiser: Denoiser,
+        engine: Engine,
+        processes: Processes,
+    ) -> None:
+        self.config, self.data, self.denoiser = config, data, denoiser
+        self.engine, self.processes = engine, processes
+        self.rewards = TrainingRewards(config.task, data, denoiser.eos_id)
+        self.micro_batches = MicroBatches(
+            config.micro_batch_size,
+            config.micro_batch_tokens,
+            config.generation,
+            denoiser.prediction_shift,
+        )
+        self.phase = PhaseClock(denoiser, processes)
+        self.rollout = Rollout(config, data, denoiser, self.rewards)
+        self.objective = StepwiseObjective(config, denoiser, self.micro_batches, processes)
+        self.optimize = Update(
+            config, self.objective, self.micro_batches, engine, processes, self.mark_updated
+        )
+        self.updated = False
+        """Whether the weights may have changed since the iteration began."""
+        self.version = 0
+        """How many iterations have changed the weights."""
+        self.group: list[TrajectoryRecord] = []
+        """A group of the last step with an evaluation, to look at."""
+
+    def run(self, step: int, prompt_index: list[int], first_sequence: int) -> Metrics:
+        """:meth:`produce` and :meth:`update` in turn: on the policy."""
+        with closing(self.produce(step, prompt_index, first_sequence)) as batch:
+            return self.update(batch)
+
+    def produce(self, step: int, prompt_index: list[int], first_sequence: int) -> Batch:
+        """Rollout, select and replay by the weights as they are; the prompts are those of all
+        processes.
+
+        The rewards of one-step completions may not be there yet: close what is not updated on.
+
+        Args:
+            step: training step, from 1.
+            prompt_index: places in the training set, one per group.
+            first_sequence: id of the first sequence; ids are never repeated in a run.
+        """
+        metrics: Metrics = {}
+        size = self.config.algorithm.group_size
+        groups = Groups.shared(prompt_index, size, first_sequence, self.processes)
+        with self.engine.gathered():
+            with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
+                with self.phase(metrics, step, "rollout"):
+                    trajectory = self.rollout(groups, queue)
+                with self.phase(metrics, step, "reward"):
+                    samples, about_rewards = collect_rewards(
+                        *(step, groups, trajectory, queue, self.rewards, self.processes),
+                        keep_known=self.objective.completes,
+                    )
+            with self.phase(metrics, step, "select"):
+                selection = self.objective.select(samples)
+            with self.phase(metrics, step, "score"):
+                scores, one_step = replay_states(self.objective, samples, selection, self.rewards)
+        metrics |= rollout_metrics(trajectory, metrics["time/rollout"])
+        metrics |= about_rewards | selection_metrics(selection)
+        return Batch(step, samples, selection, scores, one_step, self.version, metrics)
+
+    def update(self, batch: Batch) -> Metrics:
+        """Advantages and update, by the ratio to the weights that made the batch.
+
+        Returns what to log of all phases, as parts for :func:`egspo.engines.reduction.merge`.
+        """
+        self.updated = False
+        metrics: Metrics = {**batch.metrics, "staleness": self.version - batch.version}
+        one_step = self._one_step(batch, metrics)
+        with self.phase(metrics, batch.step, "update"):
+            advantage = self.objective.advantages(batch, one_step)
+            metrics["advantage/mean"] = part(advantage)
+            metrics["advantage/std"] = part(advantage, "std")
+            metrics["advantage/max"] = part(advantage.abs(), "max")
+            if self.config.evaluates_at(batch.step):
+                self.group = sampled_group(
+                    self.config, self.data, self.denoiser.eos_id, batch, advantage, one_step
+                )
+            metrics |= self.optimize(batch, advantage.to(self.denoiser.device))
+        if metrics["staleness"]:
+            metrics["ratio/drift"] = None  # the policy has moved, and its ratio is no defect
+        self.version += self.updated
+        metrics["memory/peak"] = peak_memory(self.denoiser.device)
+        return metrics
+
+    def mark_updated(self) -> None:
+        """The weights are about to change."""
+        self.updated = True
+
+    def _one_step(self, batch: Batch, metrics: Metrics) -> OneStepCompletions | None:
+        """The one-step completions and their rewards, waited for; None where there are none."""
+        if batch.one_step is None:
+            return None
+        with batch.one_step, self.phase(metrics, batch.step, "step_reward"):
+            one_step, found = collect_one_step(batch.step, batch.one_step, len(batch.states))
+        metrics |= found
+        return one_step

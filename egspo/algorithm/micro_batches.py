@@ -1,0 +1,180 @@
+"""Micro-batches of states: packed to a limit, and to half of it where memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from egspo.config import GenerationConfig
+from egspo.rollouts.work import Work
+
+if TYPE_CHECKING:
+    from egspo.algorithm.states import States
+
+logger = logging.getLogger("egspo")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How many columns a forward pass over states computes: padding, caches and guidance included.
+
+    One entry per state in each of the lists.
+    """
+
+    generation: GenerationConfig
+    prediction_shift: int
+    """Of the model, as :attr:`egspo.rollouts.denoiser.Denoiser.prediction_shift`."""
+    row: Sequence[int]
+    """Trajectory of each state."""
+    prompt: Sequence[int]
+    """Tokens of its prompt."""
+    start: Sequence[int]
+    """First position of the block of its step."""
+
+    @classmethod
+    def of(cls, states: States, generation: GenerationConfig, prediction_shift: int) -> Columns:
+        """Of M states."""
+        return cls(
+            generation,
+            prediction_shift,
+            states.row.tolist(),
+            states.prompt_lengths().tolist(),
+            states.block_starts(generation.block_length).tolist(),
+        )
+
+    def work(self, index: Sequence[int]) -> Work:
+        """The passes of the policy over a micro-batch of the states ``index``, without the head."""
+        generation, length, work = self.generation, self.generation.max_new_tokens, Work()
+        copies = 2 if generation.guidance else 1
+        width = max(self.prompt[i] for i in index) + length
+        if generation.cache == "none":
+            work.add(copies * len(index), width, width)
+            return work
+        blocks = {(self.row[i], self.start[i]) for i in index}
+        window = generation.block_length
+        if generation.cache == "prefix":
+            window = length - min(self.start[i] for i in index)
+        work.add(copies * len(blocks), width, width)
+        work.add(copies * len(index), window + self.prediction_shift, width)
+        return work
+
+    def count(self, index: Sequence[int]) -> int:
+        """Columns of the same."""
+        return self.work(index).tokens
+
+    def packed(self, index: Sequence[int], most: int) -> list[list[int]]:
+        """``index``, in its order, in micro-batches of at most ``most`` columns or one state."""
+        micro_batches: list[list[int]] = []
+        for state in index:
+            if micro_batches and self.count([*micro_batches[-1], state]) <= most:
+                micro_batches[-1].append(state)
+            else:
+                micro_batches.append([state])
+        return micro_batches
+
+
+class MicroBatches:
+    """How many states share a forward pass of replay and update.
+
+    What does not fit into memory is split, and the limit halved from then on. The gradient does
+    not depend on the split but for rounding.
+
+    Args:
+        size: states in a micro-batch, at most; or None for
+        tokens: columns that its forward pass computes, at most. A state with more goes alone.
+        generation: how the states were denoised.
+        prediction_shift: of the model.
+    """
+
+    def __init__(
+        self,
+        size: int | None,
+        tokens: int | None,
+        generation: GenerationConfig,
+        prediction_shift: int,
+    ) -> None:
+        if (size is None) == (tokens is None):
+            raise ValueError(f"give one of size and tokens, got size={size} and tokens={tokens}")
+        self.size, self.tokens = size, tokens
+        self.generation, self.prediction_shift = generation, prediction_shift
+
+    def plan(self, states: States, *, ranks: int | None) -> list[list[Tensor]]:
+        """Groups of micro-batches of M states; one optimizer step per group.
+
+        Args:
+            states: M states.
+            ranks: None for a single group; otherwise one group per rank in [0, ranks).
+
+        Returns:
+            int64 [m] indices of states, by group and micro-batch. States with long prompts come
+            first: what comes later fits where they did.
+        """
+        groups = states.groups(ranks, by_trajectory=self.generation.cache != "none")
+        return [self.split(states, [group] if group.numel() else []) for group in groups]
+
+    def split(self, states: States, micro_batches: Sequence[Tensor]) -> list[Tensor]:
+        """Those of ``micro_batches`` that are over the limit in parts, the others as they are."""
+        if self.tokens is None:
+            assert self.size is not None
+            return [part for index in micro_batches for part in torch.split(index, self.size)]
+        columns = self._columns(states)
+        return [
+            torch.tensor(part, device=index.device)
+            for index in micro_batches
+            for part in columns.packed(index.tolist(), self.tokens)
+        ]
+
+    def shrink(
+        self, states: States, index: Tensor, doing: str, error: torch.OutOfMemoryError
+    ) -> None:
+        """Half the limit, as ``doing`` the micro-batch ``index`` memory ran out by ``error``.
+
+        Raises:
+            torch.OutOfMemoryError: ``error``, where the micro-batch was a single state.
+        """
+        count, tokens = len(index), self._columns(states).count(index.tolist())
+        if count == 1:
+            error.add_note(
+                f"egspo: even {doing} one state of {tokens} columns does not fit; `egspo plan "
+                "RECIPE --gpu-memory SIZE` says what would make it fit"
+            )
+            raise error
+        if self.tokens is None:
+            self.size = count // 2
+            setting = f"micro_batch_size={self.size}"
+        else:
+            self.tokens = tokens // 2
+            setting = f"micro_batch_tokens={self.tokens}"
+        logger.warning(
+            "out of memory %s %d states (%d columns) at a time: going on with half (%s would "
+            "begin there)",
+            *(doing, count, tokens, setting),
+        )
+
+    def give_up(self, states: States, index: Tensor, error: torch.OutOfMemoryError) -> NoReturn:
+        """Raise ``error`` with what to set, where other processes are in the middle of the pass."""
+        columns = self._columns(states).count(index.tolist())
+        smaller = (
+            f"micro_batch_size={max(len(index) // 2, 1)}"
+            if self.tokens is None
+            else f"micro_batch_tokens={columns // 2}"
+        )
+        error.add_note(
+            f"egspo: an update on {len(index)} states ({columns} columns) at a time does not fit, "
+            f"and a sharded model cannot begin again by itself: set {smaller}"
+        )
+        raise error
+
+    def _columns(self, states: States) -> Columns:
+        return Columns.of(states, self.generation, self.prediction_shift)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back to the GPU what the allocator holds in pieces too small for the next attempt."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

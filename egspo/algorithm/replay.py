@@ -1,0 +1,293 @@
+"""Replay of the selected states: old log-probabilities and greedy completions in one pass.
+
+A *state* is the canvas before a selected step of one trajectory. Replay and update run the same
+forward on the same micro-batches of states, so that on the first update the probability ratio is
+1: bit for bit on a CPU, up to rounding elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from egspo.algorithm.micro_batches import MicroBatches, release_memory
+from egspo.algorithm.states import States
+from egspo.config import AlgorithmConfig, GenerationConfig
+from egspo.rollouts.decoder import BlockContext, Decoder, Window
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.trajectory import PromptBatch, Trajectory
+from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate, linear_token_stats
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What replay found for M states."""
+
+    old_log_prob: Tensor
+    """float [M], aggregated over the tokens of the step as the loss does."""
+    ref_log_prob: Tensor | None
+    """float [M], the same under the reference policy (``kl: k3``)."""
+    ref_hidden: list[Tensor] | None
+    """Of every state, reference hidden states [n, D] of its revealed tokens (``kl: exact``)."""
+    completions: Tensor | None
+    """int64 [M, L], greedy one-step completion of every state, where asked for."""
+    groups: list[list[Tensor]]
+    """The micro-batches that were replayed: those given, split where memory ran out."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The forward pass that replay and update share."""
+
+    denoiser: Denoiser
+    algorithm: AlgorithmConfig
+    generation: GenerationConfig
+
+    @property
+    def temperature(self) -> float:
+        """Of the scored log-probabilities."""
+        return 1.0 if self.algorithm.ratio_temperature == "one" else self.generation.temperature
+
+    @property
+    def decoder(self) -> Decoder:
+        """The one that the rollout sampled with."""
+        generation = self.generation
+        return Decoder(
+            self.denoiser,
+            generation.block_length,
+            generation.cache,
+            generation.guidance,
+            self.algorithm.detach_cache,
+        )
+
+    @torch.no_grad()
+    def replay(
+        self,
+        states: States,
+        groups: list[list[Tensor]],
+        *,
+        complete: bool,
+        on_completions: Callable[[Tensor, Tensor], object] = lambda index, completions: None,
+        limit: MicroBatches | None = None,
+    ) -> Scores:
+        """Score every state under the behaviour policy, before any update.
+
+        Args:
+            states: M states.
+            groups: their micro-batches.
+            complete: also make the greedy one-step completions.
+            on_completions: called with int64 [m] and the one-step completions [m, L] of each
+                micro-batch as soon as it is done.
+            limit: splits what does not fit into memory; None raises torch.OutOfMemoryError.
+        """
+        scores = self._unscored(states, complete)
+        for group in groups:
+            waiting, done = list(group), []
+            while waiting:
+                index = waiting[0]
+                try:
+                    self._score(states, index, scores)
+                except torch.OutOfMemoryError as error:
+                    if limit is None:
+                        raise
+                    limit.shrink(states, index, "replaying", error)
+                else:
+                    done.append(waiting.pop(0))
+                    if scores.completions is not None:
+                        on_completions(index, scores.completions[index])
+                    continue
+                release_memory(self.denoiser.device)  # now that the error holds no tensors
+                waiting = limit.split(states, waiting)
+            scores.groups.append(done)
+        return scores
+
+    def _unscored(self, states: States, complete: bool) -> Scores:
+        """Room for what replay finds."""
+        tokens, config, count = states.trajectory.tokens, self.algorithm, len(states)
+        log_prob = torch.empty(count, dtype=torch.float64, device=tokens.device)
+        k3, exact = (config.beta > 0 and config.kl == kind for kind in ("k3", "exact"))
+        return Scores(
+            old_log_prob=log_prob,
+            ref_log_prob=torch.empty_like(log_prob) if k3 else None,
+            ref_hidden=[log_prob.new_empty(0)] * count if exact else None,
+            completions=tokens.new_empty(count, tokens.shape[1]) if complete else None,
+            groups=[],
+        )
+
+    def _score(self, states: States, index: Tensor, scores: Scores) -> None:
+        """Fill in ``scores`` at the micro-batch ``index``."""
+        with self.denoiser.autocast():
+            batch = _Batch.build(states, index, self.generation.block_length)
+            context = batch.context(self.decoder)
+            window = self.decoder.window(context, batch.canvas)
+            log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
+            scores.old_log_prob[index] = log_prob.double()
+            if scores.completions is not None:
+                hidden = self.decoder.completions(context, window)
+                scores.completions[index] = self._greedy(batch, hidden, argmax)
+            if scores.ref_log_prob is None and scores.ref_hidden is None:
+                return
+            with self.denoiser.reference():
+                context = batch.context(self.decoder)
+                window = self.decoder.window(context, batch.canvas)
+                rows = batch.revealed_rows(window)
+                if scores.ref_log_prob is not None:
+                    scores.ref_log_prob[index] = self._revealed(batch, rows)[0].double()
+                if scores.ref_hidden is not None:
+                    counts = batch.step_ids.bincount(minlength=len(batch)).tolist()
+                    for state, part in zip(index.tolist(), torch.split(rows, counts), strict=True):
+                        scores.ref_hidden[state] = part
+
+    def surrogate(
+        self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float
+    ) -> Surrogate:
+        """Loss of one micro-batch of states, each weighted by ``weight``; differentiable.
+
+        Args:
+            states, scores: M states and what replay found.
+            index: int64 [m], the micro-batch, as in replay.
+            advantage: float [M].
+            weight: of each state in the loss.
+        """
+        config = self.algorithm
+        with self.denoiser.autocast():
+            batch = _Batch.build(states, index, self.generation.block_length)
+            context = batch.context(self.decoder)
+            hidden = batch.revealed_rows(self.decoder.window(context, batch.canvas))
+            self.denoiser.work.head_rows += hidden.shape[0]
+            ref_hidden = ref_weight = ref_log_prob = None
+            if scores.ref_hidden is not None:
+                ref_hidden = torch.cat([scores.ref_hidden[i] for i in index.tolist()])
+                with self.denoiser.reference():
+                    ref_weight = self.denoiser.head_weight
+            if scores.ref_log_prob is not None:
+                ref_log_prob = scores.ref_log_prob[index]
+            return linear_stepwise_surrogate(
+                hidden,
+                self.denoiser.head_weight,
+                batch.targets,
+                batch.step_ids,
+                scores.old_log_prob[index],
+                advantage[index],
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                beta=config.beta,
+                kl=config.kl if config.beta > 0 else None,
+                ref_hidden=ref_hidden,
+                ref_weight=ref_weight,
+                ref_log_prob=ref_log_prob,
+                weights=torch.full_like(advantage[index], weight),
+                bias=self.denoiser.head_bias,
+                temperature=self.temperature,
+                banned_token=self.denoiser.mask_id,
+                aggregation=config.aggregation,
+            )
+
+    def _revealed(self, batch: _Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Step log-probability [m] and argmax [N] of the revealed tokens."""
+        self.denoiser.work.head_rows += rows.shape[0]
+        stats = linear_token_stats(
+            rows,
+            self.denoiser.head_weight,
+            batch.targets,
+            bias=self.denoiser.head_bias,
+            temperature=self.temperature,
+            banned_token=self.denoiser.mask_id,
+        )
+        assert stats.log_prob is not None
+        log_prob = aggregate_steps(
+            stats.log_prob, batch.step_ids, len(batch), self.algorithm.aggregation
+        )
+        return log_prob, stats.argmax
+
+    def _greedy(self, batch: _Batch, hidden: Tensor, revealed_argmax: Tensor) -> Tensor:
+        """Greedy one-step completions [m, L]: the argmax at every masked position.
+
+        The revealed rows are not multiplied by the head again; keeping them in a product of their
+        own also gives replay the matrix shapes of the update.
+        """
+        completion = batch.canvas.clone()
+        completion[batch.revealed] = revealed_argmax
+        rest = batch.masked & ~batch.revealed
+        rows = hidden[rest]
+        self.denoiser.work.head_rows += rows.shape[0]
+        completion[rest] = linear_token_stats(
+            rows,
+            self.denoiser.head_weight,
+            None,
+            bias=self.denoiser.head_bias,
+            banned_token=self.denoiser.mask_id,
+        ).argmax
+        return completion
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """m states as model input, and the tokens their steps revealed."""
+
+    trajectory: Trajectory
+    row: Tensor
+    """int64 [m]."""
+    start: Tensor
+    """int64 [m], first position of the block that the step is in."""
+    canvas: Tensor
+    """int64 [m, L]."""
+    masked: Tensor
+    """bool [m, L], still masked in the state."""
+    revealed: Tensor
+    """bool [m, L], revealed by the step: N tokens in all."""
+    targets: Tensor
+    """int64 [N]."""
+    step_ids: Tensor
+    """int64 [N] in [0, m)."""
+    positions: Tensor
+    """int64 [N]."""
+
+    @classmethod
+    def build(cls, states: States, index: Tensor, block_length: int) -> _Batch:
+        trajectory, row, step = states.trajectory, states.row[index], states.step[index]
+        unmask_step = trajectory.unmask_step[row]
+        revealed = unmask_step == step[:, None]
+        step_ids, positions = revealed.nonzero(as_tuple=True)
+        return cls(
+            trajectory=trajectory,
+            row=row,
+            start=revealed.int().argmax(1) // block_length * block_length,
+            canvas=trajectory.canvas(row, step),
+            masked=unmask_step >= step[:, None],
+            revealed=revealed,
+            targets=trajectory.tokens[row][revealed],
+            step_ids=step_ids,
+            positions=positions,
+        )
+
+    def __len__(self) -> int:
+        return self.canvas.shape[0]
+
+    def context(self, decoder: Decoder) -> BlockContext:
+        """What the decoder had at the block of each state.
+
+        With a cache that is a pass of its own, made once for all states of a block.
+        """
+        row, start, place = self.row, self.start, None
+        if decoder.cache != "none":
+            length = self.canvas.shape[1]
+            blocks, place = torch.unique(row * length + start, return_inverse=True)
+            row, start = blocks // length, blocks % length
+        prompts = self.trajectory.prompts
+        prompts = PromptBatch(prompts.ids[row], prompts.mask[row])[:]  # no padding common to all
+        context = decoder.begin_block(
+            prompts,
+            self.trajectory.block_canvas(row, start),
+            start,
+            earliest=int(start.min()),
+            padded=not bool(prompts.mask.all()),
+        )
+        return context if place is None else context.take(place)
+
+    def revealed_rows(self, window: Window) -> Tensor:
+        """Hidden states [N, D] that the revealed tokens were sampled from."""
+        return window.rows(self.step_ids, self.positions)

@@ -1,0 +1,109 @@
+"""Step selection: which denoising steps of a trajectory are trained."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from egspo.config import Strategy
+from egspo.rollouts.trajectory import Trajectory
+from egspo_kernels import counter_uniform, select_steps
+
+# Keeps the noise of random selection apart from the noise of the rollout.
+_SELECTION_STREAM = 0x73656C656374
+
+
+def candidate_limits(trajectory: Trajectory, eos_id: int, *, stop_at_eos: bool) -> Tensor:
+    """int64 [B]: only steps before the limit are candidates.
+
+    With ``stop_at_eos`` that is up to the last step that revealed any token other than EOS; a
+    completion of nothing but EOS has no candidates. Without, it is the steps taken.
+    """
+    if not stop_at_eos:
+        return trajectory.steps
+    steps = trajectory.unmask_step.long().masked_fill(trajectory.tokens == eos_id, -1)
+    return steps.max(dim=1).values + 1
+
+
+def select(
+    trajectory: Trajectory,
+    strategy: Strategy,
+    k: int,
+    *,
+    limits: Tensor,
+    entropy_share: float | None = None,
+    seed: int = 0,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """Choose up to ``k`` steps of every trajectory.
+
+    Args:
+        trajectory: B trajectories of T steps.
+        strategy: ``high_entropy``: the k steps of largest entropy, largest first (EGSPO);
+            ``uniform``: evenly spaced, the last candidate always in; ``random``: the last
+            candidate and k - 1 others; ``all``: every candidate (k is ignored).
+        k: in [1, T].
+        limits: int64 [B], see :func:`candidate_limits`.
+        entropy_share: of ``high_entropy``, see :func:`select_share`.
+        seed, sequence_ids: key of the noise of ``random``.
+
+    Returns:
+        int64 [B, K], -1 where a trajectory has fewer candidates than K.
+    """
+    steps = trajectory.num_steps
+    if not 1 <= k <= steps:
+        raise ValueError(f"k must lie in [1, {steps}] (the denoising steps), got {k}")
+    if entropy_share is not None:
+        if strategy != "high_entropy":
+            raise ValueError(f"entropy_share needs strategy 'high_entropy', got {strategy!r}")
+        return select_share(trajectory.entropy, entropy_share, k, limits=limits)
+    if strategy == "high_entropy":
+        return select_steps(trajectory.entropy, k, limits=limits)
+    if strategy == "all":
+        index = torch.arange(steps, device=limits.device).expand(len(trajectory), -1)
+        return index.where(index < limits[:, None], -1)
+    if strategy == "uniform":
+        return _uniform(limits, k)
+    if strategy == "random":
+        if sequence_ids is None:
+            raise ValueError("strategy 'random' needs sequence_ids, the key of its noise")
+        priority = counter_uniform(seed ^ _SELECTION_STREAM, 0, sequence_ids, steps)
+        last = torch.arange(steps, device=limits.device) == limits[:, None] - 1
+        return select_steps(priority.masked_fill(last, 2.0), k, limits=limits)
+    raise ValueError(f"unknown strategy {strategy!r}")
+
+
+def select_share(entropy: Tensor, share: float, most: int, *, limits: Tensor) -> Tensor:
+    """The fewest steps of largest entropy that hold a share of the entropy of the candidates.
+
+    NaN counts as no entropy; a row without any selects no step.
+
+    Args:
+        entropy: float32 or float64 [B, T], nats.
+        share: in (0, 1].
+        most: in [0, T], steps of a row, even where they hold less.
+        limits: int64 [B], see :func:`candidate_limits`.
+
+    Returns:
+        int64 [B, ``most``], the largest first, -1 beyond the steps that are needed.
+    """
+    order = select_steps(entropy, entropy.shape[1], limits=limits)
+    values = entropy.double().gather(1, order.clamp(min=0)).masked_fill(order < 0, 0.0)
+    # Summed in the order of the selection, so that rounding cannot ask for more than there is.
+    held = values.nan_to_num(nan=0.0).cumsum(1)
+    before = F.pad(held[:, :-1], (1, 0))
+    return order.masked_fill(before >= share * held[:, -1:], -1)[:, :most]
+
+
+def _uniform(limits: Tensor, k: int) -> Tensor:
+    """``min(k, limit)`` evenly spaced steps ending at ``limit - 1``."""
+    count = limits.clamp(max=k)[:, None]
+    index = torch.arange(k, device=limits.device)[None, :]
+    step = (index + 1) * limits[:, None] // count.clamp(min=1) - 1
+    return step.where(index < count, -1)
+
+
+def histogram(selected: Tensor, num_steps: int) -> Tensor:
+    """int64 [T]: how often each step was selected, padding left out."""
+    return torch.bincount(selected[selected >= 0], minlength=num_steps)

@@ -1,0 +1,67 @@
+"""Selected states: the canvases before the selected steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from egspo.rollouts.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class States:
+    """M selected states, by rank and then by trajectory; padding is left out."""
+
+    trajectory: Trajectory
+    row: Tensor
+    """int64 [M], trajectory of each state."""
+    rank: Tensor
+    """int64 [M], column of each state in the selection."""
+    step: Tensor
+    """int64 [M], denoising step of each state."""
+    ranks: int
+    """K, columns of the selection."""
+
+    @classmethod
+    def from_selection(cls, trajectory: Trajectory, selected: Tensor) -> States:
+        """States of ``selected`` int64 [B, K], -1 at padding."""
+        rank, row = (selected.t() >= 0).nonzero(as_tuple=True)
+        return cls(trajectory, row, rank, selected[row, rank], selected.shape[1])
+
+    def __len__(self) -> int:
+        return self.row.shape[0]
+
+    def prompt_lengths(self) -> Tensor:
+        """int64 [M], tokens of the prompt of each state."""
+        return self.trajectory.prompts.mask.sum(1)[self.row]
+
+    def block_starts(self, block_length: int) -> Tensor:
+        """int64 [M], first position of the block that the step of each state is in."""
+        revealed = self.trajectory.unmask_step[self.row] == self.step[:, None]
+        return revealed.int().argmax(1) // block_length * block_length
+
+    def groups(self, ranks: int | None, *, by_trajectory: bool = False) -> list[Tensor]:
+        """State indices int64 [m] in the order of replay; one optimizer step per group.
+
+        Args:
+            ranks: None for a single group; otherwise one group per rank in [0, ranks).
+            by_trajectory: keep the states of a trajectory together, in the order of their steps,
+                so that those of a block share the pass that makes its cache.
+
+        States with prompts of similar length stand together, the longest first.
+        """
+        index = torch.arange(len(self), device=self.row.device)
+        if by_trajectory:
+            index = (self.row * self.trajectory.num_steps + self.step).argsort()
+        lengths = self.prompt_lengths()[index]
+        index = index[lengths.argsort(descending=True, stable=True)]
+        return [index] if ranks is None else [index[self.rank[index] == r] for r in range(ranks)]
+
+    def micro_batches(
+        self, size: int, *, ranks: int | None, by_trajectory: bool = False
+    ) -> list[list[Tensor]]:
+        """:meth:`groups` in micro-batches of at most ``size`` states."""
+        groups = self.groups(ranks, by_trajectory=by_trajectory)
+        return [list(torch.split(group, size)) if group.numel() else [] for group in groups]

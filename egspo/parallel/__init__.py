@@ -1,6 +1,0 @@
-"""Training on several processes, by the engines that accelerate knows."""
-
-from egspo.parallel.build import build_engine, choose_engine, with_accelerate_options
-from egspo.parallel.engine import Engine, WholeModel
-
-__all__ = ["Engine", "WholeModel", "build_engine", "choose_engine", "with_accelerate_options"]

@@ -1,0 +1,140 @@
+"""The forward passes of a training step, counted before any is made.
+
+From sizes, schedule and prompt lengths alone. Where they do not decide, this is assumed: every
+completion takes all its steps (what early exit saves comes as a share), and the trained steps are
+drawn at random.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from egspo.algorithm.micro_batches import Columns
+from egspo.config import TrainConfig
+from egspo.rollouts.engine import MAX_PADDING
+from egspo.rollouts.unmasking import Step, schedule
+from egspo.rollouts.work import Work
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a run does of the most that its recipe allows."""
+
+    saved_steps: float = 0.0
+    """Of the denoising steps, saved by early exit: ``rollout/saved`` of a run."""
+    trained_states: float = 1.0
+    """Of prompts_per_step x group_size x selected_steps; groups whose rewards are all the same
+    train none."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.saved_steps < 1:
+            raise ValueError(f"saved_steps must be in [0, 1), got {self.saved_steps}")
+        if not 0 <= self.trained_states <= 1:
+            raise ValueError(f"trained_states must be in [0, 1], got {self.trained_states}")
+
+
+def expected_work(
+    config: TrainConfig, prompts: Sequence[int], prediction_shift: int
+) -> dict[str, Work]:
+    """The passes of the phases ``rollout``, ``score`` and ``update`` of one step.
+
+    Nothing is saved by early exit, and every group is trained.
+
+    Args:
+        config: of the run.
+        prompts: tokens of the prompts of the step.
+        prediction_shift: of the model.
+    """
+    plan = schedule(
+        config.generation.max_new_tokens, config.generation.steps, config.generation.block_length
+    )
+    lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
+    score, update = _training(config, plan, lengths, prediction_shift)
+    return {
+        "rollout": _rollout(config, plan, lengths, prediction_shift),
+        "score": score,
+        "update": update,
+    }
+
+
+def _rollout(config: TrainConfig, plan: Sequence[Step], lengths: Sequence[int], shift: int) -> Work:
+    generation, work = config.generation, Work()
+    length, copies = generation.max_new_tokens, 2 if generation.guidance else 1
+    queue = sorted(lengths, reverse=True)
+    while queue:  # as the rollout fills its batches
+        allowed = MAX_PADDING * (queue[0] + length)
+        batch = [n for n in queue[: generation.batch_size] if queue[0] - n <= allowed]
+        sequences, width = copies * len(batch), queue[0] + length
+        queue = queue[len(batch) :]
+        for step in plan:
+            if generation.cache == "none":
+                work.add(sequences, width, width)
+            else:
+                if step.masked == generation.block_length:
+                    work.add(sequences, width, width)
+                dual = generation.cache == "dual"
+                window = generation.block_length if dual else length - step.start
+                work.add(sequences, window + shift, width)
+            work.head_rows += len(batch) * step.masked
+            if config.algorithm.entropy_over == "masked":
+                work.head_rows += len(batch) * (length - step.end)
+    return work
+
+
+def _training(
+    config: TrainConfig, plan: Sequence[Step], lengths: Sequence[int], shift: int
+) -> tuple[Work, Work]:
+    """Of replay and update."""
+    algorithm, generation = config.algorithm, config.generation
+    draw = random.Random(0)
+    ranks = config.ranks
+    states = [
+        (rank, row, step)
+        for row in range(len(lengths))
+        for rank, step in enumerate(draw.sample(range(len(plan)), ranks))
+    ]
+    # The order of replay: by trajectory and step with a cache, the longest prompts first.
+    states.sort(key=lambda s: (s[1], s[2]) if generation.cache != "none" else (s[0], s[1]))
+    states.sort(key=lambda s: -lengths[s[1]])
+    columns = Columns(
+        generation,
+        shift,
+        row=[row for _, row, _ in states],
+        prompt=[lengths[row] for _, row, _ in states],
+        start=[plan[step].start for _, _, step in states],
+    )
+    every = range(len(states))
+    groups = [list(every)]
+    if algorithm.schedule == "per_step":
+        groups = [[i for i in every if states[i][0] == rank] for rank in range(ranks)]
+    passes = Work()
+    for group in groups:
+        for index in _micro_batches(config, columns, group):
+            passes += columns.work(index)
+    revealed = sum(plan[step].quota for _, _, step in states)
+    # Positions that are still masked after a step.
+    done = itertools.accumulate(step.quota for step in plan)
+    after = [generation.max_new_tokens - count for count in done]
+
+    score, update = Work(), Work()
+    reference = algorithm.beta > 0
+    for _ in range(2 if reference else 1):
+        score += passes
+    score.head_rows = revealed * (2 if reference and algorithm.kl == "k3" else 1)
+    if algorithm.stepwise:
+        score.head_rows += sum(after[step] for _, _, step in states)
+    for _ in range(algorithm.num_iterations):
+        update += passes
+    update.head_rows = revealed * algorithm.num_iterations
+    return score, update
+
+
+def _micro_batches(config: TrainConfig, columns: Columns, group: list[int]) -> list[list[int]]:
+    if config.micro_batch_tokens is not None:
+        return columns.packed(group, config.micro_batch_tokens)
+    size = config.micro_batch_size
+    assert size is not None
+    return [group[begin : begin + size] for begin in range(0, len(group), size)]

@@ -1,0 +1,1 @@
+"""Reward functions called in the background, and what they gave."""

@@ -1,0 +1,1 @@
+"""Trajectories: prompts denoised step by step."""

@@ -1,0 +1,166 @@
+"""Trajectories to look at: what a run keeps of its rollouts, and what ``egspo inspect`` reads.
+
+A file has a JSON object per line and trajectory. ``egspo generate --step-map`` writes the same
+without what only training knows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from egspo.config import GenerationConfig
+from egspo.config.recipe import from_mapping
+from egspo.files import replacing
+from egspo.rollouts.completion import FinishReason, TokenStep
+from egspo.runs.checkpoint import remove_partial
+
+SAMPLES = "samples"
+"""Folder of a run that holds them."""
+
+
+@dataclass(frozen=True)
+class SelectedStep:
+    """A denoising step that was trained."""
+
+    rank: int
+    """Place in the selection, from 0: by entropy, where that selects."""
+    step: int
+    advantage: float | None
+    completion: str | None = None
+    """Greedy one-step completion of the state before the step (EGSPO-SA)."""
+    reward: float | None = None
+    """Of that completion."""
+
+
+@dataclass(frozen=True)
+class TrajectoryRecord:
+    """One trajectory with everything there is to show."""
+
+    index: int
+    """Of the prompt, or in the group of a training step."""
+    completion: str
+    finish_reason: FinishReason
+    tokens: int
+    """Before the first EOS."""
+    generation: GenerationConfig
+    step_map: list[TokenStep]
+    prompt: str | None = None
+    messages: list[dict[str, str]] | None = None
+    """The prompt as a chat."""
+    prompt_index: int | None = None
+    """In the training set."""
+    reward: float | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    """By reward function, unweighted; without those that do not apply."""
+    step_reward: float | None = None
+    """What the rewards of one-step completions are compared with (EGSPO-SA)."""
+    step_entropy: list[float | None] | None = None
+    """In nats, as it was selected by; otherwise see :attr:`entropy`."""
+    selected: list[SelectedStep] = field(default_factory=list)
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        if self.messages is not None:
+            return self.messages
+        return [] if self.prompt is None else [{"role": "user", "content": self.prompt}]
+
+    @property
+    def steps(self) -> int:
+        """Taken."""
+        return 1 + max((token.step for token in self.step_map), default=-1)
+
+    @property
+    def entropy(self) -> list[float]:
+        """By step taken, in nats: the recorded step entropy, or the mean of the tokens revealed."""
+        if self.step_entropy is not None:
+            return [math.nan if value is None else value for value in self.step_entropy]
+        by_step: list[list[float]] = [[] for _ in range(self.steps)]
+        for token in self.step_map:
+            by_step[token.step].append(token.entropy)
+        return [statistics.fmean(values) if values else math.nan for values in by_step]
+
+    @property
+    def eos_id(self) -> int | None:
+        """Token that ended the completion."""
+        ends = (token.token_id for token in self.step_map if token.position == self.tokens)
+        return next(ends, None)
+
+
+def write_group(run: Path, step: int, group: Sequence[TrajectoryRecord]) -> Path:
+    """Write ``run/samples/step-<step>.jsonl``: complete, or not at all."""
+    folder = run / SAMPLES
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
+    file = folder / f"step-{step:06d}.jsonl"
+    partial = folder / f".partial-{file.name}-{os.getpid()}"
+    with partial.open("w", encoding="utf-8") as stream:
+        for record in group:
+            values = {k: v for k, v in asdict(record).items() if v is not None}
+            stream.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+    return partial.replace(file)
+
+
+def list_samples(run: Path) -> dict[int, Path]:
+    """Files of a run by training step, oldest first."""
+    found = (run / SAMPLES).glob("step-*.jsonl")
+    steps = {int(file.stem.removeprefix("step-")): file for file in found}
+    return dict(sorted(steps.items()))
+
+
+def carry_samples(source: Path, run: Path, completed: int) -> None:
+    """Copy to ``run`` what ``source``, which it continues elsewhere, kept up to ``completed``."""
+    if source.resolve() == run.resolve():
+        return
+    for step, file in list_samples(source).items():
+        if step <= completed:
+            (run / SAMPLES).mkdir(parents=True, exist_ok=True)
+            with replacing(run / SAMPLES / file.name) as temporary:
+                shutil.copy(file, temporary)
+
+
+def read_trajectories(file: Path) -> list[TrajectoryRecord]:
+    """The trajectories of a file; keys that are not theirs are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a trajectory, which says why.
+    """
+    records = []
+    for number, line in enumerate(file.read_text("utf-8").split("\n"), start=1):
+        if line.strip():
+            records.append(_parse(line, f"{file}, line {number}"))
+    if not records:
+        raise ValueError(f"{file} has no trajectories")
+    return records
+
+
+def _parse(line: str, where: str) -> TrajectoryRecord:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(record, dict) or "step_map" not in record:
+        raise ValueError(
+            f"{where} has no step_map: it is not of a run's {SAMPLES} folder, or of "
+            "egspo generate --step-map with JSONL output"
+        )
+    names = {f.name for f in fields(TrajectoryRecord)}
+    known = {name: value for name, value in record.items() if name in names}
+    result: TrajectoryRecord = from_mapping(TrajectoryRecord, known, where)
+    return result
+
+
+def finite_or_none(value: Tensor | float) -> float | None:
+    """``value``, or None where it is NaN or infinite: what JSON can say."""
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,1 @@
+"""Completions of a trained model, and their likelihoods."""

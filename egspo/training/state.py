@@ -1,0 +1,178 @@
+"""Everything a run needs to go on: weights, optimizer, learning-rate schedule, step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from egspo.engines.optimization import NonFiniteError
+from egspo.engines.whole import Engine
+from egspo.files import CheckpointError
+from egspo.models.lora import POLICY_ADAPTER
+from egspo.runs.checkpoint import save_checkpoint
+
+WEIGHTS, ADAPTER, OPTIMIZER, STATE = "model", "adapter", "optimizer.pt", "state.json"
+
+
+def save_weights(model: nn.Module, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
+    """Save to, and return, ``folder/adapter`` (PEFT format) or ``folder/model`` (own layout).
+
+    Args:
+        model: what is saved.
+        folder: where.
+        weights: by name, where ``model`` itself has parts of them only.
+    """
+    target = folder / (ADAPTER if isinstance(model, PeftModel) else WEIGHTS)
+    # Of an adapter's model only the one that was trained, so that the folder is a plain adapter.
+    chosen = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(target, state_dict=weights, **chosen)  # type: ignore[operator]
+    return target
+
+
+def copy_weights(source: Path, folder: Path) -> None:
+    """Put into ``folder`` the model, or adapter, of the checkpoint ``source``."""
+    for name in (WEIGHTS, ADAPTER):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load in place what :func:`save_weights` wrote; raises CheckpointError if keys differ."""
+    if isinstance(model, PeftModel):
+        tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
+        outcome: Any = set_peft_model_state_dict(model, tensors)
+        unexpected = list(outcome.unexpected_keys)
+        missing: list[str] = []
+    else:
+        tensors = {}
+        for file in sorted((folder / WEIGHTS).glob("*.safetensors")):
+            tensors.update(load_file(file))
+        outcome = model.load_state_dict(tensors, strict=False)
+        unexpected, missing = list(outcome.unexpected_keys), list(outcome.missing_keys)
+    if unexpected or missing or not tensors:
+        raise CheckpointError(
+            f"{folder} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The parts of a training run that change. All randomness is counter-based: none to save."""
+
+    command: Literal["train", "sft"]
+    """Which of egspo's the run is of; one does not continue the other."""
+    model: nn.Module
+    engine: Engine
+    scheduler: LRScheduler
+    write_model: Callable[[Path, dict[str, Tensor] | None], object]
+    """Puts what :func:`save_weights` does, and what goes with it, into a folder."""
+
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        keep_last: int,
+        keep: int | None = None,
+        main: bool = True,
+    ) -> Path | None:
+        """Checkpoint after ``step`` under ``folder``, which the ``main`` one writes and returns.
+
+        Of a sharded engine every process calls this; of another only the main one needs to.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; the earlier checkpoints are kept.
+        """
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        if not main:
+            return None
+        for name, parameter in self.model.named_parameters():
+            value = parameter if weights is None else weights[name]
+            if parameter.requires_grad and not bool(value.isfinite().all()):
+                raise NonFiniteError(f"after step {step} the weight {name} has NaN or infinity")
+
+        def write(path: Path) -> None:
+            self.write_model(path, weights)
+            torch.save(
+                {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()},
+                path / OPTIMIZER,
+            )
+            (path / STATE).write_text(json.dumps({"command": self.command, "step": step}))
+
+        return save_checkpoint(folder, step, write, keep_last=keep_last, keep=keep)
+
+    def load(self, path: Path) -> None:
+        """Restore optimizer and schedule in place; the weights were before they were sharded."""
+        saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        self.engine.load_optimizer_state(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+
+
+def resumed_step(path: Path, command: Literal["train", "sft"], option: str, total: int) -> int:
+    """The step of a checkpoint that a run is to go on from.
+
+    Args:
+        path: the checkpoint.
+        command: of the run.
+        option, total: name and value of the option that says how long the run is.
+
+    Raises:
+        CheckpointError: it is of another command or a longer run.
+    """
+    state = json.loads((path / STATE).read_text())
+    if state["command"] != command:
+        raise CheckpointError(
+            f"{path} is a checkpoint of egspo {state['command']}: egspo {command} cannot resume "
+            "from it"
+        )
+    if state["step"] > total:
+        raise CheckpointError(
+            f"{path} is of step {state['step']}, later than the last of this run ({option}={total})"
+        )
+    step: int = state["step"]
+    return step
+
+
+def trained_bytes(model: nn.Module, copies: int) -> int:
+    """Disk that ``copies`` checkpoints take: what is trained and its two moments, in float32."""
+    return 12 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class Termination:
+    """SIGTERM, as a preempted run gets it: an exit with code 143 that lets the run save first.
+
+    Entered, the signal raises SystemExit at once; with ``deferred`` only a second one does, and
+    :attr:`requested` says of the first: for runs that can save between steps only. Only the main
+    thread gets signals; entered in another, nothing changes.
+    """
+
+    def __init__(self, *, deferred: bool = False) -> None:
+        self.deferred, self.requested = deferred, False
+
+    def __enter__(self) -> Termination:
+        self._in_main = threading.current_thread() is threading.main_thread()
+        if self._in_main:
+            self._before = signal.signal(signal.SIGTERM, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _received(self, *_: object) -> None:
+        if self.deferred and not self.requested:
+            self.requested = True
+            return
+        raise SystemExit(128 + signal.SIGTERM)
