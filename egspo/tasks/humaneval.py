@@ -14,6 +14,7 @@ from egspo.tasks.code import (
 from egspo.tasks.code_tests import import_free_names
 from egspo.tasks.data import Row, load_rows
 from egspo.tasks.mbpp import COLUMNS, mbpp_example
+from egspo.tasks.references import check_verify, verified
 from egspo.tasks.splits import normalise, split_off
 
 _COLUMNS = {"prompt": str, "canonical_solution": str, "test": str, "entry_point": str}
@@ -28,6 +29,8 @@ def build_humaneval(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    verify_solutions: str = "sample",
+    runner: str = "separate",
     sandbox: str = "bubblewrap",
     url: str | None = None,
     limits: dict[str, Any] | None = None,
@@ -47,13 +50,18 @@ def build_humaneval(
         test_examples: at most so many, drawn by ``seed``; None for all.
         seed: of the splits, independent of the training seed.
         instruction: stands before every problem.
+        verify_solutions: run reference solutions first, of a ``sample`` of the rows, ``all`` or
+            ``none``, and leave out rows where they fail, but not those of the test set.
+        runner: ``separate`` keeps what is expected out of the program's process; ``pytest`` runs
+            the tests in it, as an exam.
         sandbox, url, limits, workers: as for ``kodcode``.
 
     Raises:
         OSError, ValueError: naming the source, and the column or row that is wrong.
         SandboxUnavailable: programs cannot run; the message says why.
     """
-    runner = program_tests(sandbox, url, limits, workers)
+    check_verify(verify_solutions)
+    programs = program_tests(sandbox, url, limits, workers, runner)
     rows = load_rows(test, _COLUMNS)
     if test_examples is not None and test_examples < len(rows):
         _, rows = split_off(rows, test_examples, key=_key, seed=seed)
@@ -63,13 +71,21 @@ def build_humaneval(
         key=lambda row: normalise(row["text"]),
         seed=seed,
     )
+    sets = [
+        [mbpp_example(row, instruction) for row in train_rows],
+        [mbpp_example(row, instruction) for row in validation_rows],
+        [_example(row, instruction) for row in rows],
+    ]
+    train_set, validation_set, test_set = verified(
+        sets, programs, verify_solutions, seed, complete=2
+    )
     return Task(
         name="humaneval",
-        train=[mbpp_example(row, instruction) for row in train_rows],
-        validation=[mbpp_example(row, instruction) for row in validation_rows],
-        test=[_example(row, instruction) for row in rows],
-        rewards=runner.rewards(),
-        solved=runner.solved,
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
+        rewards=programs.rewards(),
+        solved=programs.solved,
         extract=extract_program,
     )
 
