@@ -140,7 +140,8 @@ class HttpSandbox:
                 continue
             if status == 200:
                 return self._parsed(answer)
-            reason = f"HTTP {status}: {answer[:_MAX_TEXT].decode(errors='replace')}"
+            said = answer[:_MAX_TEXT].decode(errors="replace")
+            reason = f"HTTP {status} {http.client.responses.get(status, '')}: {said}"
             if status < 500 and status != 429:  # asking again would change nothing
                 break
         raise SandboxError(f"{self._url}, attempt {tried} of {self._retries + 1}: {reason}")

@@ -58,10 +58,10 @@ def _other_user(folder: str) -> int | None:
     if os.geteuid() != 0:
         return None
     uid = _FIRST_UID + int.from_bytes(os.urandom(4), "big") % _UIDS
-    os.chown(folder, uid, uid)
     child = os.fork()
     if child == 0:
         try:
+            os.chown(folder, uid, uid)
             isolate.become(uid)
             for path in (sys.executable, os.__file__, folder):
                 os.stat(path)
