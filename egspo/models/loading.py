@@ -22,9 +22,17 @@ from transformers import (
 
 from egspo.models.dream import DreamForMaskedLM
 from egspo.models.llada import LLaDAForMaskedLM
+from egspo.models.llada2 import LLaDA2ForMaskedLM
+from egspo.models.sdar import SDARForMaskedLM, SDARMoeForMaskedLM
 from egspo.models.transformer import TransformerForMaskedLM
 
-_MODELS: tuple[type[TransformerForMaskedLM], ...] = (DreamForMaskedLM, LLaDAForMaskedLM)
+_MODELS: tuple[type[TransformerForMaskedLM], ...] = (
+    DreamForMaskedLM,
+    LLaDAForMaskedLM,
+    LLaDA2ForMaskedLM,
+    SDARForMaskedLM,
+    SDARMoeForMaskedLM,
+)
 DEFAULT_MODEL_TYPE = LLaDAForMaskedLM.config_class.model_type
 
 
@@ -49,7 +57,8 @@ def load_model(
     Args:
         path_or_id: folder with ``config.json`` and weights, or a name on the hub.
         dtype: of the weights; None for the checkpoint's.
-        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` or, with blocks,
+            ``flex_attention``.
         kwargs: for ``from_pretrained``, for example ``device_map``, ``quantization_config``,
             ``revision``.
 

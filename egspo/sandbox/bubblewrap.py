@@ -40,9 +40,9 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 # those that systemd sets aside for services without a user of their own.
 _WIDE_UIDS = (0x6000_0000, 2**28)
 _NARROW_UIDS = (61184, 4336)
-# Processes of a run that are not the program's, in the count of the kernel.
-_OWN_PROCESSES = 2
-_OWN_PROCESSES_OF_USER = 5
+# Processes that are not the program's, where the kernel counts them: by user and namespace.
+_OWN_PROCESSES = {"separate": 1, "pytest": 1}
+_OWN_PROCESSES_OF_USER = {"separate": 4, "pytest": 2}
 
 
 class Bubblewrap:
@@ -115,7 +115,9 @@ class Bubblewrap:
                 "tmp_bytes": self._limits.tmp_mb * 2**20,
                 "tmp_inodes": self._limits.tmp_files,
             },
-            "own_processes": _OWN_PROCESSES if self._root else _OWN_PROCESSES_OF_USER,
+            "own_processes": (_OWN_PROCESSES if self._root else _OWN_PROCESSES_OF_USER)[
+                self.runner
+            ],
         }
         arguments = [*self._namespaces(), *_mounts([*shown, *packages], hidden)]
         return Command([self._bwrap, *arguments, "--", os.path.realpath(sys.executable)], settings)

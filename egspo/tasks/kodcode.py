@@ -13,13 +13,15 @@ from typing import Any
 from egspo.tasks.base import Example, Task, register_task
 from egspo.tasks.code import (
     INSTRUCTION,
-    extract_program,
-    fenced,
+    extract_tested,
     program_tests,
 )
 from egspo.tasks.code_tests import unsupported
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.programs import fenced
 from egspo.tasks.references import check_verify, verified
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 logger = logging.getLogger("egspo")
@@ -37,6 +39,8 @@ def build_kodcode(
     test_examples: int | None = 256,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
     verify_solutions: str = "sample",
     runner: str = "pytest",
     sandbox: str = "bubblewrap",
@@ -55,6 +59,9 @@ def build_kodcode(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every question.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
         verify_solutions: run reference solutions first, of a ``sample`` of the rows, ``all`` or
             ``none``, and leave out rows where they fail.
         runner: ``pytest`` runs the tests in the program's process, as an exam; ``separate`` plain
@@ -84,6 +91,9 @@ def build_kodcode(
         _COLUMNS,
         key=lambda row: normalise(row["question"]),
         keep=keep,
+        read=checking(_declarations),
+        names=ColumnNames(columns, _COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,
@@ -104,7 +114,7 @@ def build_kodcode(
         test=test_set,
         rewards=programs.rewards(),
         solved=programs.solved,
-        extract=extract_program,
+        extract=extract_tested,
     )
 
 

@@ -7,13 +7,15 @@ from typing import Any
 from egspo.tasks.base import Example, Task, register_task
 from egspo.tasks.code import (
     INSTRUCTION,
-    extract_program,
-    fenced,
+    extract_tested,
     program_tests,
 )
 from egspo.tasks.code_tests import as_test, import_free_names
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.programs import behind, fenced
 from egspo.tasks.references import check_verify, verified
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 COLUMNS = {"text": str, "code": str, "test_list": list[str], "test_setup_code": str}
@@ -29,6 +31,8 @@ def build_mbpp(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
     shown_tests: int = 3,
     verify_solutions: str = "sample",
     runner: str = "separate",
@@ -46,6 +50,9 @@ def build_mbpp(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every problem.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
         shown_tests: how many of the assertions the prompt shows, at least one, as nothing else
             names the function; the usual evaluation shows all three.
         verify_solutions: run reference solutions first, of a ``sample`` of the rows, ``all`` or
@@ -67,6 +74,9 @@ def build_mbpp(
         test,
         COLUMNS,
         key=lambda row: normalise(row["text"]),
+        read=checking(lambda row: mbpp_example(row, instruction, shown_tests)),
+        names=ColumnNames(columns, COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,
@@ -86,7 +96,7 @@ def build_mbpp(
         test=test_set,
         rewards=programs.rewards(),
         solved=programs.solved,
-        extract=extract_program,
+        extract=extract_tested,
     )
 
 
@@ -102,7 +112,7 @@ def mbpp_example(row: Row, instruction: str, shown_tests: int = 3) -> Example:
             }
         ],
         columns={"tests": _tests(row), "prelude": ""},
-        target=fenced(row["code"].replace("\r\n", "\n")),
+        target=fenced(row["code"]),
         question=row["text"],
     )
 
@@ -112,10 +122,11 @@ def _tests(row: Row) -> str:
         raise ValueError(f"test_list of {row['text'][:60]!r} is empty")
     setup = row["test_setup_code"]
     try:
-        parts = [import_free_names(setup), setup]
+        parts = [behind(import_free_names(setup, reference=row["code"]), setup)]
         # Names that the setup defines are none of the program's.
         for number, assertion in enumerate(row["test_list"]):
-            parts.append(as_test(f"test_{number}", assertion, defined=setup))
+            name = f"test_{number}"
+            parts.append(as_test(name, assertion, defined=setup, reference=row["code"]))
     except SyntaxError as error:
         raise ValueError(f"the tests of {row['text'][:60]!r} are no Python: {error}") from error
     return "\n\n".join(part for part in parts if part.strip()) + "\n"

@@ -21,16 +21,10 @@ from egspo.engines.processes import Processes, process_state
 from egspo.models.quantization import check_quantization
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.graphs import check_device
-from egspo.runs.checkpoint import (
-    CHECKPOINTS,
-    PARTIAL,
-    check_unclaimed,
-    check_writable,
-    find_checkpoint,
-)
+from egspo.runs.checkpoint import check_writable
 from egspo.tasks.prompts import Data, build_data
 from egspo.training.build import base_model, build_denoiser, check_data, check_trackers, fresh_model
-from egspo.training.continuation import check_continuation
+from egspo.training.continuation import Resume, chosen_checkpoint
 from egspo.training.state import WEIGHTS, TrainingState, load_weights, resumed_step, trained_bytes
 from egspo.training.warm_start import kept_base, needs_base, save_model, warm_start
 
@@ -105,17 +99,15 @@ def launched(config: TrainConfig) -> Launch:
     return Launch(config, accelerator, processes, engine)
 
 
-def origin(config: TrainConfig, resume: Path | None) -> Origin:
-    """The checkpoint at ``resume`` or of the run there, if a run with ``config`` may go on from it.
+def origin(config: TrainConfig, resume: Resume) -> Origin:
+    """What a run with ``config`` goes on from.
 
     Raises:
-        CheckpointError: it may not, or the output has checkpoints of another run.
+        CheckpointError: it may not go on from there, or the output has checkpoints of another run.
     """
-    checkpoint = None if resume is None else find_checkpoint(resume)
-    check_unclaimed(Path(config.output_dir) / CHECKPOINTS, checkpoint)
+    checkpoint = chosen_checkpoint(config, resume, "train")
     if checkpoint is None:
         return Origin()
-    check_continuation(config, checkpoint.parent.parent, "train")
     return Origin(checkpoint, resumed_step(checkpoint, "train", "steps", config.steps))
 
 
@@ -152,23 +144,6 @@ def assemble(launch: Launch, origin: Origin) -> Parts:
     if origin.checkpoint is not None:
         state.load(origin.checkpoint)
     return Parts(launch, origin, data, denoiser, reference, engine, state)
-
-
-def check_shared(output: Path, processes: Processes) -> None:
-    """What one process writes, those on other machines must find; raises OSError."""
-    probe = output / f"{PARTIAL}shared"
-    if processes.is_main:
-        probe.touch()
-    processes.gather(None)
-    seen = processes.gather(probe.exists())
-    if processes.is_main:
-        probe.unlink()
-    blind = [rank for rank, found in enumerate(seen) if not found]
-    if blind:
-        raise OSError(
-            f"output_dir {output} is not the same folder in all processes: {blind} do not "
-            "see what process 0 wrote; put it on a shared file system"
-        )
 
 
 def _check_work(config: TrainConfig, processes: Processes) -> None:

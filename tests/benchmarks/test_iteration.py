@@ -87,7 +87,10 @@ def test_same_tokens_selected_steps_loss_and_gradient(algorithm: Algorithm, foll
     assert len(states) == 32
     for name in ("old_log_prob", "ref_log_prob"):
         scored = getattr(ours.scores, name)
-        torch.testing.assert_close(getattr(theirs.replayed, name)[place].double(), scored)
+        # Both are sums of float32 log-probabilities, whose roundings depend on the CPU.
+        torch.testing.assert_close(
+            getattr(theirs.replayed, name)[place].double(), scored, rtol=1e-5, atol=1e-5
+        )
     if algorithm == "egspo-sa":
         assert ours.scores.completions is not None
         assert torch.equal(theirs.replayed.completions[place], ours.scores.completions)

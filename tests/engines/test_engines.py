@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from egspo.config import DistributedConfig
 from egspo.engines.processes import Processes
-from egspo.runs.checkpoint import list_checkpoints, verify_checkpoint
+from egspo.runs.checkpoint import list_checkpoints
 from egspo.runs.metrics import deterministic, read_metrics
+from egspo.runs.published import verify_published
 from tests.helpers import runs
 from tests.helpers.runs import Strike, start
 
@@ -126,7 +127,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_engine(
     assert start(run, 3, FSDP2, *changes, resume=run) == [0, 0, 0]
     assert_same_weights(tmp_path / "whole", run)
     for checkpoint in list_checkpoints(run / "checkpoints"):
-        verify_checkpoint(checkpoint)
+        verify_published(checkpoint)
     # And back to one process, from a checkpoint of three.
     assert start(run, 1, *changes, {"steps": 5}, resume=run) == [0]
     assert read_metrics(run)[-1]["step"] == 5
@@ -168,7 +169,7 @@ def test_a_process_that_is_killed_ends_the_others(engine: str, phase: str, tmp_p
         assert f"process {victim} is in '" in message or "ended in the same phase" in message
     made = list_checkpoints(run / "checkpoints")
     for checkpoint in made:
-        verify_checkpoint(checkpoint)
+        verify_published(checkpoint)
     assert made or phase in ("evaluation", "saving")
     if phase == "update":  # and it goes on from there
         assert start(run, 2, changes, resume=run) == [0, 0]

@@ -86,6 +86,9 @@ class AlgorithmConfig:
     """``per_step``: one optimizer step per entropy rank, highest first. ``joint``: all together."""
     num_iterations: int = 1
     """Inner epochs over the selected steps of one rollout."""
+    completion_blocks: Literal["all", "active"] = "all"
+    """Of block-causal models: a one-step completion fills every later block too, greedily in one
+    step behind what is then known, or ends with the ``active`` block of the state: cheaper."""
     detach_cache: bool = False
     """With ``generation.cache``, no gradient through the pass that makes the cache: cheaper and
     biased, as it leaves out how the weights move the cached keys and values."""

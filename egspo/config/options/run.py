@@ -54,6 +54,7 @@ class TrainConfig:
     """Get the metrics, and the sample table of the steps with an evaluation."""
 
     def __post_init__(self) -> None:
+        require(self.output_dir.strip() != "", "output_dir must name a folder, got an empty one")
         for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, got {value}")

@@ -146,7 +146,7 @@ def serve(stream: Any) -> None:
     if child == 0:
         try:
             _restrict(job["uid"], job["limits"])
-            isolate.hide_memory(False)
+            isolate.become_ordinary()
             control = socket.socket(fileno=job["control"])
             control.sendall(b"S")
             candidate.run(job["code"], control)

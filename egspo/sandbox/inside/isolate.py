@@ -96,10 +96,20 @@ def become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def hide_memory(hidden: bool = True) -> None:
+def hide_memory() -> None:
     """Other processes of the same user cannot read or trace this one, nor what it forks."""
+    _set_dumpable(0)
+
+
+def become_ordinary() -> None:
+    """What :func:`hide_memory` and ignored interrupts keep from programs is theirs again."""
+    _set_dumpable(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _set_dumpable(value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, int(not hidden), 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, value, 0, 0, 0)
 
 
 def set_limits(limits: dict[str, Any]) -> None:

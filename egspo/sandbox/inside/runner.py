@@ -102,7 +102,7 @@ def _session(job: dict[str, Any], done: list[str], patience: float, results: int
             os.close(results)
             os.close(read_end)
             os.setpgid(0, 0)
-            isolate.hide_memory(False)
+            isolate.become_ordinary()
             from . import session
 
             _write_files(job)

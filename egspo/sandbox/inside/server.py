@@ -128,6 +128,7 @@ def _fork(
     if child:
         return child
     try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that has a handler here
         host.close()
         os.dup2(0, 2)
         if namespaces:
@@ -149,7 +150,7 @@ def _fork(
 def _run_candidate(job: dict[str, Any], control: socket.socket) -> None:
     from . import candidate
 
-    isolate.hide_memory(False)
+    isolate.become_ordinary()
     control.sendall(b"S")
     candidate.run(job["code"], control)
 
