@@ -38,8 +38,8 @@ def table() -> str:
 
     names = ", ".join(f"sm_{each}: {gpu.name}" for each, gpu in sorted(GPUS.items()))
     lines = [
-        f"bfloat16, V = 126464, {ROWS} rows; {names}. Counted and modelled, not measured; limits of "
-        "`tests/kernels/test_gate.py` in brackets.",
+        f"bfloat16, V = 126464, {ROWS} rows; {names}. Counted and modelled, not measured; "
+        "limits of `tests/kernels/test_gate.py` in brackets.",
         "",
         "| kernel | architecture | instructions a logit (a pair) | registers | programs on a "
         "processor | modelled share of copy speed |",

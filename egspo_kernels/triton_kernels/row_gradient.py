@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.kl import Divergence
-from egspo_kernels.triton_kernels.normaliser import Normaliser
 from egspo_kernels.triton_kernels.launch import alignment, on_device_of, prepare_logits
+from egspo_kernels.triton_kernels.normaliser import Normaliser
 from egspo_kernels.triton_kernels.tiles import LN_2, LOG2_E, finite_or_zero, row_pointer
 
 MAX_BLOCK = 4096
@@ -132,7 +132,7 @@ def row_gradient_kernel(
     l = load_coefficient(logsumexp_coefficient, index, valid, factor)  # noqa: E741
     h = load_coefficient(entropy_coefficient, index, valid, factor)
     b = load_coefficient(kl_coefficient, index, valid, factor)
-    # All that is read beside the logits, before the branch: these loads wait for none of the others.
+    # What is read beside the logits, before the branch: these loads wait for none of the others.
     shift = finite_or_zero(tl.load(maximum + row))
     log2_total = tl.load(log_total + row) * LOG2_E
     row_entropy = load_number(entropy, row)

@@ -103,7 +103,9 @@ class _Warp:
     ready: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def cycles(path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, resident: int) -> float:
+def cycles(
+    path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, resident: int
+) -> float:
     """Cycles in which a processor runs so many programs of so many warps, ``resident`` at once.
 
     The schedulers do the same things: one is modelled, with its part of warps and of memory.

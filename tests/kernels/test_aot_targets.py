@@ -21,7 +21,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 backend, architecture, warp = sys.argv[1:]
-target = GPUTarget(backend, int(architecture) if architecture.isdigit() else architecture, int(warp))
+number = int(architecture) if architecture.isdigit() else architecture
+target = GPUTarget(backend, number, int(warp))
 driver.set_active(SimpleNamespace(
     get_current_target=lambda: target,
     get_current_device=lambda: 0,
