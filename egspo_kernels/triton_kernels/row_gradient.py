@@ -162,7 +162,7 @@ def row_gradient_kernel(
         if kl_coefficient is not None:
             factor_of_p += b * (tl.minimum(x - y, FAR) * inverse_temperature - mean)
         grad = p * factor_of_p
-        if log_prob_coefficient is not None:
+        if log_prob_coefficient is not None:  # noqa: SIM102
             if (target >= first) & (target < first + BLOCK):
                 grad += tl.where(columns == target, c, 0.0)
         if (banned >= first) & (banned < first + BLOCK):
