@@ -110,9 +110,11 @@ def rollout_blocks(
     entropy_over: EntropyOver = "revealed",
     entropy_reduce: EntropyReduce = "mean",
     entropy_temperature: float = 1.0,
+    complete: bool = False,
 ) -> Iterator[RolloutBlock]:
-    """:func:`rollout` block by block, for who takes completions as they come."""
-    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
+    """:func:`rollout` block by block, for who takes completions as they come; with ``complete``
+    also the most likely tokens at every step, :attr:`Trajectory.greedy`."""
+    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature, complete)
     return _Rollout(denoiser, prompts, config, recording, sequence_ids).blocks()
 
 
@@ -142,6 +144,10 @@ class _Rollout:
         self.token_entropy = self.confidence.clone()
         self.entropy = self.confidence.new_full((count, config.steps), float("nan"))
         self.log_prob = torch.zeros_like(self.entropy)
+        self.greedy = None
+        if recording.complete:
+            size = (count, config.steps, length)
+            self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.starts = [0] * count
         """First position not denoised, by sequence."""
@@ -201,6 +207,7 @@ class _Rollout:
             steps=torch.tensor(self.steps, device=self.tokens.device),
             lengths=length_before(self.tokens, self.denoiser.eos_id),
             mask_id=self.denoiser.mask_id,
+            greedy=self.greedy,
         )
 
     def _sequences(self, rows: list[int]) -> Sequences:
@@ -242,6 +249,8 @@ class _Rollout:
         columns = before + torch.arange(steps, device=device)
         self.entropy[index, columns] = block.entropy
         self.log_prob[index, columns] = block.log_prob
+        if self.greedy is not None and block.greedy is not None:
+            self.greedy[index, columns] = block.greedy
 
         broken = block.token_entropy.isnan()
         ended = (block.tokens == self.denoiser.eos_id).any(1)

@@ -139,8 +139,9 @@ class Problem:
 
 
 def assert_exact(problem: Problem) -> list[Outcome]:
+    exact = problem.exact()
     estimate, outcomes = problem.estimate()
-    assert relative_error(estimate, problem.exact()) < 1e-6
+    assert relative_error(estimate, exact) < 1e-6
     return outcomes
 
 
@@ -262,6 +263,6 @@ THREE = GenerationConfig(max_new_tokens=3, steps=2, block_length=3, temperature=
 
 def error(problem: Problem) -> float:
     """Of the expected gradient, whatever its length."""
-    estimate, _ = problem.estimate()
     exact = problem.exact()
+    estimate, _ = problem.estimate()
     return relative_error(exact * (estimate @ exact) / (exact @ exact), estimate)
