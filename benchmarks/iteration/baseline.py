@@ -12,8 +12,9 @@ loss and gradient (``tests/benchmarks/test_iteration.py``). What differs is how:
 Nothing slows it down beyond that: sequences are denoised in the same batches, attention is the same
 fused one, one-step completions are read off the logits of the rollout, old log-probabilities are
 those of the update's own pass, nothing is read back from the device between steps or states, and
-noise is drawn only where a token may be revealed (published code draws float64 noise over the canvas). On a GPU that noise comes from
-plain tensor operations, where egspo's sampling kernel draws its own.
+noise is drawn only where a token may be revealed (published code draws float64 noise over the
+canvas). On a GPU that noise comes from plain tensor operations, where egspo's sampling kernel draws
+its own.
 
 Not in it, as published code has it otherwise or not at all: padding, early exit, block caches,
 guidance, several inner epochs, exact KL.

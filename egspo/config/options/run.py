@@ -133,6 +133,11 @@ class TrainConfig:
         )
 
     @property
+    def continues_from_reference(self) -> bool:
+        """Whether the KL goes to the adapter that training began from, and not to the base."""
+        return self.model.adapter is not None and self.algorithm.beta > 0
+
+    @property
     def replays(self) -> bool:
         """Whether old log-probabilities must be known before the update: it changes the weights
         more than once, or they have changed since the rollout."""
