@@ -34,8 +34,8 @@ class ReferenceRefresh:
         (b B + (1 - b) B') (b A + (1 - b) A') = b^2 B A + (1 - b)^2 B' A' + b (1 - b) (B A' + B' A)
 
     which is the blend of the products where b is 1, or where the two have a factor in common; it
-    stays of the adapter's rank, as a blend of products would not. In the beginning A' is A and B' is
-    B, which of a new adapter is zero.
+    stays of the adapter's rank, as a blend of products would not. In the beginning A' is A and B'
+    is B, which of a new adapter is zero.
 
     Args:
         config: nothing is refreshed without ``reference_every``.

@@ -19,6 +19,8 @@ from tests.algorithm.test_micro_batches import LORA, SMALL, FirstStep, assert_sa
 from tests.algorithm.test_replay import prompts_of, small_denoiser
 from tests.helpers import runs
 
+pytestmark = pytest.mark.usefixtures("no_plots", "varied")
+
 GENERATION = GenerationConfig(max_new_tokens=12, steps=6, block_length=4, temperature=0.9)
 
 
@@ -50,7 +52,7 @@ def test_the_rollout_completes_as_a_replay_does(changes: Any, entropy_over: Any)
     scorer = Scorer(denoiser, AlgorithmConfig(beta=0.0), config)
     scores = scorer.replay(states, states.micro_batches(100, ranks=None), complete=True)
     completions = sampled.one_step_completions(states.row, states.step)
-    assert scores.completions is not None and len(completions) > 10
+    assert scores.completions is not None and len(completions) > 5
     assert torch.equal(completions, scores.completions)
     assert not (completions == denoiser.mask_id).any()
 
