@@ -79,16 +79,20 @@ def right_lines(text: str, chain: Chain) -> tuple[int, int]:
 
 
 def make_chains(changes: int, count: int, *, taken: Set[str], seed: int, name: str) -> list[Chain]:
-    """``count`` distinct chains with so many ``changes``, none of them ``taken``."""
+    """``count`` distinct chains with so many ``changes``, none of them ``taken``.
+
+    Raises:
+        ValueError: that would be more than half of all that there are.
+    """
+    if count + len(taken) > (possible := (LARGEST + 1) * LARGEST**changes) // 2:
+        raise ValueError(f"{count} more chains of {changes} changes are too many of {possible}")
     rng = random.Random(f"{seed}-arithmetic-{name}")
     found: dict[str, Chain] = {}
-    for _ in range(100 * count + 1000):
-        if len(found) == count:
-            return list(found.values())
+    while len(found) < count:
         chain = _drawn(changes, rng)
         if chain.key not in taken:
             found.setdefault(chain.key, chain)
-    raise ValueError(f"there are fewer than {count} chains of {changes} changes for {name}")
+    return list(found.values())
 
 
 def _drawn(changes: int, rng: random.Random) -> Chain:

@@ -110,7 +110,10 @@ def test_careless_targets_are_for_training_alone() -> None:
         ({"careless": 1.5}, r"careless must lie in \[0, 1\], got 1.5"),
         ({"prompt_style": "digit"}, "got 'digit'"),
         ({"test_examples": 0}, "test_examples must be a whole number >= 1, got 0"),
-        ({"train_examples": 10**6, "changes": 1}, "there are fewer than 1000000 chains"),
+        (
+            {"train_examples": 10**6, "changes": 1},
+            "1000000 more chains of 1 changes are too many of 9900",
+        ),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
