@@ -84,6 +84,13 @@ class Columns:
         """Columns of the same."""
         return self.work(index).tokens
 
+    def split(self, index: list[int], size: int | None, tokens: int | None) -> list[list[int]]:
+        """``index`` in micro-batches of at most ``tokens`` columns, or ``size`` states."""
+        if tokens is not None:
+            return self.packed(index, tokens)
+        assert size is not None
+        return [index[begin : begin + size] for begin in range(0, len(index), size)]
+
     def packed(self, index: Sequence[int], most: int) -> list[list[int]]:
         """``index``, in its order, in micro-batches of at most ``most`` columns or one state."""
         micro_batches: list[list[int]] = []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from egspo.algorithm.micro_batches import Columns
 from egspo.config import TrainConfig
+from egspo.planning.causal_work import causal_rollout, causal_training
 from egspo.rollouts.engine import MAX_PADDING
 from egspo.rollouts.unmasking import Step, schedule
 from egspo.rollouts.work import Work
@@ -37,7 +38,10 @@ class Shares:
 
 
 def expected_work(
-    config: TrainConfig, prompts: Sequence[int], prediction_shift: int
+    config: TrainConfig,
+    prompts: Sequence[int],
+    prediction_shift: int,
+    block_size: int | None = None,
 ) -> dict[str, Work]:
     """The passes of the phases ``rollout``, ``score`` and ``update`` of one step.
 
@@ -47,7 +51,12 @@ def expected_work(
         config: of the run.
         prompts: tokens of the prompts of the step.
         prediction_shift: of the model.
+        block_size: of a block-causal model; None where attention has no direction.
     """
+    if block_size is not None:
+        lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
+        score, update = causal_training(config, lengths)
+        return {"rollout": causal_rollout(config, prompts), "score": score, "update": update}
     plan = schedule(
         config.generation.max_new_tokens, config.generation.steps, config.generation.block_length
     )
@@ -112,7 +121,7 @@ def _training(
         groups = [[i for i in every if states[i][0] == rank] for rank in range(ranks)]
     passes = Work()
     for group in groups:
-        for index in _micro_batches(config, columns, group):
+        for index in columns.split(group, config.micro_batch_size, config.micro_batch_tokens):
             passes += columns.work(index)
     revealed = sum(plan[step].quota for _, _, step in states)
     # Positions that are still masked after a step.
@@ -130,11 +139,3 @@ def _training(
         update += passes
     update.head_rows = revealed * algorithm.num_iterations
     return score, update
-
-
-def _micro_batches(config: TrainConfig, columns: Columns, group: list[int]) -> list[list[int]]:
-    if config.micro_batch_tokens is not None:
-        return columns.packed(group, config.micro_batch_tokens)
-    size = config.micro_batch_size
-    assert size is not None
-    return [group[begin : begin + size] for begin in range(0, len(group), size)]

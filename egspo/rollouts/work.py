@@ -96,8 +96,8 @@ class ModelCost:
                 trained = any(p.requires_grad for p in module.parameters(recurse=False))
                 forward += product
                 backward += product * (2 if trained else 1)
-        inner = getattr(config, "head_dim", width // config.num_attention_heads)
-        inner *= config.num_attention_heads
+        heads = model.config.num_attention_heads
+        inner = heads * getattr(config, "head_dim", width // heads)
         return cls(
             per_token=forward,
             per_token_backward=backward,
