@@ -35,6 +35,14 @@ def code_format(completions: Sequence[str], **_: Any) -> list[float]:
     ]
 
 
+def explain_code_format(completion: str, **_: Any) -> str:
+    """Why :func:`code_format` pays what it does."""
+    found = list(blocks(completion))
+    if any(block.is_python and block.closed and block.text.strip() for block in found):
+        return "has a closed Python block"
+    return f"none of {len(found)} blocks is closed, marked as Python and not empty"
+
+
 def extract_tested(completion: str, tests: str, **_: Any) -> str | None:
     """The program in a completion that these tests are for; None where there is none."""
     return extract_program(completion, names_under_test(tests))
@@ -67,12 +75,21 @@ class ProgramTests:
         """1.0 where every test passed."""
         return [float(v.score == 1.0) for v in self.verdicts(completions, tests, prelude)]
 
+    def explain(self, completion: str, tests: str, prelude: str, **_: Any) -> str:
+        """Why :meth:`tests` pays what it does."""
+        if not (extract_tested(completion, tests) or "").strip():
+            return "no block with a program"
+        (verdict,) = self._verdicts([completion], [tests], [prelude])
+        failed = [f"{case.name}: {case.error}" for case in verdict.cases if not case.passed]
+        told = [verdict.error] if verdict.error else failed[:3]
+        return "; ".join([f"{verdict.passed} of {verdict.total} tests pass", *told])
+
     def rewards(self) -> list[Reward]:
         """``tests`` with weight 1.0, ``code_format`` with 0.5."""
         # Without a time limit for the call: each program has its own.
         return [
-            Reward("tests", self.tests, timeout=None),
-            Reward("code_format", code_format, weight=0.5),
+            Reward("tests", self.tests, timeout=None, explain=self.explain),
+            Reward("code_format", code_format, weight=0.5, explain=explain_code_format),
         ]
 
     def verdicts(
