@@ -229,6 +229,7 @@ class Iteration:
             entropy_share=algorithm.entropy_share,
             seed=self.config.seed,
             sequence_ids=self._ids(first_sequence, sequences),
+            step_id=first_sequence,
         )
         if algorithm.entropy_share is not None:
             # K of the longest row anywhere: the denominator and the optimizer steps of everyone.
@@ -247,8 +248,7 @@ class Iteration:
         """Score the states; the rewards of a micro-batch's one-step completions are found while
         the next is replayed, and after."""
         algorithm, limit = self.config.algorithm, self.micro_batches
-        ranks = states.ranks if algorithm.schedule == "per_step" else None
-        groups = limit.plan(states, ranks=ranks)
+        groups = limit.plan(states, ranks=algorithm.update_ranks(states.ranks))
         if not algorithm.stepwise:
             return self.scorer.replay(states, groups, complete=False, limit=limit), None
         prompts = samples.prompts([sequences[i] for i in states.row.tolist()])
@@ -296,14 +296,14 @@ class Iteration:
         the gradient does not depend on what could be skipped.
         """
         algorithm = self.config.algorithm
-        joint = algorithm.schedule == "joint"
         # The engine's mean over processes makes this one over all sequences.
         sequences = batch.samples.rewards.numel() / self.processes.count
-        weight = 1.0 / (sequences * (batch.states.ranks if joint else 1))
+        updates = algorithm.update_ranks(batch.states.ranks)
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
         for _ in range(algorithm.num_iterations):
-            for group in batch.scores.groups:
+            for ranks, group in zip(updates, batch.scores.groups, strict=True):
+                weight = 1.0 / (sequences * len(ranks))
                 outcome = self._accumulate(batch, group, advantage, weight)
                 if not self.engine.reduce_gradients(bool(group)):
                     continue

@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Strategy = Literal["high_entropy", "uniform", "random", "all"]
+Strategy = Literal[
+    "high_entropy", "uniform", "random", "all", "uniform_reference", "random_reference"
+]
 EntropyOver = Literal["revealed", "block", "masked"]
 EntropyReduce = Literal["mean", "sum"]
 Policy = Literal["low_confidence", "random", "max_prob", "margin", "entropy"]
 BlockCache = Literal["none", "prefix", "dual"]
 EngineName = Literal["auto", "replicated", "fsdp2", "zero2", "zero3"]
 Preset = Literal["egspo", "egspo-sa", "reference", "uniform", "random"]
+Protocol = Literal["strict", "published"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -96,6 +99,9 @@ class TaskConfig:
     """Python file that registers the task; like every path of a recipe, relative to the working
     directory. A run keeps a copy, and only continues with the same content."""
     options: dict[str, Any] = field(default_factory=dict)
+    max_prompt_tokens: int | None = None
+    """Training prompts are cut to their last so many tokens, chat format and all, as the published
+    code does at 200; null never cuts."""
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Weights by reward name; rewards not named keep the task's."""
     intermediate_rewards: list[str] | None = None
@@ -108,6 +114,11 @@ class TaskConfig:
     each function's own limit (300 unless the task says otherwise)."""
 
     def __post_init__(self) -> None:
+        most = self.max_prompt_tokens
+        _require(
+            most is None or most > 0,
+            f"task.max_prompt_tokens must be > 0, or null to never cut a prompt, got {most}",
+        )
         _require(
             self.reward_timeout is None or self.reward_timeout > 0,
             "task.reward_timeout must be > 0, or null for each reward's own, "
@@ -238,7 +249,14 @@ class AlgorithmConfig:
     ratio_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
     schedule: Literal["joint", "per_step"] = "joint"
-    """``per_step``: one optimizer step per entropy rank, highest first. ``joint``: all together."""
+    """``per_step``: an optimizer step per ``ranks_per_update`` entropy ranks, highest first.
+    ``joint``: all together."""
+    ranks_per_update: int = 1
+    """Of ``per_step``: ranks whose gradients are averaged for an optimizer step. The last step of
+    a rollout has those that are left."""
+    first_rank: int = 0
+    """Of ``per_step``: the rank to begin with, from 0; after the last one comes rank 0. The
+    published code begins with 1, so that the step of highest entropy comes last."""
     num_iterations: int = 1
     """Inner epochs over the selected steps of one rollout."""
     detach_cache: bool = False
@@ -271,6 +289,7 @@ class AlgorithmConfig:
         _require(
             0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
         )
+        self._check_ranks()
         share = self.entropy_share
         _require(
             share is None or 0 < share <= 1,
@@ -281,6 +300,19 @@ class AlgorithmConfig:
             f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
             f"needs algorithm.strategy: high_entropy, got {self.strategy}",
         )
+
+    def _check_ranks(self) -> None:
+        most, first = self.ranks_per_update, self.first_rank
+        _require(most > 0, f"algorithm.ranks_per_update must be > 0, got {most}")
+        _require(first >= 0, f"algorithm.first_rank must be >= 0, got {first}")
+
+    def update_ranks(self, ranks: int) -> list[list[int]]:
+        """Ranks in [0, ``ranks``) by optimizer step, in the order in which they are made."""
+        if self.schedule == "joint":
+            return [list(range(ranks))]
+        order = [(self.first_rank + rank) % ranks for rank in range(ranks)]
+        size = self.ranks_per_update
+        return [order[begin : begin + size] for begin in range(0, ranks, size)]
 
 
 @dataclass
@@ -413,6 +445,9 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    protocol: Protocol = "strict"
+    """``published``: the settings, prompts and rewards of the paper's code, faults included, filled
+    in where the recipe leaves them out; for comparison with its numbers."""
     output_dir: str = "runs/egspo"
     seed: int = 0
     steps: int = 100
@@ -432,9 +467,17 @@ class TrainConfig:
     """``auto``: bf16 autocast where there is a GPU that has it."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Get the metrics, and the sample table of the steps with an evaluation."""
+    max_empty_steps: int | None = 20
+    """End with an error after so many steps in a row that had nothing to update on, as no reward
+    applied or every group was skipped; null goes on."""
+    allow_changed_data: bool = False
+    """``--resume`` goes on with other training or held-out examples than those of the run."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
+        for name in (
+            *("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"),
+            "max_empty_steps",
+        ):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be > 0, got {value}")
         _require(
@@ -552,7 +595,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "aggregation": "sum",
             "ratio_temperature": "one",
             "schedule": "per_step",
-            "stop_at_eos": True,
+            "ranks_per_update": 2,
+            "first_rank": 1,
+            "stop_at_eos": False,
         },
         "generation": {"policy": "low_confidence", "early_exit": False},
     },

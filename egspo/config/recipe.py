@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from egspo.config.options import PRESETS, TrainConfig
+from egspo.config.protocol import fill_protocol
 from egspo.files import replacing
 
 T = TypeVar("T")
@@ -48,8 +49,8 @@ class ConfigError(ValueError):
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of the recipe at ``path``.
 
-    Overrides win over the recipe, and both over ``algorithm.preset``, which only fills what they
-    leave out.
+    Overrides win over the recipe, and both over ``algorithm.preset`` and ``protocol``, which only
+    fill what they leave out; but ``protocol`` as an override wins over the recipe.
 
     Args:
         path: YAML file.
@@ -65,6 +66,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     recipe_preset = _preset(tree)
     problems: list[str] = []
     overridden = {_override(tree, text, problems) for text in overrides}
+    fill_protocol(tree, overridden, forced="protocol" in overridden, problems=problems)
     _fill_preset(tree, None if recipe_preset == _preset(tree) else overridden, problems)
     return from_mapping(TrainConfig, tree, str(path), problems)
 
