@@ -21,7 +21,7 @@ extern "C" {
 
 #define EGSPO_EXPORT __attribute__((visibility("default")))
 
-// Raised with every incompatible change of the functions below; egspo_kernels/_extension.py holds
+// Raised with every incompatible change of the functions below; egspo_kernels/dispatch/extension.py holds
 // the same number and refuses a library with another.
 #define EGSPO_ABI_VERSION 1
 

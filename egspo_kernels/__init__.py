@@ -4,7 +4,7 @@ Every function takes ``backend="auto"`` or an explicit backend; :func:`available
 which can run here and why others cannot, :func:`last_backend` which one ran.
 """
 
-from egspo_kernels._backend import UnavailableBackendError, available_backends, last_backend
+from egspo_kernels.dispatch.backend import UnavailableBackendError, available_backends, last_backend
 from egspo_kernels.linear import linear_stepwise_surrogate, linear_token_stats
 from egspo_kernels.random import counter_gumbel, counter_uniform
 from egspo_kernels.selection import select_steps, select_steps_segmented

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from egspo_kernels._backend import Dispatcher, always_available, triton_probe
-from egspo_kernels._checks import check_index, refuse_float64
-from egspo_kernels._linear_checks import check_linear, check_ref, linear_settings
-from egspo_kernels._linear_reference import linear_rows
-from egspo_kernels._objective import (
+from egspo_kernels.checks.arguments import check_index, refuse_float64
+from egspo_kernels.checks.linear import check_linear, check_ref
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, triton_probe
+from egspo_kernels.reference.linear import linear_rows
+from egspo_kernels.shared.objective import (
     KL,
     Aggregation,
     Objective,
@@ -23,8 +23,7 @@ from egspo_kernels._objective import (
     step_objective,
 )
 from egspo_kernels.types import Surrogate, TokenStats
-
-DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+from egspo_kernels.workspace import DEFAULT_WORKSPACE_BYTES, linear_settings
 
 _BACKENDS = {"triton": triton_probe, "reference": always_available}
 _LINEAR_STATS = Dispatcher("linear_token_stats", _BACKENDS)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels import _extension
-from egspo_kernels._backend import Dispatcher, always_available
-from egspo_kernels._checks import check_index, check_matrix, may_read_values
+from egspo_kernels.checks.arguments import check_index, check_matrix, may_read_values
+from egspo_kernels.dispatch import extension
+from egspo_kernels.dispatch.backend import Dispatcher, always_available
+from egspo_kernels.reference import selection as reference
 
 _REDUCTIONS = {"sum": 0, "mean": 1}  # EGSPO_REDUCE_* in csrc/select_steps.h
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
@@ -23,13 +24,13 @@ _CUDA_MOST = 2**31 - 1  # EGSPO_CUDA_MOST in csrc/select_steps_cuda.h
 def _probe_cuda(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "runs on CUDA tensors only"
-    return _extension.cuda_device_lacks(device.index)
+    return extension.cuda_device_lacks(device.index)
 
 
 def _probe_cpp(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "runs on CPU tensors only"
-    library = _extension.cpu_library()
+    library = extension.cpu_library()
     return library if isinstance(library, str) else None
 
 
@@ -122,7 +123,7 @@ def _select_steps(entropy: Tensor, k: int, limits: Tensor | None, backend: str) 
     limits = None if limits is None else limits.long()
     chosen = _SELECT_STEPS.choose(backend, entropy.device, _refused(batch, steps))
     if chosen == "reference":
-        return _select_reference(entropy, _within(entropy, limits), k)
+        return reference.select_steps(entropy, reference.within(entropy, limits), k)
     values = _contiguous_rows(entropy)
     selected = values.new_empty(batch, k, dtype=torch.int64)
     arguments = (batch, steps, values.stride(0), _contiguous(limits), k, selected)
@@ -145,8 +146,8 @@ def _select_segmented(
     refused = _refused(batch, num_steps)
     chosen = _SELECT_STEPS_SEGMENTED.choose(backend, token_entropy.device, refused)
     if chosen == "reference":
-        entropy, has_token = _step_entropy(token_entropy, step_ids, num_steps, reduce)
-        return _select_reference(entropy, _within(entropy, limits) & has_token, k)
+        entropy, has_token = reference.step_entropy(token_entropy, step_ids, num_steps, reduce)
+        return reference.select_steps(entropy, reference.within(entropy, limits) & has_token, k)
     values = _contiguous_rows(token_entropy)
     selected = values.new_empty(batch, k, dtype=torch.int64)
     workspace = []
@@ -202,44 +203,14 @@ def _call_compiled(
     suffix = _SUFFIXES[values.dtype]
     if backend == "cuda":
         name = f"egspo_cuda_{function}_{suffix}"
-        _extension.call_cuda(name, values.device, values, *arguments)
+        extension.call_cuda(name, values.device, values, *arguments)
     else:
-        _extension.call(f"egspo_{function}_{suffix}", values, *arguments)
+        extension.call(f"egspo_{function}_{suffix}", values, *arguments)
 
 
 def _refused(batch: int, steps: int) -> dict[str, str]:
     large = max(batch, steps) > _CUDA_MOST
     return {"cuda": f"more than {_CUDA_MOST} rows or steps"} if large else {}
-
-
-def _within(entropy: Tensor, limits: Tensor | None) -> Tensor:
-    """bool [B, T]: which steps lie before their row's limit."""
-    if limits is None:
-        return torch.ones_like(entropy, dtype=torch.bool)
-    return torch.arange(entropy.shape[1], device=entropy.device) < limits.unsqueeze(1)
-
-
-def _select_reference(entropy: Tensor, candidate: Tensor, k: int) -> Tensor:
-    # Ascending order of the negated value puts NaN last, and a stable sort ties to the earlier
-    # step. `0 - x` rather than `-x`: it leaves one zero, whatever a device's sort makes of two.
-    order = (0.0 - entropy).sort(dim=1, stable=True).indices
-    candidates_first = (~candidate).gather(1, order).byte().sort(dim=1, stable=True).indices
-    selected = order.gather(1, candidates_first[:, :k])
-    rank = torch.arange(k, device=entropy.device)
-    return selected.masked_fill(rank >= candidate.sum(1, keepdim=True), -1)
-
-
-def _step_entropy(
-    token_entropy: Tensor, step_ids: Tensor, num_steps: int, reduce: str
-) -> tuple[Tensor, Tensor]:
-    """float64 [B, T] entropy of each step, and bool [B, T]: whether it has a token."""
-    ignored = (step_ids < 0) | (step_ids >= num_steps)
-    bins = step_ids.masked_fill(ignored, num_steps)  # one more bin takes the ignored tokens
-    values = token_entropy.double()
-    empty = values.new_zeros(len(values), num_steps + 1)
-    sums = empty.scatter_add(1, bins, values)[:, :-1]
-    counts = empty.scatter_add(1, bins, torch.ones_like(values))[:, :-1]
-    return (sums if reduce == "sum" else sums / counts.clamp(min=1)), counts > 0
 
 
 def _contiguous_rows(matrix: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from egspo_kernels import reference
-from egspo_kernels._backend import Dispatcher, always_available, triton_probe
-from egspo_kernels._checks import (
+from egspo_kernels.checks.arguments import (
     check_banned,
     check_index,
     check_matrix,
@@ -17,6 +16,7 @@ from egspo_kernels._checks import (
     check_temperature,
     refuse_float64,
 )
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, triton_probe
 from egspo_kernels.types import SampledTokens, TokenStats
 
 _BACKENDS = {"triton": triton_probe, "reference": always_available}

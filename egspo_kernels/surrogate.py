@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from egspo_kernels import reference
-from egspo_kernels._backend import Dispatcher, always_available, triton_probe
-from egspo_kernels._checks import (
+from egspo_kernels.checks.arguments import (
     check_banned,
     check_index,
     check_matrix,
     check_temperature,
     refuse_float64,
 )
-from egspo_kernels._objective import (
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, triton_probe
+from egspo_kernels.shared.objective import (
     KL,
     Aggregation,
     Objective,
@@ -22,7 +22,6 @@ from egspo_kernels._objective import (
     aggregate_steps,
     check_reference,
     check_steps,
-    step_objective,
 )
 from egspo_kernels.types import Surrogate
 
@@ -112,43 +111,15 @@ def stepwise_surrogate(
             banned_token,
             overwrite_logits,
         )
-    return _reference(logits, targets, steps, ref_logits, objective, temperature, banned_token)
+    return reference.stepwise_surrogate(
+        logits, targets, steps, ref_logits, objective, temperature, banned_token
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(backend: str, device: torch.device, refused: dict[str, str]) -> str:
     """Under torch.compile the choice is made once, when the call is traced."""
     return _SURROGATE.choose(backend, device, refused)
-
-
-def _reference(
-    logits: Tensor,
-    targets: Tensor,
-    steps: Steps,
-    ref_logits: Tensor | None,
-    objective: Objective,
-    temperature: float,
-    banned_token: int | None,
-) -> Surrogate:
-    log_probs = reference.log_softmax(reference.tempered(logits, temperature, banned_token))
-    token_log_prob = reference.gather_last(log_probs, targets)
-    token_kl = None
-    if ref_logits is not None:
-        with torch.no_grad():
-            ref_scores = reference.tempered(ref_logits, temperature, banned_token)
-            ref_log_probs = reference.log_softmax(ref_scores)
-        if objective.needs_exact_kl:
-            token_kl = _row_kl(log_probs, ref_log_probs)
-        elif steps.ref_log_prob is None:
-            per_token = reference.gather_last(ref_log_probs, targets)
-            steps = steps.with_reference(per_token, objective)
-    return step_objective(objective, token_log_prob, steps, token_kl)
-
-
-def _row_kl(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """``sum_v p (log p - log p_ref)`` per row; tokens of probability 0 contribute 0."""
-    difference = (log_probs - ref_log_probs).masked_fill(log_probs == float("-inf"), 0.0)
-    return (log_probs.exp() * difference).sum(-1)
 
 
 def _check_logits(

@@ -14,7 +14,7 @@ import pytest
 
 import egspo
 import egspo_kernels
-from egspo_kernels import _extension
+from egspo_kernels.dispatch import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = Path(egspo_kernels.__file__).parent
@@ -70,13 +70,13 @@ def test_public_names_exist() -> None:
 def test_library_is_installed_where_it_is_required() -> None:
     if os.environ.get("EGSPO_REQUIRE_EXTENSION") != "1":
         pytest.skip("EGSPO_REQUIRE_EXTENSION is not set")
-    assert not isinstance(library := _extension.cpu_library(), str), library
+    assert not isinstance(library := extension.cpu_library(), str), library
 
 
 def test_abi_versions_of_header_and_package_agree() -> None:
     header = (ROOT / "csrc" / "select_steps.h").read_text("utf-8")
     (version,) = re.findall(r"#define EGSPO_ABI_VERSION (\d+)", header)
-    assert int(version) == _extension._ABI_VERSION
+    assert int(version) == extension._ABI_VERSION
 
 
 def test_installed_distribution_describes_this_package() -> None:

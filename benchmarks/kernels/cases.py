@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.kernels import eager
-from benchmarks.kernels.implementations import Implementation, implementations
+from benchmarks.kernels.implementation import Implementation
+from benchmarks.kernels.implementations import implementations
 from benchmarks.kernels.workloads import (
     Outputs,
     Work,

@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import egspo_kernels
-from benchmarks.kernels import eager
+from benchmarks.kernels import eager, peers
+from benchmarks.kernels.implementation import Function, Implementation
 from benchmarks.kernels.workloads import BETA, CLIP, Inputs, Outputs, Workload
-
-Function = Callable[[Inputs], Outputs]
-
-
-def _same(values: Inputs) -> Inputs:
-    return values
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute a workload.
-
-    ``lacks`` says why it cannot run a workload on a device, or None. ``build`` imports, compiles
-    and returns the function that is timed; ``prepare`` lays out its inputs beforehand, ``restore``
-    undoes that in its outputs before they are compared.
-    """
-
-    name: str
-    functions: tuple[str, ...]
-    build: Callable[[Workload], Function]
-    lacks: Callable[[Workload, torch.device], str | None]
-    prepare: Callable[[Inputs], Inputs] = _same
-    restore: Callable[[Outputs], Outputs] = _same
-
 
 EVERY_FUNCTION = tuple(eager.FUNCTIONS)
 OURS = "egspo"
@@ -43,8 +18,6 @@ OURS = "egspo"
 
 def implementations(device: str) -> list[Implementation]:
     """All that exist for a kind of device, installed or not."""
-    from benchmarks.kernels import peers
-
     backends = ("triton", "cuda") if device == "cuda" else ("triton", "cpp", "reference")
     own = [_own(backend) for backend in backends]
     return [*own, _EAGER, _COMPILED, *peers.PEERS]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.implementations import Function, Implementation
+from benchmarks.kernels.implementation import Function, Implementation
 from benchmarks.kernels.workloads import CLIP, TOKENS_PER_STEP, Inputs, Outputs, Workload
 
 Lacks = Callable[[Workload, torch.device], str | None]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from egspo import __version__
-from egspo.cli import data, evaluate, export, generate, inspect, plan, tools, training
+from egspo.cli import data, evaluate, export, generate, inspect, options, plan, tools, training
 from egspo.cli.common import Command
 
 _DESCRIPTION = """\
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, overrides=[])
         return command
 
-    for module in (training, plan, evaluate, generate, export, inspect, data, tools):
+    for module in (training, plan, options, evaluate, generate, export, inspect, data, tools):
         module.add_commands(add)
     return parser
 

@@ -125,14 +125,14 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _extension() -> dict[str, str]:
-    from egspo_kernels._extension import LIBRARY_PATH, load_library
+    from egspo_kernels.dispatch.extension import LIBRARY_PATH, load_library
 
     load_library(LIBRARY_PATH)
     return {"path": str(LIBRARY_PATH)}
 
 
 def _cuda_extension() -> dict[str, str]:
-    from egspo_kernels._extension import CUDA_LIBRARY_PATH, cuda_library
+    from egspo_kernels.dispatch.extension import CUDA_LIBRARY_PATH, cuda_library
 
     library = cuda_library()
     if not isinstance(library, str):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from egspo.cli.common import AddCommand, configure_output
 from egspo.cli.model import add_adapter_argument, add_generation_arguments
 from egspo.files import set_aside
-from egspo.serving.named_model import NamedModel, generation_config, weights_folder
 
 if TYPE_CHECKING:
     from egspo.config import GenerationConfig, TaskConfig, TrainConfig
+    from egspo.serving.named_model import NamedModel
 
 _EPILOG = """\
 examples:
@@ -127,6 +127,8 @@ def _config_of(run: Path) -> TrainConfig:
 
 def _chosen_model(args: argparse.Namespace, run: Path | None) -> tuple[NamedModel, Path | None]:
     """What to load, and the checkpoint that was asked for."""
+    from egspo.serving.named_model import NamedModel, weights_folder
+
     model, adapter, checkpoint = args.model, args.adapter, None
     if args.checkpoint is not None:
         from egspo.evaluations.checkpoints import choose_checkpoint
@@ -179,6 +181,8 @@ def _task_options(given: list[str], names: list[str]) -> dict[str, dict[str, Any
 
 def _generations(args: argparse.Namespace, folder: str) -> list[GenerationConfig]:
     """One configuration per length, greedy and with the trained tokens per step unless given."""
+    from egspo.serving.named_model import generation_config
+
     trained = generation_config({}, folder)
     generations = []
     for length in args.lengths or [trained.max_new_tokens]:

@@ -77,6 +77,11 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start over where there is a run; the old folder is kept as DIR.old-TIMESTAMP",
     )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="only print the effective recipe, with what each value came from",
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="same as output_dir=DIR")
     parser.add_argument("--seed", type=int, metavar="N", help="same as seed=N")
 
@@ -84,12 +89,16 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def _configured(args: argparse.Namespace) -> TrainConfig:
     from egspo.config.recipe import load_config
 
-    overrides = args.overrides
+    return load_config(args.recipe, _overrides(args))
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    overrides = list(args.overrides)
     if args.output_dir is not None:
-        overrides = [*overrides, f"output_dir={json.dumps(args.output_dir)}"]
+        overrides.append(f"output_dir={json.dumps(args.output_dir)}")
     if args.seed is not None:
-        overrides = [*overrides, f"seed={args.seed}"]
-    return load_config(args.recipe, overrides)
+        overrides.append(f"seed={args.seed}")
+    return overrides
 
 
 def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | None:
@@ -120,6 +129,9 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.print_config:
+        _print_config(args)
+        return
     config = _configured(args)
     if args.dry_run:
         _dry_run(args, config)
@@ -147,7 +159,17 @@ def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
         raise DryRunError(f"{args.recipe} would not run: {names}")
 
 
+def _print_config(args: argparse.Namespace) -> None:
+    from egspo.config.describe import with_origins
+    from egspo.config.recipe import load_with_origins
+
+    print(with_origins(*load_with_origins(args.recipe, _overrides(args))), end="")
+
+
 def _sft(args: argparse.Namespace) -> None:
+    if args.print_config:
+        _print_config(args)
+        return
     config = _configured(args)
     resume = _prepare_output(args, config)
     configure_output()

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from typing import Any
 
-from egspo.config.options import PRESETS, TrainConfig
+from egspo.config.options.run import TrainConfig
+from egspo.config.presets import PRESETS
 
 PUBLISHED_TASKS = ("countdown", "gsm8k", "kodcode", "math500", "sudoku")
 """Tasks with published prompts and rewards for training."""
@@ -69,7 +70,7 @@ PUBLISHED_MODEL: dict[str, Any] = {
 
 def fill_protocol(
     tree: dict[str, Any], overridden: set[str], *, forced: bool, problems: list[str]
-) -> None:
+) -> list[str]:
     """Add what ``protocol: published`` means and ``tree`` leaves out.
 
     Args:
@@ -77,9 +78,12 @@ def fill_protocol(
         overridden: paths of the overrides, which win; what is decided here is added.
         forced: whether the protocol is itself an override: it then wins over the recipe.
         problems: appended to.
+
+    Returns:
+        The paths that it decides.
     """
     if tree.get("protocol") != "published":
-        return
+        return []
     task, model, algorithm = (_section(tree, name) for name in ("task", "model", "algorithm"))
     name = task.get("name", "sudoku")
     if name not in PUBLISHED_TASKS:
@@ -87,7 +91,7 @@ def fill_protocol(
             f"protocol: published has no prompts and rewards for task.name: {name}, only for "
             f"{', '.join(PUBLISHED_TASKS)}; algorithm.preset: reference has the settings alone"
         )
-        return
+        return []
     values = dict(PUBLISHED)
     # `lora: null` says that there is to be none.
     new_adapter = model.get("adapter") is None and model.get("lora", {}) is not None
@@ -96,9 +100,13 @@ def fill_protocol(
     preset = algorithm.get("preset")
     if preset in _ABLATIONS:
         values["algorithm.strategy"] = _ABLATIONS[preset]
-    for path, value in values.items():
-        if _fill(tree, path, value, replace=forced and not _is_named(path, overridden)):
-            overridden.add(path)
+    filled = [
+        path
+        for path, value in values.items()
+        if _fill(tree, path, value, replace=forced and not _is_named(path, overridden))
+    ]
+    overridden.update(filled)
+    return filled
 
 
 def _fill(tree: dict[str, Any], path: str, value: Any, *, replace: bool) -> bool:

@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from egspo.config.options import PRESETS, TrainConfig
+from egspo.config.options.run import TrainConfig
+from egspo.config.presets import PRESETS
 from egspo.config.protocol import fill_protocol
 from egspo.files import replacing
 
@@ -61,14 +62,41 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ConfigError: listing everything that is wrong: syntax, duplicate or unknown keys, types,
             values, or a preset chosen by an override that the recipe's own keys contradict.
     """
+    return load_with_origins(path, overrides)[0]
+
+
+def load_with_origins(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[TrainConfig, dict[str, str]]:
+    """As :func:`load_config`, and what values came from.
+
+    Returns:
+        The configuration, and by dotted path ``recipe``, ``preset NAME``, ``protocol NAME`` or
+        ``override``; paths below one of these share its origin, and what is left out is a default.
+    """
     path = Path(path)
     tree = read_yaml(path)
+    origins = dict.fromkeys(_leaves(tree), "recipe")
     recipe_preset = _preset(tree)
     problems: list[str] = []
     overridden = {_override(tree, text, problems) for text in overrides}
-    fill_protocol(tree, overridden, forced="protocol" in overridden, problems=problems)
-    _fill_preset(tree, None if recipe_preset == _preset(tree) else overridden, problems)
-    return from_mapping(TrainConfig, tree, str(path), problems)
+    origins |= dict.fromkeys(overridden, "override")
+    forced = "protocol" in overridden
+    published = fill_protocol(tree, overridden, forced=forced, problems=problems)
+    origins |= dict.fromkeys(published, f"protocol {tree.get('protocol')}")
+    filled = _fill_preset(tree, None if recipe_preset == _preset(tree) else overridden, problems)
+    origins |= dict.fromkeys(filled, f"preset {_preset(tree)}")
+    return from_mapping(TrainConfig, tree, str(path), problems), origins
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all that is no section."""
+    for name, value in tree.items():
+        path = _join(prefix, str(name))
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, path)
+        else:
+            yield path
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -106,8 +134,8 @@ def from_mapping(
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """``config`` as nested dicts and lists, ready for YAML or JSON."""
-    plain: dict[str, Any] = _plain(asdict(config))
-    return plain
+    tree: dict[str, Any] = plain(config)
+    return tree
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
@@ -246,8 +274,10 @@ def _preset(tree: Mapping[str, Any]) -> Any:
     return algorithm.get("preset") if isinstance(algorithm, dict) else None
 
 
-def _fill_preset(tree: dict[str, Any], overridden: set[str] | None, problems: list[str]) -> None:
-    """Add the preset's values that ``tree`` leaves out.
+def _fill_preset(
+    tree: dict[str, Any], overridden: set[str] | None, problems: list[str]
+) -> set[str]:
+    """Add the preset's values that ``tree`` leaves out; returns their paths.
 
     Args:
         tree: recipe and overrides.
@@ -257,7 +287,8 @@ def _fill_preset(tree: dict[str, Any], overridden: set[str] | None, problems: li
     """
     name = _preset(tree)
     if not isinstance(name, str) or name not in PRESETS:
-        return  # None, or refused with the other values of a wrong type
+        return set()  # None, or refused with the other values of a wrong type
+    filled = set()
     for section_name, values in PRESETS[name].items():
         if tree.get(section_name) is None:
             tree[section_name] = {}
@@ -266,6 +297,8 @@ def _fill_preset(tree: dict[str, Any], overridden: set[str] | None, problems: li
             continue
         for key, value in values.items():
             path = f"{section_name}.{key}"
+            if key not in section:
+                filled.add(path)
             current = section.setdefault(key, value)
             if overridden is not None and path not in overridden and current != value:
                 problems.append(
@@ -273,6 +306,7 @@ def _fill_preset(tree: dict[str, Any], overridden: set[str] | None, problems: li
                     f"recipe itself sets {current}: add the override {path}={value} to follow the "
                     f"preset, or {path}={current} to keep the recipe's"
                 )
+    return filled
 
 
 class _Builder:
@@ -308,7 +342,7 @@ class _Builder:
                 return float(value)
         elif kind in (bool, int, str) and type(value) is kind:
             return value
-        self.problems.append(f"{path}: expected {_expected(kind)}, got {_shown(value)}")
+        self.problems.append(f"{path}: expected {expected(kind)}, got {_shown(value)}")
         return None
 
     def _items(self, values: list[Any], kinds: Sequence[Any], path: str) -> list[Any]:
@@ -322,7 +356,7 @@ class _Builder:
             return None
         before = len(self.problems)
         known = {field.name: field for field in fields(cls)}
-        hints = _hints(cls)
+        hints = field_types(cls)
         for name in value:
             if name not in known:
                 self.problems.append(self._unknown(str(name), list(known), path))
@@ -346,7 +380,7 @@ class _Builder:
             return None
 
     def _unknown(self, name: str, known: list[str], path: str) -> str:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        near = near_names(name, known)
         candidates = [_join(path, near[0])] if near else []
         if not near:
             everywhere = _dotted_paths(self.root)
@@ -355,8 +389,14 @@ class _Builder:
         return f"{_join(path, name)}: unknown key; {hint or 'known here: ' + ', '.join(known)}"
 
 
+def near_names(name: str, known: Sequence[str]) -> list[str]:
+    """The one of ``known`` that ``name`` may have been meant to be, if there is one."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+
+
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
+    """Annotations of a dataclass, resolved."""
     return get_type_hints(cls)
 
 
@@ -366,7 +406,7 @@ def _default(field: Field[Any]) -> Any:
 
 def _dotted_paths(cls: type, prefix: str = "") -> Iterator[str]:
     """Every key of the tree under ``cls``."""
-    for name, kind in _hints(cls).items():
+    for name, kind in field_types(cls).items():
         path = _join(prefix, name)
         yield path
         for option in (kind, *get_args(kind)):
@@ -379,19 +419,26 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What an option holds as dicts, lists and scalars."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _expected(kind: Any) -> str:
+def expected(kind: Any) -> str:
     """A type in the words of who writes YAML."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if a is types.NoneType else expected(a) for a in arguments)
+    if is_dataclass(kind):
+        return "a section"
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin is tuple:
-        return f"a list of {len(arguments)} items, each {_expected(arguments[0])}"
+        return f"a list of {len(arguments)} items, each {expected(arguments[0])}"
     return _WORDS[origin or kind]
 
 

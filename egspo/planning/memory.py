@@ -17,7 +17,7 @@ from egspo.models.lora import is_of_reference
 from egspo.planning.memory_items import MemoryItem
 from egspo.planning.memory_sharded import SHARDED, sharded_weights
 from egspo.rollouts.block import LOGITS_BYTES
-from egspo_kernels.linear import DEFAULT_WORKSPACE_BYTES
+from egspo_kernels.workspace import DEFAULT_WORKSPACE_BYTES
 
 # A 4-bit weight, its block's scale in 8 bits (64 weights), and that scale's own (256 scales).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels._linear_product import Settings, chunks, product
+from egspo_kernels.shared.product import Settings, chunks, product
 from egspo_kernels.triton_kernels import rows as row_kernels
 from egspo_kernels.triton_kernels.kl import PARTIALS
 from egspo_kernels.triton_kernels.normaliser import Normaliser

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels._linear_product import Settings, chunks
-from egspo_kernels._objective import Objective, Steps
+from egspo_kernels.shared.objective import Objective, Steps
+from egspo_kernels.shared.product import Settings, chunks
 from egspo_kernels.triton_kernels.kl import Divergence, exact_kl
 from egspo_kernels.triton_kernels.linear import (
     Head,

@@ -1,6 +1,6 @@
 """From token statistics to the loss, and to the coefficient of each step in the gradient.
 
-One small kernel does what :func:`egspo_kernels._objective.step_objective` does, derivative
+One small kernel does what :func:`egspo_kernels.shared.objective.step_objective` does, derivative
 included: it sums the tokens of each step in a fixed order, without atomics, whatever the order of
 ``step_ids``. Nothing in it grows with the vocabulary.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egspo_kernels._objective import LOG_RATIO_LIMIT, Objective, Steps
+from egspo_kernels.shared.objective import LOG_RATIO_LIMIT, Objective, Steps
 from egspo_kernels.triton_kernels.rows import OPTIONS, on_device_of
 from egspo_kernels.types import Surrogate
 

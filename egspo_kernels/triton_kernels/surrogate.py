@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels._objective import Objective, Steps
+from egspo_kernels.shared.objective import Objective, Steps
 from egspo_kernels.triton_kernels.kl import Divergence, exact_kl
 from egspo_kernels.triton_kernels.normaliser import Normaliser, log_probs
 from egspo_kernels.triton_kernels.row_gradient import Coefficients, row_gradient

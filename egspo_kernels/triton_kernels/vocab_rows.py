@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from egspo_kernels._linear_product import Settings, chunks
-from egspo_kernels._vocab_combine import Gradients, Operands, Partials, Whole
+from egspo_kernels.shared.product import Settings, chunks
+from egspo_kernels.shared.shards import Gradients, Operands, Partials, Whole
 from egspo_kernels.triton_kernels import normaliser
 from egspo_kernels.triton_kernels import rows as row_kernels
 from egspo_kernels.triton_kernels.kl import Divergence, exact_kl

@@ -13,7 +13,8 @@ import torch
 import egspo_kernels
 from benchmarks.kernels import eager, peers
 from benchmarks.kernels.cases import achieved, cases
-from benchmarks.kernels.implementations import EVERY_FUNCTION, Implementation, implementations
+from benchmarks.kernels.implementation import Implementation
+from benchmarks.kernels.implementations import EVERY_FUNCTION, implementations
 from benchmarks.kernels.workloads import (
     Workload,
     floor_seconds,

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from egspo.cli.doctor import diagnose, print_report
-from egspo_kernels import _extension, available_backends
+from egspo_kernels import available_backends
+from egspo_kernels.dispatch import extension
 
 
 def printed(report: dict[str, Any]) -> str:
@@ -40,8 +41,8 @@ def test_kernels_agree_with_the_dispatcher() -> None:
 
 
 def test_missing_library_and_fallback_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = _extension.LIBRARY_PATH.with_name("absent.so")
-    monkeypatch.setattr(_extension, "LIBRARY_PATH", missing)
+    missing = extension.LIBRARY_PATH.with_name("absent.so")
+    monkeypatch.setattr(extension, "LIBRARY_PATH", missing)
     reasons = {"select_steps": {"cpp": "not [built]", "reference": None}}
     monkeypatch.setattr("egspo_kernels.available_backends", lambda device: reasons)
     monkeypatch.setenv("EGSPO_KERNELS_BACKEND", "reference")
@@ -60,8 +61,8 @@ def test_cuda_library_that_is_not_loaded_is_explained(
     path = tmp_path / "libegspo_cuda.so"
     if built:
         path.touch()
-    monkeypatch.setattr(_extension, "CUDA_LIBRARY_PATH", path)
-    monkeypatch.setattr(_extension, "cuda_library", lambda: "torch has no [CUDA]")
+    monkeypatch.setattr(extension, "CUDA_LIBRARY_PATH", path)
+    monkeypatch.setattr(extension, "cuda_library", lambda: "torch has no [CUDA]")
     report = diagnose()
     error = "torch has no [CUDA]"
     assert report["cuda_extension"]["error"] == (
@@ -71,10 +72,10 @@ def test_cuda_library_that_is_not_loaded_is_explained(
 
 
 def test_cuda_library_that_is_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "cuda_library", object)
+    monkeypatch.setattr(extension, "cuda_library", object)
     report = diagnose()
-    assert report["cuda_extension"] == {"path": str(_extension.CUDA_LIBRARY_PATH)}
-    assert f"Compiled CUDA library: {_extension.CUDA_LIBRARY_PATH}\n" in printed(report)
+    assert report["cuda_extension"] == {"path": str(extension.CUDA_LIBRARY_PATH)}
+    assert f"Compiled CUDA library: {extension.CUDA_LIBRARY_PATH}\n" in printed(report)
 
 
 def test_a_broken_torch_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def sample(n, vocab, dtype=torch.bfloat16, *, temperature=1.0, seed=0, step=0, b
 
 SURROGATE = """
 import torch
-from egspo_kernels._objective import Objective, Steps
+from egspo_kernels.shared.objective import Objective, Steps
 from egspo_kernels.triton_kernels import row_gradient, surrogate
 
 LLADA = 126464

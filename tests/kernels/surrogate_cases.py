@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from egspo_kernels import Surrogate, reference, stepwise_surrogate
-from egspo_kernels._objective import aggregate_steps
+from egspo_kernels.shared.objective import aggregate_steps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIELDS = ("loss", "log_prob", "ratio", "kl")

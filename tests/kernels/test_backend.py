@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from egspo_kernels import UnavailableBackendError, _backend, available_backends, last_backend
-from egspo_kernels._backend import ENVIRONMENT_VARIABLE, Dispatcher, always_available
+from egspo_kernels import UnavailableBackendError, available_backends, last_backend
+from egspo_kernels.dispatch import backend as dispatch
+from egspo_kernels.dispatch.backend import ENVIRONMENT_VARIABLE, Dispatcher, always_available
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)  # only named: no tensor is made on it
@@ -19,7 +20,7 @@ def gpu_only(device: torch.device) -> str | None:
 
 @pytest.fixture(autouse=True)
 def separate_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "_DISPATCHERS", dict(_backend._DISPATCHERS))
+    monkeypatch.setattr(dispatch, "_DISPATCHERS", dict(dispatch._DISPATCHERS))
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
 
 

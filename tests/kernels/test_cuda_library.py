@@ -17,12 +17,12 @@ import torch
 
 from egspo_kernels import (
     UnavailableBackendError,
-    _extension,
     last_backend,
     select_steps,
     select_steps_segmented,
     selection,
 )
+from egspo_kernels.dispatch import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -34,7 +34,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_library_is_installed_where_it_is_required() -> None:
     if os.environ.get("EGSPO_REQUIRE_CUDA") != "1":
         pytest.skip("EGSPO_REQUIRE_CUDA is not set")
-    _extension.load_library(_extension.CUDA_LIBRARY_PATH, cuda=True)
+    extension.load_library(extension.CUDA_LIBRARY_PATH, cuda=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def library_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += [f"--build-lib={folder}", f"--build-temp={folder / 'objects'}"]
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    return folder / "egspo_kernels" / _extension.CUDA_LIBRARY_PATH.name
+    return folder / "egspo_kernels" / extension.CUDA_LIBRARY_PATH.name
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -97,14 +97,14 @@ class TestFile:
         python = find_python(version)
         if python is None:
             pytest.skip(f"no Python {version}")
-        cpu_library = _extension.LIBRARY_PATH
+        cpu_library = extension.LIBRARY_PATH
         program = f"""
 import ctypes, sys
 assert sys.version_info[:2] == {tuple(map(int, version.split(".")))}
 if {cpu_library.exists()}:
-    assert ctypes.CDLL({str(cpu_library)!r}).egspo_abi_version() == {_extension._ABI_VERSION}
+    assert ctypes.CDLL({str(cpu_library)!r}).egspo_abi_version() == {extension._ABI_VERSION}
 library = ctypes.CDLL({str(library_path)!r})
-assert library.egspo_abi_version() == {_extension._ABI_VERSION}
+assert library.egspo_abi_version() == {extension._ABI_VERSION}
 library.egspo_cuda_error_name.restype = ctypes.c_char_p
 print(library.egspo_cuda_error_name(library.egspo_cuda_check()).decode())
 """
@@ -116,7 +116,7 @@ print(library.egspo_cuda_error_name(library.egspo_cuda_check()).decode())
         assert ran.stdout.strip() in ("cudaErrorNoDevice", "cudaErrorInsufficientDriver")
 
     def test_impossible_arguments(self, library_path: Path) -> None:
-        library = _extension.load_library(library_path, cuda=True)
+        library = extension.load_library(library_path, cuda=True)
         good = {"batch": 2, "steps": 4, "row_stride": 4, "limits": None, "k": 2, "indices": 16}
         tokens = {"step_ids": 16, "tokens": 4, "reduce": 0, "workspace": 16}
         for name, values in {
@@ -147,7 +147,7 @@ print(library.egspo_cuda_error_name(library.egspo_cuda_check()).decode())
                 assert status == 1, (name, value)
 
     def test_empty_calls_launch_nothing(self, library_path: Path) -> None:
-        library = _extension.load_library(library_path, cuda=True)
+        library = extension.load_library(library_path, cuda=True)
         for batch, k in ((0, 0), (0, 3), (3, 0)):
             assert library.egspo_cuda_select_steps_f64(None, batch, 0, 0, None, k, None, None) == 0
 
@@ -155,10 +155,10 @@ print(library.egspo_cuda_error_name(library.egspo_cuda_check()).decode())
     def test_refused_launch_is_named(
         self, library_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        library = _extension.load_library(library_path, cuda=True)
+        library = extension.load_library(library_path, cuda=True)
         pattern = r"egspo_cuda_select_steps_f32 failed: cudaError\w+: \w+ \w+"
         with pytest.raises(RuntimeError, match=pattern):
-            _extension._call(library, "egspo_cuda_select_steps_f32", 16, 1, 1, 1, None, 1, 16, None)
+            extension._call(library, "egspo_cuda_select_steps_f32", 16, 1, 1, 1, None, 1, 16, None)
 
 
 def find_python(version: str) -> str | None:
@@ -176,7 +176,7 @@ def find_python(version: str) -> str | None:
 
 @pytest.fixture
 def fresh_probes() -> Iterator[None]:
-    caches = (_extension.cuda_library, _extension.cuda_device_lacks)
+    caches = (extension.cuda_library, extension.cuda_device_lacks)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -207,7 +207,7 @@ class TestReasons:
 
     def test_not_built(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pretend_cuda(monkeypatch)
-        monkeypatch.setattr(_extension, "CUDA_LIBRARY_PATH", tmp_path / "libegspo_cuda.so")
+        monkeypatch.setattr(extension, "CUDA_LIBRARY_PATH", tmp_path / "libegspo_cuda.so")
         expected = "libegspo_cuda.so was not built: no nvcc at installation (reinstall with "
         assert (reason() or "").startswith(expected + "EGSPO_REQUIRE_CUDA=1")
 
@@ -217,7 +217,7 @@ class TestReasons:
         self, monkeypatch: pytest.MonkeyPatch, library_path: Path
     ) -> None:
         pretend_cuda(monkeypatch)
-        monkeypatch.setattr(_extension, "CUDA_LIBRARY_PATH", library_path)
+        monkeypatch.setattr(extension, "CUDA_LIBRARY_PATH", library_path)
         assert re.fullmatch(r"cudaError\w+: .+", reason() or "")
 
     def test_other_devices(self) -> None:
@@ -262,7 +262,7 @@ def test_arguments_reach_the_library(
     monkeypatch: pytest.MonkeyPatch, cpu_stand_in: Path, dtype: torch.dtype
 ) -> None:
     pretend_cuda(monkeypatch)
-    monkeypatch.setattr(_extension, "CUDA_LIBRARY_PATH", cpu_stand_in)
+    monkeypatch.setattr(extension, "CUDA_LIBRARY_PATH", cpu_stand_in)
     assert reason() is None
     for dispatcher in (selection._SELECT_STEPS, selection._SELECT_STEPS_SEGMENTED):
         monkeypatch.setitem(dispatcher._candidates, "cuda", lambda device: None)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from egspo_kernels import (
     UnavailableBackendError,
-    _extension,
     last_backend,
     select_steps,
     select_steps_segmented,
 )
+from egspo_kernels.dispatch import extension
 
-HAS_LIBRARY = not isinstance(_extension.cpu_library(), str)
+HAS_LIBRARY = not isinstance(extension.cpu_library(), str)
 NAN, INF = math.nan, math.inf
 
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="the C++ library was not built")
@@ -290,18 +290,18 @@ def test_cpp_refuses_other_devices() -> None:
 
 
 def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "cpu_library", lambda: "it was not built")
+    monkeypatch.setattr(extension, "cpu_library", lambda: "it was not built")
     assert select_steps(torch.tensor([[1.0, 2.0]]), 1).tolist() == [[1]]
     assert last_backend("select_steps") == "reference"
     with pytest.raises(UnavailableBackendError, match="it was not built"):
         select_steps(ENTROPY, 2, backend="cpp")
     with pytest.raises(RuntimeError, match="it was not built"):
-        _extension.call("egspo_select_steps_f32")
+        extension.call("egspo_select_steps_f32")
 
 
 def test_missing_library_is_explained(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"libegspo_cpu\.so was not built.*EGSPO_REQUIRE_EXTENSION"):
-        _extension.load_library(tmp_path / "libegspo_cpu.so")
+        extension.load_library(tmp_path / "libegspo_cpu.so")
 
 
 @needs_library
@@ -309,14 +309,14 @@ def test_file_that_is_no_library_is_an_os_error(tmp_path: Path) -> None:
     path = tmp_path / "libegspo_cpu.so"
     path.write_text("not a library")
     with pytest.raises(OSError, match="libegspo_cpu"):
-        _extension.load_library(path)
+        extension.load_library(path)
 
 
 @needs_library
 def test_library_of_another_abi_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "_ABI_VERSION", 0)
+    monkeypatch.setattr(extension, "_ABI_VERSION", 0)
     with pytest.raises(OSError, match="ABI version 1, expected 0: reinstall"):
-        _extension.load_library(_extension.LIBRARY_PATH)
+        extension.load_library(extension.LIBRARY_PATH)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -326,7 +326,7 @@ def test_library_without_the_functions_is_refused(tmp_path: Path) -> None:
     command = ["c++", "-shared", "-fPIC", str(source), "-o", str(library)]
     subprocess.run(command, check=True, timeout=60)
     with pytest.raises(OSError, match="lacks a function"):
-        _extension.load_library(library)
+        extension.load_library(library)
 
 
 @needs_library
@@ -347,7 +347,7 @@ class TestPlainInterface:
             "k": 3,
             "indices": selected,
         }
-        _extension.call("egspo_select_steps_f32", *{**arguments, **changes}.values())
+        extension.call("egspo_select_steps_f32", *{**arguments, **changes}.values())
         return selected.tolist()
 
     def select_segmented(self, **changes: Tensor | int | None) -> list[list[int]]:
@@ -364,7 +364,7 @@ class TestPlainInterface:
             "k": 3,
             "indices": selected,
         }
-        _extension.call("egspo_select_steps_segmented_f32", *{**arguments, **changes}.values())
+        extension.call("egspo_select_steps_segmented_f32", *{**arguments, **changes}.values())
         return selected.tolist()
 
     def test_good_arguments(self) -> None:

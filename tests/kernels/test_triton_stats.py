@@ -19,7 +19,7 @@ from egspo_kernels import (
     reference,
     token_stats,
 )
-from egspo_kernels._backend import ENVIRONMENT_VARIABLE
+from egspo_kernels.dispatch.backend import ENVIRONMENT_VARIABLE
 
 pytest.importorskip("triton")
 # The interpreter computes with numpy, which warns where a GPU does not.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from egspo_kernels import last_backend, stepwise_surrogate, token_stats
-from egspo_kernels._objective import Objective, Steps, step_objective
+from egspo_kernels.shared.objective import Objective, Steps, step_objective
 from tests.kernels.surrogate_cases import (
     DEVICE,
     FIELDS,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egspo_kernels import last_backend, linear_token_stats, vocab_parallel_token_stats
-from egspo_kernels._vocab_combine import Partials, combine
-from egspo_kernels._vocab_shards import Shard
+from egspo_kernels.shared.shards import Partials, combine
+from egspo_kernels.vocab_parallel.exchange import Shard
 from tests.kernels import vocab_cases
 from tests.kernels.ranks import Ranks, shared_ranks
 from tests.kernels.surrogate_cases import rounding_of

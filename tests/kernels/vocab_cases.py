@@ -19,7 +19,7 @@ from egspo_kernels import (
     vocab_parallel_stepwise_surrogate,
     vocab_parallel_token_stats,
 )
-from egspo_kernels._vocab_shards import Shard
+from egspo_kernels.vocab_parallel.exchange import Shard
 from tests.kernels.ranks import shared_ranks
 from tests.kernels.surrogate_cases import assert_same_bits
 

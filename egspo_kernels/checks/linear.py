@@ -1,52 +1,15 @@
-"""Checks and settings shared by the functions that start from hidden states and a head."""
+"""Checks shared by the functions that start from hidden states and a head."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from egspo_kernels import reference
-from egspo_kernels._checks import check_banned, check_matrix, check_temperature
-from egspo_kernels._linear_product import Settings
-from egspo_kernels._linear_reference import LIVE_ROWS
+from egspo_kernels.checks.arguments import check_banned, check_matrix, check_temperature
 
 
-def linear_settings(
-    backend: str,
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    temperature: float,
-    banned_token: int | None,
-    workspace_bytes: int,
-    logits_dtype: torch.dtype | None,
-    *,
-    with_reference: bool,
-) -> Settings:
-    """As many rows to a chunk as the workspace holds, with the temporaries of the backend."""
-    weight = operands[1]
-    dtype = _check_logits_dtype(logits_dtype, weight)
-    vocab_size = weight.shape[0]
-    if backend == "triton":
-        from egspo_kernels.triton_kernels.linear import row_bytes
-
-        trained = any(tensor is not None and tensor.requires_grad for tensor in operands)
-        needed = row_bytes(
-            vocab_size,
-            weight.dtype,
-            dtype,
-            with_reference=with_reference,
-            with_gradient=trained and torch.is_grad_enabled(),
-        )
-    else:
-        needed = LIVE_ROWS * reference.accumulation_dtype(weight.dtype).itemsize * vocab_size
-    if workspace_bytes < needed:
-        raise ValueError(
-            f"workspace_bytes must hold one row of logits and its temporaries, {needed} bytes "
-            f"for a vocabulary of {vocab_size} with backend {backend!r}, got {workspace_bytes}"
-        )
-    return Settings(float(temperature), banned_token, workspace_bytes // needed, dtype)
-
-
-def _check_logits_dtype(logits_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+def check_logits_dtype(logits_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+    """The dtype of the logits, by default that of the product."""
     if logits_dtype is None or logits_dtype == weight.dtype:
         return weight.dtype
     if logits_dtype != torch.float32 or weight.dtype == torch.float64:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from egspo_kernels import reference
-from egspo_kernels._checks import may_read_values
+from egspo_kernels.checks.arguments import may_read_values
 
 
 class Shard(NamedTuple):

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from egspo_kernels import reference
-from egspo_kernels._linear_product import Settings, chunks
-from egspo_kernels._linear_reference import (
+from egspo_kernels.reference import softmax
+from egspo_kernels.reference.linear import (
     head_gradients,
     statistics_gradient,
     tempered_scores,
 )
-from egspo_kernels._vocab_combine import Gradients, Operands, Partials, Whole, finite_or_zero
+from egspo_kernels.shared.product import Settings, chunks
+from egspo_kernels.shared.shards import Gradients, Operands, Partials, Whole, finite_or_zero
 
 
 def shard_partials(operands: Operands, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def shard_partials(operands: Operands, settings: Settings) -> tuple[Tensor, Tens
     hidden, weight, bias, targets, ref_hidden, ref_weight = operands
     rows = hidden.shape[0]
     values = hidden.new_zeros(
-        (len(Partials._fields), rows), dtype=reference.accumulation_dtype(hidden.dtype)
+        (len(Partials._fields), rows), dtype=softmax.accumulation_dtype(hidden.dtype)
     )
     argmax = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
     for chunk in chunks(rows, settings.chunk_rows):
@@ -32,7 +32,7 @@ def shard_partials(operands: Operands, settings: Settings) -> tuple[Tensor, Tens
         out.maximum.copy_(scores.amax(-1))
         if targets is not None:
             column = targets[chunk]
-            score = reference.gather_last(scores, column.clamp(min=0))
+            score = softmax.gather_last(scores, column.clamp(min=0))
             out.target_score.copy_(score.masked_fill(column < 0, 0.0))
         scores.sub_(finite_or_zero(out.maximum)[:, None])
         weights = scores.exp()

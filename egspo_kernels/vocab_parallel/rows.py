@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egspo_kernels import _vocab_reference
-from egspo_kernels._linear_product import Settings
-from egspo_kernels._vocab_combine import Gradients, Operands, Partials, Whole, combine
-from egspo_kernels._vocab_shards import Shard
+from egspo_kernels.reference import shards as reference_shards
+from egspo_kernels.shared.product import Settings
+from egspo_kernels.shared.shards import Gradients, Operands, Partials, Whole, combine
+from egspo_kernels.vocab_parallel.exchange import Shard
 
 
 def shard_rows(*args: Any) -> tuple[Any, ...]:
@@ -82,4 +82,4 @@ def _implementation(backend: str) -> ModuleType:
         from egspo_kernels.triton_kernels import vocab_rows
 
         return vocab_rows
-    return _vocab_reference
+    return reference_shards

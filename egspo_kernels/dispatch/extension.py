@@ -1,4 +1,4 @@
-"""The compiled libraries: found next to this file, loaded once, called through ctypes.
+"""The compiled libraries: found in the package, loaded once, called through ctypes.
 
 They are plain C (see ``csrc/``), so one build serves every torch and every Python. An installation
 without them works: the backends that need one report why they cannot run.
@@ -17,7 +17,7 @@ from torch import Tensor
 _ABI_VERSION = 1  # EGSPO_ABI_VERSION in csrc/select_steps.h
 _CUDA_ERROR = 1000  # EGSPO_CUDA_ERROR in csrc/select_steps_cuda.h
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
-LIBRARY_PATH = Path(__file__).with_name(f"libegspo_cpu{_SUFFIX}")
+LIBRARY_PATH = Path(__file__).parents[1] / f"libegspo_cpu{_SUFFIX}"
 CUDA_LIBRARY_PATH = LIBRARY_PATH.with_name(f"libegspo_cuda{_SUFFIX}")
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from egspo_kernels._checks import check_index, check_vector
+from egspo_kernels.checks.arguments import check_index, check_vector
 from egspo_kernels.types import Surrogate
 
 Aggregation = Literal["sum", "mean", "exact"]

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from egspo_kernels._backend import Dispatcher, always_available, triton_probe
-from egspo_kernels._checks import check_banned, check_index, check_vector, refuse_float64
-from egspo_kernels._linear_checks import check_linear, check_ref, linear_settings
-from egspo_kernels._linear_product import Settings
-from egspo_kernels._objective import (
+from egspo_kernels.checks.arguments import check_banned, check_index, check_vector, refuse_float64
+from egspo_kernels.checks.linear import check_linear, check_ref
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, triton_probe
+from egspo_kernels.shared.objective import (
     KL,
     Aggregation,
     Objective,
@@ -24,10 +23,11 @@ from egspo_kernels._objective import (
     check_steps,
     step_objective,
 )
-from egspo_kernels._vocab_rows import shard_rows
-from egspo_kernels._vocab_shards import Agreement, Shard, agreement
-from egspo_kernels.linear import DEFAULT_WORKSPACE_BYTES
+from egspo_kernels.shared.product import Settings
 from egspo_kernels.types import Surrogate, TokenStats
+from egspo_kernels.vocab_parallel.exchange import Agreement, Shard, agreement
+from egspo_kernels.vocab_parallel.rows import shard_rows
+from egspo_kernels.workspace import DEFAULT_WORKSPACE_BYTES, linear_settings
 
 _Function = TypeVar("_Function")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egspo_kernels import reference
-from egspo_kernels._linear_product import Settings, chunks, product
+from egspo_kernels.reference import softmax
+from egspo_kernels.shared.product import Settings, chunks, product
 
 LIVE_ROWS = 6
 """Vocabulary-sized rows alive at once in the backward pass with exact KL: the logits, both
@@ -36,22 +36,22 @@ class _LinearRows(torch.autograd.Function):
         settings: Settings,
     ) -> tuple[Tensor | None, ...]:
         rows = hidden.shape[0]
-        values = hidden.new_zeros((5, rows), dtype=reference.accumulation_dtype(hidden.dtype))
+        values = hidden.new_zeros((5, rows), dtype=softmax.accumulation_dtype(hidden.dtype))
         logsumexp, entropy, log_prob, confidence, kl = values.unbind(0)
         argmax = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
         for chunk in chunks(rows, settings.chunk_rows):
             scores = tempered_scores(hidden[chunk], weight, bias, settings)
-            log_probs = reference.log_softmax(scores)
+            log_probs = softmax.log_softmax(scores)
             logsumexp[chunk] = scores.logsumexp(-1)
-            entropy[chunk] = reference.entropy_of(log_probs)
+            entropy[chunk] = softmax.entropy_of(log_probs)
             argmax[chunk] = scores.argmax(-1)
-            confidence[chunk] = reference.gather_last(log_probs, argmax[chunk]).exp()
+            confidence[chunk] = softmax.gather_last(log_probs, argmax[chunk]).exp()
             if targets is not None:
-                log_prob[chunk] = reference.gather_last(log_probs, targets[chunk])
+                log_prob[chunk] = softmax.gather_last(log_probs, targets[chunk])
             if ref_hidden is not None:
                 assert ref_weight is not None
                 ref_scores = tempered_scores(ref_hidden[chunk], ref_weight, bias, settings)
-                ref_log_probs = reference.log_softmax(ref_scores)
+                ref_log_probs = softmax.log_softmax(ref_scores)
                 kl[chunk] = (log_probs.exp() * _difference(log_probs, ref_log_probs)).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl)
         ctx.settings = settings
@@ -77,16 +77,14 @@ class _LinearRows(torch.autograd.Function):
         _, _, grad_log_prob, _, _, grad_kl = grads
 
         def scores_gradient(chunk: slice) -> Tensor:
-            log_probs = reference.log_softmax(
-                tempered_scores(hidden[chunk], weight, bias, settings)
-            )
+            log_probs = softmax.log_softmax(tempered_scores(hidden[chunk], weight, bias, settings))
             probs = log_probs.exp()
             grad = statistics_gradient(log_probs, probs, entropy, grads[:3], chunk)
             if grad_log_prob is not None and targets is not None:
                 grad.scatter_add_(1, targets[chunk, None].long(), grad_log_prob[chunk, None])
             if grad_kl is not None and ref_hidden is not None:
                 ref_scores = tempered_scores(ref_hidden[chunk], ref_weight, bias, settings)
-                ref_log_probs = reference.log_softmax(ref_scores)
+                ref_log_probs = softmax.log_softmax(ref_scores)
                 difference = _difference(log_probs, ref_log_probs)
                 grad += grad_kl[chunk, None] * probs * (difference - kl[chunk, None])
             return grad
@@ -110,7 +108,7 @@ def head_gradients(
         scores_gradient: called with a chunk of rows; the gradient of their scores, which may be
             overwritten.
     """
-    accumulation = reference.accumulation_dtype(weight.dtype)
+    accumulation = softmax.accumulation_dtype(weight.dtype)
     grad_hidden = torch.zeros_like(hidden) if needed[0] else None
     grad_weight = torch.zeros_like(weight, dtype=accumulation) if needed[1] else None
     grad_bias = (
@@ -166,7 +164,7 @@ def tempered_scores(
 ) -> Tensor:
     """Logits of some rows at the temperature, the banned token at -inf."""
     logits = product(hidden, weight, bias, settings.logits_dtype)
-    return reference.tempered(logits, settings.temperature, settings.banned_token)
+    return softmax.tempered(logits, settings.temperature, settings.banned_token)
 
 
 def _difference(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:

@@ -1,0 +1,148 @@
+"""EGSPO and EGSPO-SA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from egspo.config.options.checks import require
+
+Strategy = Literal[
+    "high_entropy", "uniform", "random", "all", "uniform_reference", "random_reference"
+]
+
+
+EntropyOver = Literal["revealed", "block", "masked"]
+
+
+EntropyReduce = Literal["mean", "sum"]
+
+
+Preset = Literal["egspo", "egspo-sa", "reference", "uniform", "random"]
+
+
+@dataclass
+class AlgorithmConfig:
+    """Step selection, advantages and loss. A preset fills what the recipe leaves out."""
+
+    preset: Preset | None = None
+    """Fills in several options at once, where the recipe leaves them out."""
+    group_size: int = 8
+    """Completions of each prompt, compared with each other."""
+    selected_steps: int = 8
+    """K, denoising steps trained per trajectory."""
+    strategy: Strategy = "high_entropy"
+    """Which steps are trained: those of largest entropy, evenly spaced ones, random ones, or
+    all."""
+    entropy_share: float | None = None
+    """Adaptive K, with ``high_entropy``: of each trajectory the fewest steps that hold this share
+    of the entropy of its candidates, at most ``selected_steps``. None trains so many always."""
+    entropy_over: EntropyOver = "revealed"
+    """Positions that a step's entropy is over: those it revealed, all masked ones of the block,
+    or all masked ones."""
+    entropy_reduce: EntropyReduce = "mean"
+    """Over those positions."""
+    entropy_at: Literal["one", "sampling"] = "one"
+    """Temperature of the step entropy."""
+    stop_at_eos: bool = True
+    """Only steps up to the last one that revealed a non-EOS token are candidates."""
+    stepwise: bool = True
+    """EGSPO-SA: score the greedy one-step completion of every selected state. False is EGSPO."""
+    lam: float = 0.5
+    """Lambda, the weight of the stepwise term."""
+    lam_schedule: Literal["constant", "late", "halving"] = "constant"
+    """``late`` grows from 0 at the first denoising step to ``lam`` at the last, ``halving``
+    halves it every ``lam_halving_updates``."""
+    lam_halving_updates: int = 100
+    """RL steps."""
+    normalize_returns: bool = True
+    """Divide the stepwise return by ``1 + lam``."""
+    returns: Literal["joint", "split"] = "joint"
+    """The baseline is subtracted from the whole stepwise return, or (``split``) from the final
+    reward alone."""
+    baseline: Literal["rank", "group"] = "rank"
+    """Mean over the group at the same selection rank, or over all its selected steps. ``group``
+    averages in values of later states of the same trajectory: a bias of order 1 / group_size."""
+    scale_by_std: bool = False
+    """Divide advantages by the group's standard deviation, as GRPO does."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped to at least ``1 - clip_low``"""
+    clip_high: float = 0.5
+    """and at most ``1 + clip_high``."""
+    beta: float = 0.04
+    """Weight of the KL to the reference policy; 0 loads and computes none."""
+    kl: Literal["k3", "exact"] = "k3"
+    """An estimate from the step's log-ratio, or the sum over the vocabulary."""
+    reference_every: int | None = None
+    """RL steps between two refreshes of the reference policy by the policy; null never refreshes:
+    the KL then goes to what training began from."""
+    reference_blend: float = 1.0
+    """Share of the policy in a refresh: 1 copies it; of adapters, factors are blended."""
+    aggregation: Literal["sum", "mean", "exact"] = "sum"
+    """``sum``: the log-ratio is summed over a step's tokens and the loss divided by their
+    number (the published code); ``mean``: mean log-ratio; ``exact``: neither division, which is
+    unbiased where steps differ in size."""
+    ratio_temperature: Literal["sampling", "one"] = "sampling"
+    """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
+    schedule: Literal["joint", "per_step"] = "joint"
+    """``per_step``: an optimizer step per ``ranks_per_update`` entropy ranks, highest first.
+    ``joint``: all together."""
+    ranks_per_update: int = 1
+    """Of ``per_step``: ranks whose gradients are averaged for an optimizer step. The last step of
+    a rollout has those that are left."""
+    first_rank: int = 0
+    """Of ``per_step``: the rank to begin with, from 0; after the last one comes rank 0. The
+    published code begins with 1, so that the step of highest entropy comes last."""
+    num_iterations: int = 1
+    """Inner epochs over the selected steps of one rollout."""
+    detach_cache: bool = False
+    """With ``generation.cache``, no gradient through the pass that makes the cache: cheaper and
+    biased, as it leaves out how the weights move the cached keys and values."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 2, f"algorithm.group_size must be >= 2, got {self.group_size}")
+        for name in (
+            *("selected_steps", "num_iterations", "lam_halving_updates"),
+            "ranks_per_update",
+        ):
+            value = getattr(self, name)
+            require(value > 0, f"algorithm.{name} must be > 0, got {value}")
+        for name in ("lam", "clip_high", "beta", "first_rank"):
+            value = getattr(self, name)
+            require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
+        every, blend = self.reference_every, self.reference_blend
+        require(
+            every is None or every > 0,
+            f"algorithm.reference_every must be > 0, or null to never refresh, got {every}",
+        )
+        require(
+            every is None or self.beta > 0,
+            f"algorithm.reference_every ({every}) needs algorithm.beta > 0: without it there is no "
+            "reference policy",
+        )
+        require(0 < blend <= 1, f"algorithm.reference_blend must be in (0, 1], got {blend}")
+        require(
+            every is not None or blend == 1,
+            f"algorithm.reference_blend ({blend}) needs algorithm.reference_every",
+        )
+        require(
+            0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
+        )
+        share = self.entropy_share
+        require(
+            share is None or 0 < share <= 1,
+            f"algorithm.entropy_share must be in (0, 1], or null for a fixed K, got {share}",
+        )
+        require(
+            share is None or self.strategy == "high_entropy",
+            f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
+            f"needs algorithm.strategy: high_entropy, got {self.strategy}",
+        )
+
+    def update_ranks(self, ranks: int) -> list[list[int]]:
+        """Ranks in [0, ``ranks``) by optimizer step, in the order in which they are made."""
+        if self.schedule == "joint":
+            return [list(range(ranks))]
+        order = [(self.first_rank + rank) % ranks for rank in range(ranks)]
+        size = self.ranks_per_update
+        return [order[begin : begin + size] for begin in range(0, ranks, size)]

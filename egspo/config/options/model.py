@@ -1,0 +1,77 @@
+"""What is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from egspo.config.options.checks import require
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the seven projections of every block (never the LM head)."""
+
+    rank: int = 128
+    """Columns of each factor."""
+    alpha: int = 64
+    """The product of the factors is scaled by ``alpha / rank``."""
+    dropout: float = 0.05
+    """Of the adapter's inputs, where training is supervised: RL runs without."""
+    target_modules: list[str] | None = None
+    """Module names or suffixes; None for all seven projections."""
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, f"model.lora.rank must be > 0, got {self.rank}")
+        require(self.alpha > 0, f"model.lora.alpha must be > 0, got {self.alpha}")
+        require(0 <= self.dropout < 1, f"model.lora.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained: a checkpoint (``path``) or a new one (``config``)."""
+
+    path: str | None = None
+    """Local folder or hub name, for example ``GSAI-ML/LLaDA-8B-Instruct`` or
+    ``Dream-org/Dream-v0-Instruct-7B``."""
+    config: dict[str, Any] | None = None
+    """Fields of a configuration for a new model, LLaDA's unless ``model_type: Dream`` is among
+    them; the vocabulary comes from the tokenizer."""
+    tokenizer: str | None = None
+    """Folder or hub name; None takes ``path``'s, or the character tokenizer for a new model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights in memory; ``auto`` is bfloat16 for a frozen base on a GPU, else float32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """``nf4``: the frozen base under an adapter in 4 bits (QLoRA), by bitsandbytes. The head stays
+    in ``dtype``."""
+    attn_implementation: str = "sdpa"
+    """As transformers names them, for example ``eager``, ``sdpa`` or ``flash_attention_2``."""
+    gradient_checkpointing: bool = False
+    """The backward pass computes each layer again, and only the layers' inputs are kept for it."""
+    activation_offload: bool = False
+    """What is kept for the backward pass is kept in host memory: all of it, or with
+    ``gradient_checkpointing`` the layers' inputs."""
+    lora: LoraConfig | None = None
+    """A new adapter to train over the frozen base; null trains all weights."""
+    adapter: str | None = None
+    """Folder of an adapter in PEFT format to continue from."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.path is None) != (self.config is None),
+            "model needs exactly one of model.path (a checkpoint) and model.config (a new model)",
+        )
+        require(
+            self.adapter is None or self.lora is None,
+            "model.adapter continues an existing adapter: it excludes model.lora",
+        )
+        require(
+            self.quantization == "none" or self.has_adapter,
+            f"model.quantization: {self.quantization} freezes the weights: it needs model.lora or "
+            "model.adapter",
+        )
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, on a frozen base."""
+        return self.lora is not None or self.adapter is not None

@@ -1,0 +1,1 @@
+"""Checks of arguments: what the public functions do before any backend runs."""

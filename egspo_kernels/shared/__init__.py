@@ -1,0 +1,1 @@
+"""What all backends share: the objective, products by chunks, sums over shards."""
