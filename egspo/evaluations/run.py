@@ -267,7 +267,7 @@ class _Evaluator:
             "sample": sample,
             "prompt": cell.prompts.examples[index].prompt,
             "completion": completion.text,
-            "answer": None if cell.task.extract is None else cell.task.extract(completion.text),
+            "answer": cell.task.answer_in(completion.text, cell.prompts.examples[index].columns),
             "score": named.get(cell.metric),
             "rewards": rewards,
             "steps": steps,

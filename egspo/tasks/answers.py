@@ -25,7 +25,12 @@ _STRICT = re.compile(
     r"<reasoning>\n.*\n</reasoning>\n<answer>\n.*\n</answer>\n?", re.DOTALL | re.ASCII
 )
 _BETWEEN = re.compile(r"</reasoning>\s*<answer>")
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_ANSWER_TAG = re.compile(r"</?answer>")
+_NO_ANSWER = re.compile(r"(?:and|or|to)?", re.IGNORECASE)  # "between <answer> and </answer>"
+# Runs of escapes, and of empty braces, are one token: a megabyte of them takes no second.
+_BOX_OR_BRACE = re.compile(r"\\{1,2}boxed\s*(\{)?|(?:\\(?!\\?boxed).)+|(?:\{\})+|[{}]", re.DOTALL)
+_EMPTY_BOX = re.compile(r"\\{1,2}boxed\s*\{\s*\}")
+_SPACING = set("\\ ,;:!\n\t{}")
 _WORD = re.compile(r"[^\s$]+")
 
 
@@ -35,36 +40,75 @@ def in_format(reasoning: str, answer: str) -> str:
 
 
 def tagged_answer(completion: str) -> str | None:
-    """What the last ``<answer>`` encloses, or begins; None without one."""
-    _, tag, rest = completion.rpartition("<answer>")
-    return rest.partition("</answer>")[0].strip() if tag else None
+    r"""What the last pair of ``<answer>`` tags with an answer in it encloses, None without one.
+
+    A tag that is not closed begins no answer: what is cut off may have been another. Neither white
+    space, ``...``, an empty ``\boxed{}`` nor the prose "between <answer> and </answer>" is one.
+    """
+    found = None
+    begin: int | None = None
+    for tag in _ANSWER_TAG.finditer(completion):
+        if tag[0] == "<answer>":
+            begin = tag.end()
+        elif begin is not None:
+            inside = _EMPTY_BOX.sub("", completion[begin : tag.start()]).strip()
+            if not _NO_ANSWER.fullmatch(inside.strip(" \n\t.…`'\"")):
+                found = inside
+            begin = None
+    return found
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` encloses; None without one, or if its brace is not closed."""
-    _, command, rest = text.rpartition("\\boxed")
-    if not command:
+    r"""What the last ``\boxed{...}`` that is closed and not empty encloses; None without one."""
+    first = text.find("\\boxed")
+    if first < 0:
         return None
-    rest = rest.lstrip()
-    if not rest.startswith("{"):  # \boxed 5
-        word = _WORD.match(rest)
-        return word[0] if word else None
-    depth = 0
-    for match in _BRACES.finditer(rest):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)  # \{ and \} are none
-        if depth == 0:
-            return rest[1 : match.start()].strip()
-    return None
+    begin, found = -1, None
+    # Of each open brace: where its box and the content begin, None for a brace of no box.
+    places: list[tuple[int, int] | None] = []
+    filled: list[bool] = []  # whether there is something in it
+    end = first
+    for token in _BOX_OR_BRACE.finditer(text, first):
+        start, what = token.start(), token[0]
+        if start < end:  # in a box without braces
+            continue
+        if start > end and filled and not filled[-1]:
+            filled[-1] = not text[end:start].isspace()
+        end = token.end()
+        if what == "{" or token[1]:
+            places.append((start, end) if token[1] else None)
+            filled.append(False)
+        elif what == "}":
+            if places:
+                place, full = places.pop(), filled.pop()
+                if full and filled:
+                    filled[-1] = True
+                if place is not None and full and place[0] > begin:
+                    begin, found = place[0], text[place[1] : start].strip()
+        elif "boxed" in what:  # \boxed 5
+            word = _WORD.match(text, end)
+            if word and not word[0].startswith(("}", "\\boxed")):
+                begin, found, end = start, word[0], word.end()
+        elif filled and not filled[-1]:
+            filled[-1] = "\\{" in what or "\\}" in what or not _SPACING.issuperset(what)
+    return found
 
 
 def extract_answer(completion: str) -> str | None:
     r"""The answer: in ``<answer>`` tags, in ``\boxed{}``, or in both.
 
-    Of several, the last counts; text without tags and box has none.
+    Of several, the last that is not empty counts; closed tags win over a box outside of them; text
+    without tags and box has none.
     """
     tagged = tagged_answer(completion)
     inside = boxed(completion if tagged is None else tagged)
     return tagged if inside is None else inside
+
+
+def answer_in_tags(completion: str) -> str | None:
+    r"""As :func:`extract_answer`, but for a box outside of answer tags, which is none."""
+    tagged = tagged_answer(completion)
+    return None if tagged is None else boxed(tagged) or tagged
 
 
 # --- reward functions

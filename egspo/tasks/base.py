@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ class Reward:
     """Whether it also scores the one-step completions of EGSPO-SA."""
     timeout: float | None = 300.0
     """Seconds that a call may take before it counts as failed; None for any."""
+    explain: Callable[..., str] | None = None
+    """``f(completion, **columns of its example) -> str``: why it pays what it does, in a line."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -66,8 +68,9 @@ class Task:
     rewards: Sequence[Reward]
     solved: RewardFunction | None = None
     """The evaluation metric: 1.0 or 0.0 for each completion. Not a reward."""
-    extract: Callable[[str], str | None] | None = None
-    """The answer in a completion, or None where there is none: for records of evaluations."""
+    extract: Callable[..., str | None] | None = None
+    """``f(completion)``, or ``f(completion, **columns)`` of its example: the answer in it, None
+    where there is none. For records of evaluations; see :meth:`answer_in`."""
     validation: Sequence[Example] = ()
     """What training evaluates on, so that no checkpoint is chosen on ``test``; where there is
     none, ``test``."""
@@ -90,6 +93,13 @@ class Task:
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"task {self.name} has two rewards of one name: {names}")
+
+    def answer_in(self, completion: str, columns: Mapping[str, Any]) -> str | None:
+        """What ``extract`` finds, given the columns of the example where it takes them."""
+        if self.extract is None:
+            return None
+        more = list(inspect.signature(self.extract).parameters)[1:]
+        return self.extract(completion, **columns) if more else self.extract(completion)
 
 
 TaskBuilder = Callable[..., Task]

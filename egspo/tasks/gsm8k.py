@@ -20,30 +20,56 @@ from egspo.tasks.answers import (
     xml_count,
 )
 from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 _COLUMNS = {"question": str, "answer": str}
 _INTEGER = re.compile(r"-?[0-9]{1,64}")
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,64}(?:\.[0-9]{0,64})?|\.[0-9]{1,64})")
-_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-_ANY_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
+_CURRENCY = r"(?:\\?\$|[€£¥₹])"
+# A sign, a currency, digits: $-5, -$5, - 5; commas between thousands, `{,}` and thin spaces too.
+_NUMBER = re.compile(
+    rf"(?P<opened>\$)?\s*(?P<sign>[-+]?)\s*(?:{_CURRENCY}\s*)?(?P<inner>[-+]?)"
+    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{0,64})(?:\.(?P<part>[0-9]{0,64}))?"
+    r"\s*(?:\\?%|[€£¥₹])?\s*\$?\s*\.?"
+)
+_ANY_NUMBER = re.compile(
+    rf"(?:(?<![\w).])[-+])?(?:{_CURRENCY}-?)?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?"
+)
 _CALCULATION = re.compile(r"<<[^<>]*>>")
+_MINUS = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"))
+_GAP_IN_NUMBER = re.compile(
+    r"(?<=[0-9])(?:\{,\}|\\[,!;: ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))"
+)
 
 
 def number(text: str | None) -> Fraction | None:
     """The number that ``text`` is, or None where it is something else as well.
 
-    A currency sign, a percent sign, a full stop at the end and commas between thousands do not
-    count: ``$1,250.00`` is 1250.
+    A currency sign, a percent sign, a full stop at the end, and what separates thousands (commas,
+    ``{,}``, thin spaces) do not count; every minus sign is one: ``$1,250.00`` is 1250 and ``-$5``
+    is -5.
     """
     if text is None or len(text) > 100:
         return None
-    plain = text.strip().removesuffix(".").removesuffix("%").strip()
-    plain = plain.removeprefix("\\").removeprefix("$").removesuffix("$").removesuffix("\\").strip()
-    if _GROUPED.fullmatch(plain):
-        plain = plain.replace(",", "")
-    return Fraction(plain.removesuffix(".")) if _NUMBER.fullmatch(plain) else None
+    return _value(_plain(text))
+
+
+def _plain(text: str) -> str:
+    """With ASCII minus signs, and commas for what else separates thousands."""
+    return _GAP_IN_NUMBER.sub(",", text.translate(_MINUS)).strip()
+
+
+def _value(plain: str) -> Fraction | None:
+    found = _NUMBER.fullmatch(plain)
+    if found is None or (found["sign"] and found["inner"]):
+        return None
+    whole, part = found["whole"].replace(",", ""), found["part"] or ""
+    if not whole and not part:
+        return None
+    value = Fraction(f"{whole or 0}.{part or 0}")
+    return -value if "-" in (found["sign"], found["inner"]) else value
 
 
 def correctness(
@@ -69,7 +95,7 @@ def _last_number(text: str | None) -> Fraction | None:
     whole = number(text)
     if whole is not None or text is None or len(text) > 1000:
         return whole
-    found = _ANY_NUMBER.findall(text)
+    found = _ANY_NUMBER.findall(_plain(text))
     return number(found[-1]) if found else None
 
 
@@ -89,6 +115,8 @@ def build_gsm8k(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = FORMAT,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
 ) -> Task:
     """GSM8K, or data in its format: ``question``, and ``answer`` that ends in ``#### 42``.
 
@@ -99,6 +127,9 @@ def build_gsm8k(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every question.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
 
     Raises:
         OSError, ValueError: naming the source, and the column or row that is wrong.
@@ -108,6 +139,9 @@ def build_gsm8k(
         test,
         _COLUMNS,
         key=lambda row: normalise(row["question"]),
+        read=checking(lambda row: _example(row, instruction)),
+        names=ColumnNames(columns, _COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,

@@ -12,8 +12,10 @@ from egspo.tasks.code import (
     program_tests,
 )
 from egspo.tasks.code_tests import import_free_names
-from egspo.tasks.data import Row, load_rows
+from egspo.tasks.columns import ColumnNames
+from egspo.tasks.data import Row
 from egspo.tasks.mbpp import COLUMNS, mbpp_example
+from egspo.tasks.rows import check_share, checking, read_rows
 from egspo.tasks.splits import normalise, split_off
 
 _COLUMNS = {"prompt": str, "canonical_solution": str, "test": str, "entry_point": str}
@@ -28,6 +30,8 @@ def build_humaneval(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
     sandbox: str = "bubblewrap",
     url: str | None = None,
     limits: dict[str, Any] | None = None,
@@ -47,6 +51,9 @@ def build_humaneval(
         test_examples: at most so many, drawn by ``seed``; None for all.
         seed: of the splits, independent of the training seed.
         instruction: stands before every problem.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
         sandbox, url, limits, workers: as for ``kodcode``.
 
     Raises:
@@ -54,14 +61,27 @@ def build_humaneval(
         SandboxUnavailable: programs cannot run; the message says why.
     """
     runner = program_tests(sandbox, url, limits, workers)
-    rows = load_rows(test, _COLUMNS)
+    names = ColumnNames(columns, {**COLUMNS, **_COLUMNS})
+    share = check_share(skip_bad_rows)
+    rows = read_rows(
+        test,
+        _COLUMNS,
+        names=names,
+        read=checking(lambda row: _example(row, instruction)),
+        skip_bad_rows=share,
+    )
     if test_examples is not None and test_examples < len(rows):
         _, rows = split_off(rows, test_examples, key=_key, seed=seed)
+    others = read_rows(
+        train,
+        COLUMNS,
+        names=names,
+        read=checking(lambda row: mbpp_example(row, instruction)),
+        skip_bad_rows=share,
+    )
+    names.check_used()
     train_rows, validation_rows = split_off(
-        load_rows(train, COLUMNS),
-        validation_examples,
-        key=lambda row: normalise(row["text"]),
-        seed=seed,
+        others, validation_examples, key=lambda row: normalise(row["text"]), seed=seed
     )
     return Task(
         name="humaneval",

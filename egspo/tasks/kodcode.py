@@ -19,7 +19,9 @@ from egspo.tasks.code import (
     program_tests,
 )
 from egspo.tasks.code_tests import unsupported
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 logger = logging.getLogger("egspo")
@@ -37,6 +39,8 @@ def build_kodcode(
     test_examples: int | None = 256,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
     verify_solutions: bool = False,
     sandbox: str = "bubblewrap",
     url: str | None = None,
@@ -55,6 +59,9 @@ def build_kodcode(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every question.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
         verify_solutions: run every reference solution first, and leave out rows where it fails.
         sandbox: where programs run: ``bubblewrap``, ``http`` or ``unsafe``.
         url: endpoint, with ``sandbox: http``.
@@ -80,6 +87,9 @@ def build_kodcode(
         _COLUMNS,
         key=lambda row: normalise(row["question"]),
         keep=keep,
+        read=checking(_declarations),
+        names=ColumnNames(columns, _COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,

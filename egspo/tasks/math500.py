@@ -11,8 +11,10 @@ from typing import Any
 
 from egspo.tasks.answers import FORMAT, boxed, extract_answer, in_format, tagged_answer
 from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
 from egspo.tasks.equivalence import equivalent, require_math_verify
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 INSTRUCTION = (
@@ -56,6 +58,8 @@ def build_math500(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
 ) -> Task:
     r"""MATH, or data in its format: ``problem``, and ``solution`` with ``\boxed{answer}``.
 
@@ -66,6 +70,9 @@ def build_math500(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every problem.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
 
     Raises:
         OSError, ValueError: naming the source, and the column or row that is wrong; or
@@ -77,6 +84,9 @@ def build_math500(
         test,
         _COLUMNS,
         key=lambda row: normalise(row["problem"]),
+        read=checking(lambda row: _example(row, instruction)),
+        names=ColumnNames(columns, _COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,

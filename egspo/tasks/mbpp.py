@@ -12,7 +12,9 @@ from egspo.tasks.code import (
     program_tests,
 )
 from egspo.tasks.code_tests import as_test, import_free_names
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 COLUMNS = {"text": str, "code": str, "test_list": list[str], "test_setup_code": str}
@@ -28,6 +30,8 @@ def build_mbpp(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
     shown_tests: int = 3,
     sandbox: str = "bubblewrap",
     url: str | None = None,
@@ -43,6 +47,9 @@ def build_mbpp(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every problem.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
         shown_tests: how many of the assertions the prompt shows, at least one, as nothing else
             names the function; the usual evaluation shows all three.
         sandbox, url, limits, workers: as for ``kodcode``.
@@ -59,6 +66,9 @@ def build_mbpp(
         test,
         COLUMNS,
         key=lambda row: normalise(row["text"]),
+        read=checking(lambda row: mbpp_example(row, instruction, shown_tests)),
+        names=ColumnNames(columns, COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,
