@@ -67,6 +67,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     configure_output()
     from egspo.engines.processes import process_state
+    from egspo.evaluations.metrics import metric_notes
     from egspo.evaluations.plan import EvaluationPlan, fingerprint, load_task
     from egspo.evaluations.run import run_evaluation
 
@@ -101,7 +102,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         notes=notes,
     )
     if state.is_main_process:
-        _show(rows, name, notes, plan.output)
+        _show(rows, name, [*metric_notes(list(tasks.values())), *notes], plan.output)
 
 
 def _run_of(where: str) -> Path | None:

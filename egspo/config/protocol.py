@@ -13,7 +13,7 @@ from typing import Any
 from egspo.config.options.run import TrainConfig
 from egspo.config.presets import PRESETS
 
-PUBLISHED_TASKS = ("countdown", "gsm8k", "kodcode", "math500", "sudoku")
+PUBLISHED_TASKS = ("countdown", "gsm8k", "math500", "sudoku")
 """Tasks with published prompts and rewards for training."""
 
 _ABLATIONS = {"uniform": "uniform_reference", "random": "random_reference"}
