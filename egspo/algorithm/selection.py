@@ -117,7 +117,7 @@ def _spread(limits: Tensor, k: int) -> Tensor:
     """The last candidate, and before it ``k - 1`` evenly spaced ones from the first to the last
     but one, rounded down; every candidate of a row with at most ``k``. Ascending."""
     rows = limits.new_full((len(limits), k), -1)
-    for limit in limits.unique().tolist():
+    for limit in sorted(set(limits.tolist())):
         steps = torch.arange(min(limit, k))
         if limit > k:
             # In float32, as published: another rounding could choose another step.

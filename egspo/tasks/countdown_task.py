@@ -234,7 +234,9 @@ def _task(parts: Mapping[str, Sequence[Example]], prompt_style: str) -> Task:
     extract = extract_expression if tagged else whole_expression
     return Task(
         name="countdown",
-        **parts,
+        train=parts["train"],
+        validation=parts["validation"],
+        test=parts["test"],
         rewards=[Reward("expression", _reward(extract))],
         solved=_solved(extract),
         extract=extract,

@@ -23,8 +23,7 @@ PREFILL = "<reasoning>"
 """Of every prompt of the evaluation: the model goes on from there."""
 
 _SYSTEM = (
-    "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n"
-    "<answer>\n...\n</answer>\n"
+    "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
 )
 _BOXED = (
     "Respond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n"

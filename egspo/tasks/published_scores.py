@@ -130,7 +130,7 @@ def countdown_solved(
     where a box is not closed.
     """
     samples = zip(completions, nums, target, strict=True)
-    return [float(_reaches(_expression(text), *given)) for text, *given in samples]
+    return [float(_reaches(_expression(text), given, wanted)) for text, given, wanted in samples]
 
 
 def _expression(text: str) -> str:

@@ -16,7 +16,6 @@ from egspo.config.options.optimizer import OptimizerConfig
 from egspo.config.options.sft import SFTConfig
 from egspo.config.options.task import TaskConfig
 
-
 Protocol = Literal["strict", "published"]
 
 
