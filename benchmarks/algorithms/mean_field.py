@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from egspo.algorithm.advantages import egspo_advantages, groups_with_spread
-from egspo.algorithm.batch import Metrics
+from egspo.algorithm.batch import Groups, Metrics
 from egspo.algorithm.iteration import Iteration
+from egspo.algorithm.phases.rewards import collect_rewards
+from egspo.algorithm.phases.rollout import rollout_metrics
 from egspo.algorithm.pipeline import Pipeline
 from egspo.config import TrainConfig
 from egspo.engines import Engine
@@ -33,7 +35,7 @@ from egspo.engines.processes import Processes
 from egspo.engines.reduction import Count, part
 from egspo.rewards.queue import RewardQueue
 from egspo.rollouts.denoiser import Denoiser
-from egspo.rollouts.trajectory import NEVER, PromptBatch, Trajectory
+from egspo.rollouts.trajectory import PromptBatch, Trajectory
 from egspo.rollouts.work import peak_memory
 from egspo.tasks.prompts import Data
 from egspo.training.trainer import Trainer
@@ -118,10 +120,12 @@ class MeanFieldIteration(Iteration):
         self.updated = False
         metrics: Metrics = {}
         trajectory, rewards = self._sampled(step, prompt_index, first_sequence, metrics)
-        ids = self._ids(first_sequence, range(len(trajectory)))
+        size = self.config.algorithm.group_size
+        ids = torch.arange(first_sequence, first_sequence + len(trajectory))
+        ids = ids.to(self.denoiser.device)
         kept = groups_with_spread(rewards).nonzero()[:, 0]
         metrics["skipped/groups"] = len(prompt_index) - len(kept)
-        rows = (kept[:, None] * self._group_size + torch.arange(self._group_size)).flatten()
+        rows = (kept[:, None] * size + torch.arange(size)).flatten()
         valid = torch.ones(*rewards.shape, 1, dtype=torch.bool)
         advantage = egspo_advantages(rewards, valid).flatten()[rows].to(ids.device)
         rows = rows.to(ids.device)
@@ -132,14 +136,14 @@ class MeanFieldIteration(Iteration):
             prompt_masks(trajectory.prompts, self.config.seed, update, ids)
             for update in range(self.config.algorithm.num_iterations)
         ]
-        with self._phase(metrics, step, "score"), torch.no_grad():
+        with self.phase(metrics, step, "score"), torch.no_grad():
             old = [self._log_probs(trajectory, masked) for masked in masks]
-        with self._phase(metrics, step, "update"):
+        with self.phase(metrics, step, "update"):
             head_rows = self.denoiser.work.head_rows
             metrics.update(self._updates(trajectory, masks, old, advantage, tokens))
             head_rows = self.denoiser.work.head_rows - head_rows
-        if self.cost is not None:  # logits are kept for the backward pass, not made again
-            again = self.cost.per_head_row * head_rows
+        if self.phase.cost is not None:  # logits are kept for the backward pass, not made again
+            again = self.phase.cost.per_head_row * head_rows
             metrics["flops/update"] = Count(metrics["flops/update"].value - again)
         metrics["memory/peak"] = peak_memory(self.denoiser.device)
         return metrics
@@ -148,14 +152,17 @@ class MeanFieldIteration(Iteration):
         self, step: int, prompt_index: list[int], first_sequence: int, metrics: Metrics
     ) -> tuple[Trajectory, Tensor]:
         """Trajectories, and their rewards float64 [P, G]."""
-        sequences = range(len(prompt_index) * self._group_size)
+        size = self.config.algorithm.group_size
+        groups = Groups.shared(prompt_index, size, first_sequence, self.processes)
         with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
-            with self._phase(metrics, step, "rollout"):
-                trajectory = self._rollout(prompt_index, sequences, first_sequence, queue)
-            with self._phase(metrics, step, "reward"):
-                samples = self._reward(step, prompt_index, sequences, trajectory, queue, metrics)
-        tokens = int((trajectory.unmask_step != NEVER).sum())
-        metrics["speed/tokens_per_second"] = tokens / max(metrics["time/rollout"], 1e-9)
+            with self.phase(metrics, step, "rollout"):
+                trajectory = self.rollout(groups, queue)
+            with self.phase(metrics, step, "reward"):
+                samples, found = collect_rewards(
+                    *(step, groups, trajectory, queue, self.rewards, self.processes),
+                    keep_known=False,
+                )
+        metrics.update(rollout_metrics(trajectory, metrics["time/rollout"]), **found)
         return trajectory, samples.rewards
 
     def _parts(self, count: int) -> list[slice]:

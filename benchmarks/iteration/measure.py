@@ -15,6 +15,7 @@ from benchmarks.iteration.problem import SIZES, Problem
 from benchmarks.meter import Meter, Mode, PhaseCost, merged
 from egspo.algorithm.batch import Batch, Metrics
 from egspo.algorithm.iteration import Iteration
+from egspo.algorithm.phases.clock import PhaseClock
 from egspo.algorithm.replay import Scores
 from egspo.algorithm.states import States
 from egspo.config import TrainConfig
@@ -48,37 +49,44 @@ class _Engine(WholeModel):
         return super().reduce_gradients(has_gradient)
 
 
-class MeasuredIteration(Iteration):
-    """egspo's iteration, measured phase by phase; what it did is kept to be compared.
+class _MeasuredClock(PhaseClock):
+    """What is left of the rewards after the rollout counts as part of the rollout, and of those of
+    one-step completions as part of the scoring."""
 
-    What is left of the rewards after the rollout counts as part of the rollout, and of those of
-    one-step completions as part of the scoring.
-    """
+    meter: Meter
+
+    @contextmanager
+    def __call__(self, metrics: Metrics, step: int, name: str) -> Iterator[None]:
+        measured = {"reward": "rollout", "step_reward": "score"}.get(name, name)
+        with super().__call__(metrics, step, name), self.meter.phase(measured):
+            yield
+
+
+class MeasuredIteration(Iteration):
+    """egspo's iteration, measured phase by phase; what it did is kept to be compared."""
 
     def __init__(
         self,
         config: TrainConfig,
         data: Data,
         denoiser: Denoiser,
+        meter: Meter,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         engine = _Engine(denoiser.model, config, before_step)
         super().__init__(config, data, denoiser, engine, engine.processes)
-        self.meter: Meter | None = None
+        self.phase = _MeasuredClock(denoiser, engine.processes)
+        self.phase.meter = meter
         self.states: States
         self.scores: Scores
         self.advantage: Tensor
+        train = self.optimize
 
-    @contextmanager
-    def _phase(self, metrics: Metrics, step: int, name: str) -> Iterator[None]:
-        assert self.meter is not None
-        measured = {"reward": "rollout", "step_reward": "score"}.get(name, name)
-        with super()._phase(metrics, step, name), self.meter.phase(measured):
-            yield
+        def keep(batch: Batch, advantage: Tensor) -> Metrics:
+            self.states, self.scores, self.advantage = batch.states, batch.scores, advantage
+            return train(batch, advantage)
 
-    def _update(self, batch: Batch, advantage: Tensor) -> Metrics:
-        self.states, self.scores, self.advantage = batch.states, batch.scores, advantage
-        return super()._update(batch, advantage)
+        self.optimize = keep  # type: ignore[assignment]
 
     def selected(self) -> Tensor:
         """int64 [B, K]."""
@@ -115,8 +123,7 @@ class Bench:
             RuntimeError: the rewards of a group are all equal, so that there was less to do.
         """
         config = self.problem.config(stepwise=algorithm == "egspo-sa")
-        iteration = MeasuredIteration(config, self.data, self.denoiser, before_step)
-        iteration.meter = meter
+        iteration = MeasuredIteration(config, self.data, self.denoiser, meter, before_step)
         with meter.running():
             # Step 1 of a run that evaluates at no step but the first and the last.
             iteration.run(1, list(range(self.problem.prompts)), 0)

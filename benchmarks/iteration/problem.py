@@ -143,7 +143,7 @@ class Problem:
 
     def _adapted(self, model: PreTrainedModel) -> nn.Module:
         if self.checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+            model.checkpoint_activations()
         return add_lora(model, rank=self.lora_rank, alpha=self.lora_rank, dropout=0.0, seed=1)
 
     def data(self) -> Data:

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from egspo.algorithm.advantages import egspo_advantages, egspo_sa_advantages, lambda_at
 from egspo.algorithm.replay import Scores
 from egspo.algorithm.states import States
-from egspo.config import AlgorithmConfig
 from egspo.engines.processes import Processes
 from egspo.rewards.queue import RewardQueue
 from egspo.rewards.scoring import ScoredRewards
@@ -23,17 +21,50 @@ Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Samples:
-    """P groups of G completions, whose trajectories are divided among the processes.
+class Groups:
+    """P prompts and G sequences for each, divided among the processes.
 
     Sequence ``s`` is an answer to prompt ``s // G``; a group may lie in several processes.
     """
 
     prompt_index: list[int]
     """P places in the training set."""
+    size: int
+    """G."""
+    first_id: int
+    """Id of the first sequence: its randomness is counted by it."""
     sequences: range
-    """Those of this process: trajectory ``b`` is of sequence ``sequences[b]``."""
+    """Those of this process, of P * G."""
+
+    @classmethod
+    def shared(
+        cls, prompt_index: list[int], size: int, first_id: int, processes: Processes
+    ) -> Groups:
+        """With this process's share of the sequences."""
+        return cls(prompt_index, size, first_id, processes.share(len(prompt_index) * size))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """P and G."""
+        return len(self.prompt_index), self.size
+
+    def prompts(self, sequences: Sequence[int] | None = None) -> list[int]:
+        """Of each sequence (those here by default), its prompt's place in the training set."""
+        of = self.sequences if sequences is None else sequences
+        return [self.prompt_index[s // self.size] for s in of]
+
+    def ids(self, sequences: Sequence[int]) -> Tensor:
+        """int64, those that the randomness of ``sequences`` is counted by."""
+        return torch.tensor([self.first_id + s for s in sequences], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Trajectories with their rewards."""
+
+    groups: Groups
     trajectory: Trajectory
+    """Row ``b`` is of sequence ``groups.sequences[b]``."""
     rewards: Tensor
     """float64 [P, G], of all processes; NaN where not scored."""
     per_function: dict[str, Tensor]
@@ -45,9 +76,21 @@ class Samples:
     """By those functions too, of each prompt and completion: what needs no second scoring. Empty
     where no one-step completions are made."""
 
-    def prompts(self, sequences: Sequence[int]) -> list[int]:
-        """Of each sequence, its prompt's place in the training set."""
-        return [self.prompt_index[s // self.rewards.shape[1]] for s in sequences]
+
+@dataclass(frozen=True)
+class Selection:
+    """What of the samples is scored and trained."""
+
+    states: States
+    """M states of R trajectories."""
+    sequences: list[int]
+    """R sequences of this process that those trajectories are of."""
+    skipped_groups: int
+    """Groups of all processes that were left out."""
+
+    def sequence_of_states(self) -> list[int]:
+        """Of each of the M states."""
+        return [self.sequences[row] for row in self.states.row.tolist()]
 
 
 @dataclass(frozen=True)
@@ -69,10 +112,7 @@ class Batch:
     step: int
     """Training step, from 1."""
     samples: Samples
-    sequences: list[int]
-    """Those of this process whose groups have something to teach."""
-    states: States
-    """M selected states, of the trajectories of those sequences."""
+    selection: Selection
     scores: Scores
     one_step: RewardQueue | None
     """Scores the M one-step completions in the background; None for EGSPO."""
@@ -81,53 +121,12 @@ class Batch:
     metrics: Metrics
     """Of the phases so far."""
 
+    @property
+    def states(self) -> States:
+        """M selected states."""
+        return self.selection.states
+
     def close(self) -> None:
         """Drop the rewards that are not being made yet."""
         if self.one_step is not None:
             self.one_step.close()
-
-
-def state_advantages(
-    algorithm: AlgorithmConfig,
-    batch: Batch,
-    one_step: OneStepCompletions | None,
-    processes: Processes,
-) -> Tensor:
-    """Advantage of every state, float64 [M].
-
-    Args:
-        algorithm: of the run.
-        batch: M states.
-        one_step: M completions; None for EGSPO.
-        processes: where the other members of the groups are.
-    """
-    states, samples = batch.states, batch.samples
-    sequence = torch.tensor([batch.sequences[i] for i in states.row.tolist()], dtype=torch.int64)
-    rank, step = states.rank.cpu(), states.step.cpu()
-    mine = sequence, rank, step, None if one_step is None else one_step.rewards
-    shape = (*samples.rewards.shape, states.ranks)
-    valid = torch.zeros(shape, dtype=torch.bool).flatten(0, 1)
-    selected = torch.zeros(valid.shape, dtype=torch.int64)
-    values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
-    for row, column, steps, rewards in processes.gather(mine):
-        valid[row, column], selected[row, column] = True, steps
-        if rewards is not None:
-            values[row, column] = rewards
-    if one_step is None:
-        advantage = egspo_advantages(
-            samples.rewards, valid.view(shape), scale_by_std=algorithm.scale_by_std
-        )
-    else:
-        lam = lambda_at(algorithm, batch.step - 1, selected, states.trajectory.num_steps)
-        advantage = egspo_sa_advantages(
-            samples.rewards,
-            values.view(shape),
-            valid.view(shape),
-            lam.view(shape),
-            step_rewards=samples.step_rewards,
-            normalize_returns=algorithm.normalize_returns,
-            returns=algorithm.returns,
-            baseline=algorithm.baseline,
-            scale_by_std=algorithm.scale_by_std,
-        )
-    return advantage.view(valid.shape)[sequence, rank]

@@ -32,13 +32,13 @@ def sampled_group(
         advantage: float64 [M].
         one_step: M completions; None for EGSPO.
     """
-    samples, states, sequences = batch.samples, batch.states, batch.sequences
-    size = config.algorithm.group_size
-    group = (sequences[0] if sequences else samples.sequences[0]) // size
-    members = [s for s in samples.sequences if s // size == group]
+    samples, states, sequences = batch.samples, batch.states, batch.selection.sequences
+    size, here = samples.groups.size, samples.groups.sequences
+    group = (sequences[0] if sequences else here[0]) // size
+    members = [s for s in here if s // size == group]
     rewards, step_rewards = samples.rewards.flatten(), samples.step_rewards.flatten()
     device = samples.trajectory.tokens.device
-    rows = torch.tensor([s - samples.sequences.start for s in members], device=device)
+    rows = torch.tensor([s - here.start for s in members], device=device)
     trajectory = samples.trajectory.take(rows)
     selected: list[list[SelectedStep]] = [[] for _ in members]
     # The trajectories that are trained begin with those of the group, if any of them is trained.
@@ -50,7 +50,7 @@ def sampled_group(
                 int(states.rank[m]), int(states.step[m]), finite_or_none(advantage[m]), text, reward
             )
         )
-    example = samples.prompt_index[group]
+    example = samples.groups.prompt_index[group]
     completions = completions_of(
         trajectory, data.tokenizer, eos_id, indices=range(len(members)), step_map=True
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egspo.rollouts.trajectory import Trajectory
+from egspo.rollouts.trajectory import Trajectory, block_starts
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,20 @@ class States:
         """int64 [M], tokens of the prompt of each state."""
         return self.trajectory.prompts.mask.sum(1)[self.row]
 
-    def block_starts(self, block_length: int) -> Tensor:
-        """int64 [M], first position of the block that the step of each state is in."""
+    def block_starts(self, block_length: int, *, causal: bool = False) -> Tensor:
+        """int64 [M], first position of the block that the step of each state is in.
+
+        Blocks are counted from the first token of the completion, or of the prompt with ``causal``.
+        """
         revealed = self.trajectory.unmask_step[self.row] == self.step[:, None]
-        return revealed.int().argmax(1) // block_length * block_length
+        before = self.prompt_lengths() if causal else torch.zeros_like(self.row)
+        return block_starts(revealed.int().argmax(1), before, block_length)
+
+    def take(self, index: Tensor) -> States:
+        """The states at int64 ``index``."""
+        return States(
+            self.trajectory, self.row[index], self.rank[index], self.step[index], self.ranks
+        )
 
     def groups(
         self, ranks: int | Sequence[Sequence[int]] | None, *, by_trajectory: bool = False

@@ -14,11 +14,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from egspo.engines.optimization import apply_gradients, clip_gradients
 from egspo.engines.processes import Processes
+from egspo.engines.whole import TorchUpdate
 
 
-class ShardedModel:
+class ShardedModel(TorchUpdate):
     """Sharded by ``torch.distributed.fsdp.fully_shard``, block by block.
 
     Args:
@@ -86,17 +86,8 @@ class ShardedModel:
                 if part not in self._stays_whole:
                     part.reshard()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
     def reduce_gradients(self, has_gradient: bool) -> bool:
         return self.processes.any(has_gradient)
-
-    def clip(self, max_grad_norm: float) -> float:
-        return clip_gradients(self.model, max_grad_norm)
-
-    def step(self) -> None:
-        apply_gradients(self.optimizer)
 
     def weights(self) -> dict[str, Tensor] | None:
         whole = {}

@@ -66,7 +66,23 @@ class Engine(Protocol):
         """Restore what :meth:`optimizer_state` of any engine gave."""
 
 
-class WholeModel:
+class TorchUpdate:
+    """What torch does alike for whole weights and for parts of them."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, max_grad_norm: float) -> float:
+        return clip_gradients(self.model, max_grad_norm)
+
+    def step(self) -> None:
+        apply_gradients(self.optimizer)
+
+
+class WholeModel(TorchUpdate):
     """Every process has the whole model; gradients are averaged before every update."""
 
     name, sharded = "replicated", False
@@ -83,9 +99,6 @@ class WholeModel:
     def gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
     def reduce_gradients(self, has_gradient: bool) -> bool:
         if self.processes.count == 1:
             return has_gradient
@@ -98,12 +111,6 @@ class WholeModel:
                 dist.all_reduce(gradient)
                 parameter.grad = gradient.div_(self.processes.count)
         return True
-
-    def clip(self, max_grad_norm: float) -> float:
-        return clip_gradients(self.model, max_grad_norm)
-
-    def step(self) -> None:
-        apply_gradients(self.optimizer)
 
     def weights(self) -> dict[str, Tensor] | None:
         return None

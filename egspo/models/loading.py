@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,17 @@ from transformers import (
 
 from egspo.models.dream import DreamForMaskedLM
 from egspo.models.llada import LLaDAForMaskedLM
+from egspo.models.llada2 import LLaDA2ForMaskedLM
+from egspo.models.sdar import SDARForMaskedLM, SDARMoeForMaskedLM
 from egspo.models.transformer import TransformerForMaskedLM
 
-_MODELS: tuple[type[TransformerForMaskedLM], ...] = (DreamForMaskedLM, LLaDAForMaskedLM)
+_MODELS: tuple[type[TransformerForMaskedLM], ...] = (
+    DreamForMaskedLM,
+    LLaDAForMaskedLM,
+    LLaDA2ForMaskedLM,
+    SDARForMaskedLM,
+    SDARMoeForMaskedLM,
+)
 DEFAULT_MODEL_TYPE = LLaDAForMaskedLM.config_class.model_type
 
 
@@ -48,7 +57,8 @@ def load_model(
     Args:
         path_or_id: folder with ``config.json`` and weights, or a name on the hub.
         dtype: of the weights; None for the checkpoint's.
-        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` or, with blocks,
+            ``flex_attention``.
         kwargs: for ``from_pretrained``, for example ``device_map``, ``quantization_config``,
             ``revision``.
 
@@ -87,7 +97,13 @@ def load_config(path_or_id: str | os.PathLike[str], **hub: Any) -> PretrainedCon
 
 
 def model_on_meta(config: PretrainedConfig) -> TransformerForMaskedLM:
-    """The model that ``config`` (of a supported class) describes, without memory for weights."""
+    """The model that ``config`` (of a supported class) describes, without memory for weights.
+
+    Nothing is computed with it, so the attention implementation that a checkpoint names need not
+    be installed.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"
     with torch.device("meta"):
         return _by_type(config.model_type)(config)
 

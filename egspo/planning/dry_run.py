@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +22,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from egspo.config import TrainConfig
 from egspo.engines.processes import world_size
 from egspo.models import load_config, model_on_meta, new_config, special_token_ids
+from egspo.models.published import published_config
+from egspo.planning.hub import asked_once, is_unreachable
 from egspo.planning.memory import estimate_memory
 from egspo.planning.memory_items import MemoryItem, peak_bytes
 from egspo.rollouts.engine import check_context
@@ -76,6 +77,8 @@ class DryRun:
     prompt_lengths: list[int] = field(default_factory=list)
     """Tokens of every training prompt; empty where they are not known."""
     model_config: PretrainedConfig | None = None
+    notes: list[str] = field(default_factory=list)
+    """What had to do in the place of what could not be looked at."""
 
     @property
     def failed(self) -> list[Check]:
@@ -84,7 +87,17 @@ class DryRun:
 
 def dry_run(config: TrainConfig) -> DryRun:
     """Look at everything a run of ``config`` needs; loads no weights and writes nothing."""
-    report = _Report()
+    model = config.model
+    with asked_once((model.path, model.tokenizer, model.adapter)) as why:
+        report = _Report(why is not None)
+        if why is not None:
+            report.skip("hub", f"cannot be reached, only its cache was looked at ({why})")
+        _look(config, report)
+    return report.found
+
+
+def _look(config: TrainConfig, report: _Report) -> None:
+    """All checks, in the order in which they need each other."""
     report.check("trackers", lambda: _trackers(config))
     report.check("sampling", lambda: _sampling(config))
     task = report.check("task", lambda: _task(config))
@@ -104,10 +117,10 @@ def dry_run(config: TrainConfig) -> DryRun:
     if tokenizer is None and config.model.path is None:
         report.skip("model", "needs the tokenizer, which decides its vocabulary")
     else:
-        model_config = report.check("model", lambda: _model_config(config, tokenizer))
+        model_config = report.check("model", lambda: _model_config(config, tokenizer, report.found))
     if model_config is None:
         report.skip("context", "needs the model's configuration")
-        return report.found
+        return
     if tokenizer is not None:
         report.check("special tokens", lambda: _special_tokens(tokenizer, model_config))
     report.check("context", lambda: _context(config, data, model_config))
@@ -116,14 +129,17 @@ def dry_run(config: TrainConfig) -> DryRun:
         found = report.found
         found.model_config = model_config
         found.memory = estimate_memory(config, model, found.prompt_tokens, world_size())
-    return report.found
 
 
 class _Report:
-    """Runs checks, and keeps what they find."""
+    """Runs checks, and keeps what they find.
 
-    def __init__(self) -> None:
-        self.found = DryRun()
+    Args:
+        offline: whether it is known already that the hub cannot be reached.
+    """
+
+    def __init__(self, offline: bool) -> None:
+        self.offline, self.found = offline, DryRun()
 
     def check(self, name: str, look: Callable[[], tuple[T, str]]) -> T | None:
         """What ``look`` gives, with a detail to show; None where it raised."""
@@ -132,27 +148,17 @@ class _Report:
         except Exception as error:
             if not _is_expected(error):
                 raise
-            status: Status = "not checked" if is_unreachable(error) else "failed"
-            self.found.checks.append(Check(name, status, _one_line(error)))
+            unreachable = is_unreachable(error)
+            status: Status = "not checked" if unreachable else "failed"
+            said = unreachable and self.offline
+            detail = "needs the hub" if said else _one_line(error)
+            self.found.checks.append(Check(name, status, detail))
             return None
         self.found.checks.append(Check(name, "ok", detail))
         return result
 
     def skip(self, name: str, why: str) -> None:
         self.found.checks.append(Check(name, "not checked", why))
-
-
-def is_unreachable(error: BaseException) -> bool:
-    """Whether ``error`` only says that the hub cannot be reached, not that something is wrong.
-
-    An unreachable sandbox is wrong: it raises a ``RuntimeError``.
-    """
-    cause: BaseException | None = None if isinstance(error, RuntimeError) else error
-    while cause is not None:
-        if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def _is_expected(error: Exception) -> bool:
@@ -217,14 +223,23 @@ def _sft(config: TrainConfig, data: Data) -> tuple[None, str]:
 
 
 def _model_config(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, found: DryRun
 ) -> tuple[PretrainedConfig, str]:
     if config.model.path is not None:
-        found, source = load_config(config.model.path), config.model.path
+        source = config.model.path
+        try:
+            read = load_config(source)
+        except FileNotFoundError as error:
+            known = published_config(source) if is_unreachable(error) else None
+            if known is None:
+                raise
+            text = f"{source}: {known.model_type}, by its published sizes"
+            found.notes.append(f"The hub cannot be reached; {text}.")
+            return known, text
     else:
         assert tokenizer is not None
-        found, source = new_config(fresh_fields(config.model, tokenizer)), "a new model"
-    return found, f"{source}: {found.model_type}"
+        read, source = new_config(fresh_fields(config.model, tokenizer)), "a new model"
+    return read, f"{source}: {read.model_type}"
 
 
 def _special_tokens(
@@ -256,7 +271,7 @@ def described_model(config: TrainConfig, model_config: PretrainedConfig) -> tupl
             model = trainable_model(config.model, base, config.seed)
         else:
             if config.model.gradient_checkpointing:
-                base.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+                base.checkpoint_activations()
             model = PeftModel(base, PeftConfig.from_pretrained(config.model.adapter))
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -63,6 +63,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "seconds": report.seconds(plan),
         "prompt_tokens": planner.looked.prompt_tokens,
         "prompts_known": planner.looked.prompts_known,
+        "notes": planner.looked.notes,
         "shares": asdict(planner.shares),
         "suggestions": [
             {
@@ -84,6 +85,8 @@ def print_plan(report: Report, console: Console) -> None:
     planner, plan = report.planner, report.planner.plan
     console.print(_phases(report))
     console.print(memory_table(plan.memory, planner.looked))
+    for note in planner.looked.notes:
+        console.print(escape(note))
     room = report.available - plan.peak
     verdict = "[green]fits[/]" if report.fits else "[red]does not fit[/]"
     sizes = f"{plan.peak / 1e9:.2f} GB of {report.available / 1e9:.2f} GB"
@@ -98,14 +101,14 @@ def print_plan(report: Report, console: Console) -> None:
     console.print(NOT_COVERED)
 
 
-def _phases(report: Report) -> Table:
+def _phases(report: Report) -> Group:
     planner, plan = report.planner, report.planner.plan
     shares, seconds = planner.shares, report.seconds(plan)
     title = (
         f"A training step, {shares.saved_steps:.0%} of the denoising steps saved by early exit, "
         f"{shares.trained_states:.0%} of the states trained"
     )
-    table = Table("phase", title=title, title_justify="left")
+    table = Table("phase")
     table.add_column("TFLOP", justify="right", no_wrap=True)
     table.add_column("share", justify="right")
     if seconds is not None:
@@ -120,7 +123,7 @@ def _phases(report: Report) -> Table:
     if seconds is not None:
         steps = planner.config.steps
         table.caption = f"{steps} steps: {steps * sum(seconds.values()) / 3600:,.3g} hours"
-    return table
+    return Group(title, table)
 
 
 def _suggested(report: Report) -> Table:

@@ -1,20 +1,20 @@
 """Rewards for programs: the share of their tests that they pass, and the format.
 
-The program is the last closed Python block of a completion: a model may reason with smaller ones,
-and ends with its answer. A completion that is cut off counts by its last block, open as it is, for
-the tests, but not for the format.
+The program is the last closed Python block of a completion that defines what the tests call: a
+model may reason with smaller ones, and show how to use its answer. A completion that is cut off
+counts by its last block, open as it is, for the tests, but not for the format.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from egspo.sandbox import SandboxPool, Verdict, make_backend
 from egspo.tasks.base import Reward
+from egspo.tasks.programs import behind, blocks, extract_program, names_under_test
 
 INSTRUCTION = (
     "Write a Python program that solves the following problem. Think it through, then give the "
@@ -23,55 +23,18 @@ INSTRUCTION = (
 MAX_PROGRAM = 2**20
 """Characters; a longer program passes no test."""
 
-# A fence is a line of its own; the info string says the language. Each line is matched once.
-_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
-_PYTHON = ("python", "py", "python3")
-
-
-def extract_program(completion: str) -> str | None:
-    """The program in a completion, or None where there is none.
-
-    The last closed block marked as Python; else the last Python block that is not closed; else the
-    last closed block without a language. Text outside of blocks, and blocks of other languages,
-    are no programs.
-    """
-    closed, open_python, plain = None, None, None
-    opening: re.Match[str] | None = None
-    for fence in _FENCE.finditer(completion):
-        if opening is None or fence[1]:  # a language begins a block, whatever was open before
-            opening = fence
-        else:
-            language, text = opening[1].lower(), completion[opening.end() + 1 : fence.start()]
-            if language in _PYTHON:
-                closed = text
-            elif not language:
-                plain = text
-            opening = None
-    if opening is not None and opening[1].lower() in _PYTHON:
-        open_python = completion[opening.end() + 1 :]
-    return next((text for text in (closed, open_python, plain) if text is not None), None)
-
-
-def fenced(program: str) -> str:
-    """A completion that is this program."""
-    return f"```python\n{program.strip()}\n```"
-
 
 def code_format(completions: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the completion has a closed block that is marked as Python and is not empty."""
-    return [float(_has_block(text)) for text in completions]
+    return [
+        float(any(b.is_python and b.closed and b.text.strip() for b in blocks(text)))
+        for text in completions
+    ]
 
 
-def _has_block(completion: str) -> bool:
-    opened = None
-    for fence in _FENCE.finditer(completion):
-        if fence[1]:
-            opened = fence if fence[1].lower() in _PYTHON else None
-        elif opened is not None:
-            if completion[opened.end() : fence.start()].strip():
-                return True
-            opened = None
-    return False
+def extract_tested(completion: str, tests: str, **_: Any) -> str | None:
+    """The program in a completion that these tests are for; None where there is none."""
+    return extract_program(completion, names_under_test(tests))
 
 
 class ProgramTests:
@@ -111,10 +74,10 @@ class ProgramTests:
         self, completions: Sequence[str], tests: Sequence[str], prelude: Sequence[str]
     ) -> list[Verdict]:
         programs = []
-        for completion, before in zip(completions, prelude, strict=True):
-            program = extract_program(completion)
+        for completion, test, before in zip(completions, tests, prelude, strict=True):
+            program = extract_tested(completion, test)
             usable = program is not None and program.strip() and len(program) <= MAX_PROGRAM
-            programs.append(f"{before}\n{program}" if usable else None)
+            programs.append(behind(before, program) if program and usable else None)
         jobs = [(p, t) for p, t in zip(programs, tests, strict=True) if p is not None]
         verdicts = iter(self._pool.run_many(jobs))
         return [Verdict((), 0) if program is None else next(verdicts) for program in programs]

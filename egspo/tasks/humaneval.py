@@ -7,14 +7,14 @@ from typing import Any
 from egspo.tasks.base import Example, Task, register_task
 from egspo.tasks.code import (
     INSTRUCTION,
-    extract_program,
-    fenced,
+    extract_tested,
     program_tests,
 )
 from egspo.tasks.code_tests import import_free_names
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
 from egspo.tasks.mbpp import COLUMNS, mbpp_example
+from egspo.tasks.programs import behind, fenced
 from egspo.tasks.rows import check_share, checking, read_rows
 from egspo.tasks.splits import normalise, split_off
 
@@ -90,7 +90,7 @@ def build_humaneval(
         test=[_example(row, instruction) for row in rows],
         rewards=runner.rewards(),
         solved=runner.solved,
-        extract=extract_program,
+        extract=extract_tested,
     )
 
 
@@ -105,18 +105,12 @@ def _example(row: Row, instruction: str) -> Example:
     # Helpers that the prompt gives, the tests take from there: a program could define others.
     given = f"{row['prompt']}    pass\n"
     try:
-        imports = import_free_names(row["test"], defined=given)
+        reference = row["prompt"] + row["canonical_solution"]
+        imports = import_free_names(row["test"], defined=given, reference=reference)
     except SyntaxError as error:
         raise ValueError(f"prompt or test of {name} is no Python: {error}") from error
-    tests = "\n".join(
-        [
-            given,
-            f"from solution import {name}",
-            imports,
-            row["test"],
-            f"\n\ndef test_{name}():\n    check({name})\n",
-        ]
-    )
+    preamble = f"{given}\nfrom solution import {name}\n{imports}"
+    tests = f"{behind(preamble, row['test'])}\n\n\ndef test_{name}():\n    check({name})\n"
     return Example(
         prompt=[
             {
@@ -126,6 +120,6 @@ def _example(row: Row, instruction: str) -> Example:
             }
         ],
         columns={"tests": tests, "prelude": row["prompt"]},
-        target=fenced(row["prompt"] + row["canonical_solution"]),
+        target=fenced(reference),
         question=row["prompt"],
     )

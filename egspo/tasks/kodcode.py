@@ -14,13 +14,13 @@ from egspo.tasks.base import Example, Task, register_task
 from egspo.tasks.code import (
     INSTRUCTION,
     ProgramTests,
-    extract_program,
-    fenced,
+    extract_tested,
     program_tests,
 )
 from egspo.tasks.code_tests import unsupported
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.programs import fenced
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
@@ -113,7 +113,7 @@ def build_kodcode(
         test=test_set,
         rewards=runner.rewards(),
         solved=runner.solved,
-        extract=extract_program,
+        extract=extract_tested,
     )
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from egspo.tasks.base import Example, Task, register_task
 from egspo.tasks.code import (
     INSTRUCTION,
-    extract_program,
-    fenced,
+    extract_tested,
     program_tests,
 )
 from egspo.tasks.code_tests import as_test, import_free_names
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.programs import behind, fenced
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
@@ -81,7 +81,7 @@ def build_mbpp(
         test=[mbpp_example(row, instruction, shown_tests) for row in splits.test],
         rewards=runner.rewards(),
         solved=runner.solved,
-        extract=extract_program,
+        extract=extract_tested,
     )
 
 
@@ -97,7 +97,7 @@ def mbpp_example(row: Row, instruction: str, shown_tests: int = 3) -> Example:
             }
         ],
         columns={"tests": _tests(row), "prelude": ""},
-        target=fenced(row["code"].replace("\r\n", "\n")),
+        target=fenced(row["code"]),
         question=row["text"],
     )
 
@@ -107,10 +107,11 @@ def _tests(row: Row) -> str:
         raise ValueError(f"test_list of {row['text'][:60]!r} is empty")
     setup = row["test_setup_code"]
     try:
-        parts = [import_free_names(setup), setup]
+        parts = [behind(import_free_names(setup, reference=row["code"]), setup)]
         # Names that the setup defines are none of the program's.
         for number, assertion in enumerate(row["test_list"]):
-            parts.append(as_test(f"test_{number}", assertion, defined=setup))
+            name = f"test_{number}"
+            parts.append(as_test(name, assertion, defined=setup, reference=row["code"]))
     except SyntaxError as error:
         raise ValueError(f"the tests of {row['text'][:60]!r} are no Python: {error}") from error
     return "\n\n".join(part for part in parts if part.strip()) + "\n"

@@ -100,7 +100,8 @@ def on_device(
 def trainable_model(config: ModelConfig, base: PreTrainedModel, seed: int) -> nn.Module:
     """``base`` with the adapter that the recipe asks for, or itself."""
     if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+        own: Any = base
+        own.checkpoint_activations()
     if config.lora is not None:
         lora = config.lora
         return add_lora(

@@ -32,6 +32,7 @@ from egspo.models.tokenization import encode_prompts, end_of_turn
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.trajectory import PromptBatch
 from egspo.runs.checkpoint import CHECKPOINTS, remove_later
+from egspo.runs.lock import RunLockedError
 from egspo.runs.metrics import MetricsWriter
 from egspo.tasks.base import Example
 from egspo.training.data_order import data_order
@@ -143,6 +144,7 @@ def train_supervised(
     write_model: Callable[[Path, dict[str, Tensor] | None], object],
     resume: Path | None = None,
     checkpoint: CheckpointConfig | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     """Train the model of ``denoiser`` in place; metrics and checkpoints go to ``folder``.
 
@@ -152,6 +154,7 @@ def train_supervised(
         resume: a checkpoint to go on from.
         checkpoint: when to save, besides at the end and before an error or interrupt ends the run;
             None never saves.
+        check: raises where ``folder`` must not be written to any more.
 
     Raises:
         CheckpointError: ``resume`` is not of this kind, or of a later step than ``config.steps``.
@@ -175,9 +178,11 @@ def train_supervised(
         resume_after=start if resume else None,
         history=resume and resume.parent.parent / _METRICS,
     )
+    writer.warn_of_missing(range(config.log_every, start + 1, config.log_every))
 
     def save(step: int) -> None:
         if checkpoint is not None and step:
+            check()
             state.save(folder / CHECKPOINTS, step, keep_last=checkpoint.keep_last)
 
     completed, intact = start, True
@@ -194,6 +199,7 @@ def train_supervised(
                 engine.step()
                 advance(scheduler)
                 if step % config.log_every == 0 or step == config.steps:
+                    check()
                     writer.write({"step": step, "loss": value, "grad_norm": norm, "lr": rate})
                 completed, intact = step, True
                 progress.update(step, {"loss": value})
@@ -203,7 +209,7 @@ def train_supervised(
         if intact:
             try:
                 save(completed)
-            except (OSError, NonFiniteError) as error:  # must not hide what ended the run
+            except (OSError, NonFiniteError, RunLockedError) as error:  # must not hide the cause
                 logger.error("step %d could not be saved: %s", completed, error)
         raise
     save(completed)

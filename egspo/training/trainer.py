@@ -3,62 +3,35 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import time
 from contextlib import closing
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from egspo.algorithm.batch import Metrics
 from egspo.algorithm.iteration import Iteration
 from egspo.algorithm.pipeline import Pipeline
-from egspo.algorithm.reference import ReferenceRefresh
 from egspo.config import TrainConfig
 from egspo.config.recipe import config_to_dict, save_config
-from egspo.engines import build_engine, choose_engine, with_accelerate_options
-from egspo.engines.optimization import NonFiniteError, advance, build_scheduler
-from egspo.engines.processes import Processes, process_state
+from egspo.engines.optimization import NonFiniteError, advance
 from egspo.engines.reduction import merge
 from egspo.inspection.plotting import plot_run
 from egspo.inspection.sample_table import SampleTable
-from egspo.models.quantization import check_quantization
-from egspo.rollouts.graphs import check_device
-from egspo.runs.checkpoint import (
-    CHECKPOINTS,
-    PARTIAL,
-    check_unclaimed,
-    check_writable,
-    find_checkpoint,
-    list_checkpoints,
-    publish,
-    remove_later,
-    remove_partial,
-    step_of,
-)
+from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, remove_later, step_of
+from egspo.runs.lock import RunLockedError
 from egspo.runs.metrics import MetricsWriter, read_metrics
-from egspo.runs.samples import carry_samples, write_group
-from egspo.tasks.prompts import build_data
+from egspo.runs.published import publish
+from egspo.runs.samples import carry_samples, set_damaged_aside, write_group
 from egspo.training.best import BestSoFar
-from egspo.training.build import base_model, build_denoiser, check_data, check_trackers, fresh_model
-from egspo.training.continuation import check_continuation, flat
+from egspo.training.continuation import Resume, flat
 from egspo.training.data_order import data_order
 from egspo.training.evaluation import average, evaluate
+from egspo.training.occupation import occupy
 from egspo.training.progress import RunProgress
-from egspo.training.state import (
-    WEIGHTS,
-    Termination,
-    TrainingState,
-    load_weights,
-    resumed_step,
-    trained_bytes,
-)
-from egspo.training.warm_start import kept_base, needs_base, save_model, warm_start
+from egspo.training.setup import assemble, launched, origin
+from egspo.training.state import Termination, copy_weights, saved_best
+from egspo.training.trackers import tracker_options
 
 logger = logging.getLogger("egspo")
 
@@ -66,7 +39,7 @@ logger = logging.getLogger("egspo")
 _EVAL_STREAM = 0x6576616C
 
 
-def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
+def train(config: TrainConfig, *, resume: Resume = None) -> Path:
     """Train by ``config``; returns the folder of the trained model.
 
     ``config.output_dir`` gets ``config.yaml``, ``metrics.jsonl``, ``samples/``, ``samples.html``,
@@ -77,119 +50,74 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
 
     Args:
         config: the run.
-        resume: a checkpoint, or a run whose newest checkpoint to continue from.
+        resume: a checkpoint, or a run whose newest checkpoint to continue from; ``"auto"`` for the
+            newest intact one in ``output_dir``, or from the beginning without any.
 
     Raises:
         CheckpointError: ``resume`` is damaged, or not of a run with this configuration; or
             ``output_dir`` has another run's checkpoints.
+        LostProcessError: another process died or froze.
         NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
+        NotOursError: ``output_dir`` has something else where the run would write.
         OSError: ``output_dir`` or the warm-start cache cannot be written, or a disk is too full.
         RewardError: a reward function failed, and ``task.on_reward_error`` is ``raise``.
+        RunLockedError: another run goes on in ``output_dir``, or the folder is gone.
         ValueError: data, model and configuration do not fit together.
     """
     return Trainer(config, resume=resume).run()
 
 
 class Trainer:
-    """Builds the parts of a run and drives them; see :func:`train`."""
+    """A run whose parts are built, ready to go; see :func:`train`."""
 
-    def __init__(self, config: TrainConfig, *, resume: Path | None = None) -> None:
+    def __init__(self, config: TrainConfig, *, resume: Resume = None) -> None:
         self.output = Path(config.output_dir)
-        check_trackers(config)
-        process_state(timedelta(seconds=config.distributed.timeout))
-        # Precision is the denoiser's business, in rollout, scoring and update alike.
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            log_with=list(config.trackers) or None,
-            project_dir=config.output_dir,
+        launch = launched(config)
+        self.config = launch.config
+        self.accelerator, self.processes = launch.accelerator, launch.processes
+        with self.processes.collective():
+            self._lock = occupy(self.output, self.processes)
+            try:
+                self.origin = origin(self.config, resume)
+                parts = assemble(launch, self.origin)
+            except BaseException:
+                self._release()
+                raise
+        self.data, self.denoiser, self.reference = parts.data, parts.denoiser, parts.reference
+        self.engine, self.state = parts.engine, parts.state
+        self.iteration = Iteration(
+            self.config, self.data, self.denoiser, self.engine, self.processes
         )
-        engine = choose_engine(config, self.accelerator)
-        self.config = config = with_accelerate_options(config, self.accelerator)
-        self.processes = Processes(config.distributed.timeout)
-        self._check_work()
-        check_quantization(config, self.accelerator.device)
-        if config.generation.cuda_graphs:
-            check_device(self.accelerator.device)
-        check_writable(self.output, 0)
-        self._check_shared()
-        checkpoint = None if resume is None else find_checkpoint(resume)
-        check_unclaimed(self._checkpoints, checkpoint)
-        self.completed = 0
-        if checkpoint is not None:
-            check_continuation(config, checkpoint.parent.parent, "train")
-            self.completed = resumed_step(checkpoint, "train", "steps", config.steps)
-
-        self.resumed = None if checkpoint is None else checkpoint.parent.parent
-        self.data = build_data(config)
-        # What is to be sharded comes to the device part by part.
-        self._placed = torch.device("cpu") if engine == "fsdp2" else self.accelerator.device
-        with self.processes.main_first():
-            base = self._base()
-        check_data(config, self.data, getattr(base.config, "max_sequence_length", None))
-        device = self.accelerator.device
-        self.denoiser = build_denoiser(config, base, self.data.tokenizer, device)
-        self.reference = ReferenceRefresh(config.algorithm, self.denoiser)
-        model = self.denoiser.model
-        # Enough for the checkpoints, one being written, and the final model.
-        copies = config.checkpoint.keep_last + config.checkpoint.keep_best + 2
-        needed = trained_bytes(model, copies) + copies * self.reference.bytes
-        check_writable(self.output, needed)
-        if checkpoint is not None:
-            load_weights(model, checkpoint)
-            self.reference.load(checkpoint, self.completed)
-        self.engine = build_engine(engine, config, self.denoiser, self.processes, self.accelerator)
-        scheduler = build_scheduler(self.engine.optimizer, config.optimizer, config.steps)
-        self.state = TrainingState("train", model, self.engine, scheduler, self._write_state)
-        if checkpoint is not None:
-            self.state.load(checkpoint)
-        self.iteration = Iteration(config, self.data, self.denoiser, self.engine, self.processes)
-        self.pipeline = Pipeline(config, self.iteration, self._work)
-        self.best = BestSoFar()
-        if self.resumed is not None and (self.resumed / "metrics.jsonl").exists():
-            made = read_metrics(self.resumed)
-            self.best = BestSoFar.of(r for r in made if r["step"] <= self.completed)
+        self.pipeline = Pipeline(self.config, self.iteration, self._work)
+        self.completed = self.origin.step
+        self.best = self._best_so_far()
         self._between_steps = True
         self._table: SampleTable | None = None  # of the main process, once the trackers are there
 
     def run(self) -> Path:
         """Train to ``config.steps``; on an error or interrupt the intact state is saved first."""
-        config, main = self.config, self.accelerator.is_main_process
-        if main:
-            remove_partial(self.output)
-            remove_partial(self._checkpoints)
-            remove_later(self._checkpoints, self.completed)
-            save_config(config, self.output / "config.yaml")
-        options = flat(config_to_dict(config))
-        self.accelerator.init_trackers(
-            "egspo",
-            config={k: v if isinstance(v, int | float) else str(v) for k, v in options.items()},
-        )
-        if main:
-            if self.resumed is not None:
-                carry_samples(self.resumed, self.output, self.completed)
-            trackers = self.accelerator.trackers
-            self._table = SampleTable(self.output, trackers, completed=self.completed)
-        writer = MetricsWriter(
-            self.output / "metrics.jsonl" if main else None,
-            resume_after=self.completed if self.resumed else None,
-            history=self.resumed and self.resumed / "metrics.jsonl",
-        )
+        with self.processes.collective():
+            try:
+                return self._run()
+            finally:
+                self._release()
+
+    def _run(self) -> Path:
+        main, start = self.processes.is_main, self.completed
+        writer = self._open()
         try:
             with (
-                RunProgress(config.steps, "EGSPO", start=self.completed, enabled=main) as progress,
+                RunProgress(self.config.steps, "EGSPO", start=start, enabled=main) as progress,
                 Termination(deferred=self.engine.sharded) as termination,
                 closing(self.pipeline),
             ):
-                if not self.resumed:
+                if self.origin.run is None:
                     self._log({"step": 0, **self._evaluate()}, writer, progress)
-                for step in range(self.completed + 1, config.steps + 1):
+                for step in range(start + 1, self.config.steps + 1):
                     if self._is_hopeless():
                         break
                     improved = self._log(self._step(step), writer, progress)
-                    self.completed, self._between_steps = step, True
-                    self.iteration.updated = False
-                    if config.saves_at(step) or (improved and config.checkpoint.keep_best):
-                        self._save()
+                    self._complete(step, improved)
                     if self.engine.sharded and self.processes.any(termination.requested):
                         self._save()
                         raise SystemExit(128 + signal.SIGTERM)
@@ -197,6 +125,56 @@ class Trainer:
             self._rescue()
             raise
         return self._finish()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _best_so_far(self) -> BestSoFar:
+        checkpoint, run = self.origin.checkpoint, self.origin.run
+        if checkpoint is None or run is None:
+            return BestSoFar()
+        saved = saved_best(checkpoint)
+        if saved is not None:
+            return BestSoFar(**saved)
+        made = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+        return BestSoFar.of(r for r in made if r["step"] <= self.completed)
+
+    def _open(self) -> MetricsWriter:
+        """Make the folder of the run ready, and what reports of it."""
+        main, resumed = self.processes.is_main, self.origin.run
+        if main:
+            remove_later(self._checkpoints, self.completed)
+            save_config(self.config, self.output / "config.yaml")
+        options = flat(config_to_dict(self.config))
+        self.accelerator.init_trackers(
+            "egspo",
+            config={k: v if isinstance(v, int | float) else str(v) for k, v in options.items()},
+            init_kwargs=tracker_options(self.output, resumed)
+            if main and "wandb" in self.config.trackers
+            else {},
+        )
+        if main:
+            if resumed is not None:
+                carry_samples(resumed, self.output, self.completed)
+            set_damaged_aside(self.output, self.completed)
+            trackers = self.accelerator.trackers
+            self._table = SampleTable(self.output, trackers, completed=self.completed)
+        writer = MetricsWriter(
+            self.output / "metrics.jsonl" if main else None,
+            resume_after=self.completed if resumed else None,
+            history=resumed and resumed / "metrics.jsonl",
+        )
+        writer.warn_of_missing(range(1, self.completed + 1))
+        return writer
+
+    def _complete(self, step: int, improved: bool) -> None:
+        """All of ``step`` is done; save where that is due."""
+        self.completed, self._between_steps = step, True
+        self.iteration.updated = False
+        options = self.config.checkpoint
+        if self.config.saves_at(step) or (improved and options.keep_best):
+            self._save()
 
     def _rescue(self) -> None:
         """Save the last whole step before an error or interrupt ends the run.
@@ -212,7 +190,7 @@ class Trainer:
         elif self.completed and self._between_steps and not self.iteration.updated:
             try:
                 self._save()
-            except (OSError, NonFiniteError) as error:  # must not hide what ended the run
+            except (OSError, NonFiniteError, RunLockedError) as error:  # must not hide the cause
                 logger.error("step %d could not be saved: %s", self.completed, error)
 
     def _step(self, step: int) -> Metrics:
@@ -245,7 +223,7 @@ class Trainer:
     def _evaluate(self) -> Metrics:
         """Held-out metrics, each process decoding its share of the prompts."""
         start = time.perf_counter()
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rank, processes = self.processes.rank, self.processes.count
         with self.engine.gathered():
             records = evaluate(
                 self.denoiser,
@@ -276,6 +254,8 @@ class Trainer:
 
     def _log(self, record: Metrics, writer: MetricsWriter, progress: RunProgress) -> bool:
         """Record a step; whether its held-out reward is the best so far."""
+        if self._lock is not None:
+            self._lock.check()
         writer.write(record)
         scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         self.accelerator.log(scalars, step=record["step"])
@@ -293,87 +273,34 @@ class Trainer:
     def _checkpoints(self) -> Path:
         return self.output / CHECKPOINTS
 
-    def _save(self) -> None:
-        """Of whole models without waiting: where one process fails, others may not come."""
-        main, options = self.accelerator.is_main_process, self.config.checkpoint
-        if main or self.engine.sharded:
-            self.processes.enter(f"saving step {self.completed}")
-            self.reference.collect(self.completed, main=main)
-            self.state.save(
-                self._checkpoints,
-                self.completed,
-                keep_last=options.keep_last,
-                keep=self.best.step if options.keep_best else None,
-                main=main,
-            )
+    def _save(self) -> Path | None:
+        """The checkpoint of the last step, in the main process.
+
+        Of whole models without waiting: where one process fails, others may not come.
+        """
+        main, options = self.processes.is_main, self.config.checkpoint
+        if not main and not self.engine.sharded:
+            return None
+        if self._lock is not None:
+            self._lock.check()
+        self.processes.enter(f"saving step {self.completed}")
+        self.reference.collect(self.completed, main=main)
+        return self.state.save(
+            self._checkpoints,
+            self.completed,
+            keep_last=options.keep_last,
+            keep=self.best.step if options.keep_best else None,
+            main=main,
+            best=asdict(self.best),
+        )
 
     def _finish(self) -> Path:
         final = self.output / "final"
-        self._save()
-        weights = self.engine.weights()
-        if self.accelerator.is_main_process:
-            publish(final, lambda folder: self._write_model(folder, weights))
+        saved = self._save()
+        if saved is not None:
+            publish(final, lambda folder: copy_weights(saved, folder))
             plot_run(self.output, self.output / "curves.png")
         self.processes.enter("the end")
         self.processes.gather(None)
         self.accelerator.end_training()
         return final
-
-    def _write_state(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
-        """What a checkpoint has besides the optimizer."""
-        self._write_model(folder, weights)
-        self.reference.save(folder)
-
-    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
-        config, tokenizer = self.config, self.data.tokenizer
-        save_model(self.denoiser.model, tokenizer, config.generation, folder, weights)
-
-    def _base(self) -> PreTrainedModel:
-        """The model RL starts from, which is also the reference policy."""
-        config, device, placed = self.config.model, self.accelerator.device, self._placed
-        if config.path is not None:
-            return base_model(config, config.path, device, placed)
-        if needs_base(self.config):
-            main = self.accelerator.is_main_process
-            folder = kept_base(self.output, self.resumed, self._write_base, main=main)
-            return base_model(config, str(folder), device, placed)
-        if self.config.sft is None:
-            return fresh_model(config, self.data.tokenizer, self.config.seed, device, placed)
-        main = self.processes.is_main
-        folder = warm_start(self.config, self.data, device, only_cached=not main)
-        return base_model(config, str(folder), device, placed)
-
-    def _write_base(self, folder: Path) -> None:
-        config, tokenizer, device = self.config, self.data.tokenizer, self.accelerator.device
-        if config.sft is not None:
-            shutil.copytree(warm_start(config, self.data, device), folder / WEIGHTS)
-        else:
-            model = fresh_model(config.model, tokenizer, config.seed, device)
-            save_model(model, tokenizer, config.generation, folder)
-
-    def _check_shared(self) -> None:
-        """What one process writes, those on other machines must find."""
-        probe = self.output / f"{PARTIAL}shared"
-        if self.processes.is_main:
-            probe.touch()
-        self.processes.gather(None)
-        seen = self.processes.gather(probe.exists())
-        if self.processes.is_main:
-            probe.unlink()
-        blind = [rank for rank, found in enumerate(seen) if not found]
-        if blind:
-            raise OSError(
-                f"output_dir {self.output} is not the same folder in all processes: {blind} do not "
-                "see what process 0 wrote; put it on a shared file system"
-            )
-
-    def _check_work(self) -> None:
-        """Every process denoises at least one sequence per step."""
-        config, processes = self.config, self.processes.count
-        sequences = config.prompts_per_step * config.algorithm.group_size
-        if sequences < processes:
-            raise ValueError(
-                f"prompts_per_step ({config.prompts_per_step}) times algorithm.group_size "
-                f"({config.algorithm.group_size}) gives {sequences} sequences to {processes} "
-                "processes: it must be at least one each"
-            )

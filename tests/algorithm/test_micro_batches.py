@@ -174,7 +174,7 @@ def test_the_gradient_does_not_depend_on_the_split(
     groups = 1 if schedule == "joint" else 2
 
     def gradients(size: int | None, tokens: int | None = None) -> list[list[Tensor]]:
-        step.iteration.micro_batches = MicroBatches(size, tokens, config.generation, 0)
+        step.iteration.micro_batches.size, step.iteration.micro_batches.tokens = size, tokens
         step.run()
         return step.gradients
 
@@ -269,13 +269,13 @@ def test_out_of_memory_splits_and_the_gradient_stays(
 def test_a_state_that_does_not_fit_alone(phase: str, tmp_path: Path) -> None:
     step = FirstStep(runs.config(tmp_path, SMALL, {"micro_batch_size": 4}))
     # So little memory only after the rollout, which has its own way out.
-    replay = step.iteration._replay
+    score = step.iteration.objective.score
 
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **options: Any) -> Any:
         LimitedMemory(step, phase, 0)
-        return replay(*arguments)
+        return score(*arguments, **options)
 
-    step.iteration._replay = broken  # type: ignore[method-assign]
+    step.iteration.objective.score = broken  # type: ignore[method-assign]
     with pytest.raises(torch.OutOfMemoryError) as error:
         step.run()
     assert f"even {DOING[phase]} one state of" in error.value.__notes__[0]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from egspo.algorithm.batch import Batch
 from egspo.algorithm.iteration import Iteration
+from egspo.algorithm.objectives.stepwise import StepwiseObjective
 from egspo.algorithm.pipeline import Pipeline
 from egspo.algorithm.replay import Scorer
 from egspo.algorithm.states import States
@@ -191,13 +192,13 @@ def test_the_update_of_a_pipeline_takes_the_importance_weighted_gradient() -> No
     engine.reduce_gradients = keep  # type: ignore[method-assign]
     iteration = Iteration(config, toy_data(), denoiser, engine, alone)
     updated: list[tuple[Batch, Tensor]] = []
-    advantages = iteration._advantages
+    advantages = iteration.objective.advantages
 
     def spy(batch: Batch, *rest: Any) -> Tensor:
         updated.append((batch, advantages(batch, *rest)))
         return updated[-1][1]
 
-    iteration._advantages = spy  # type: ignore[method-assign]
+    iteration.objective.advantages = spy  # type: ignore[method-assign]
     with closing(Pipeline(config, iteration, lambda step: ([0, 0], 32 * step))) as pipeline:
         metrics = [pipeline.step(step) for step in (1, 2)]
     assert [record["staleness"] for record in metrics] == [0, 1]
@@ -426,14 +427,15 @@ def test_a_failure_ends_the_run_at_its_own_step(
         return runs.varied(completions)
 
     letters.append(Reward("breaks", score))
-    replay, produce, update = Iteration._replay, Iteration.produce, Iteration.update
+    score = StepwiseObjective.score
+    produce, update = Iteration.produce, Iteration.update
 
-    def breaking(self: Iteration, *arguments: Any) -> Any:
+    def breaking(self: StepwiseObjective, *arguments: Any, **options: Any) -> Any:
         if len(batches) == 2:  # of step 3, before the update of step 2, whose rewards are there
             queue, states = batches[1].one_step, batches[1].states
             assert queue is not None and queue.collect(len(states)) and updates == [1]
             broken.set()
-        return replay(self, *arguments)
+        return score(self, *arguments, **options)
 
     def kept(self: Iteration, *arguments: Any) -> Batch:
         batches.append(produce(self, *arguments))
@@ -443,7 +445,7 @@ def test_a_failure_ends_the_run_at_its_own_step(
         updates.append(batch.step)
         return update(self, batch)
 
-    monkeypatch.setattr(Iteration, "_replay", breaking)
+    monkeypatch.setattr(StepwiseObjective, "score", breaking)
     monkeypatch.setattr(Iteration, "produce", kept)
     monkeypatch.setattr(Iteration, "update", counted)
     config = runs.config(tmp_path, PIPELINE, AHEAD, {"steps": 3})
@@ -470,20 +472,20 @@ def test_what_was_made_ahead_is_dropped_with_the_run(
     letters.append(Reward("waits", score))
     config = runs.config(tmp_path, PIPELINE, AHEAD, {"micro_batch_size": 1})
     trainer = Trainer(config)
-    replay = trainer.iteration._replay
+    score = trainer.iteration.objective.score
     made: list[States] = []
 
-    def held(samples: Any, kept: Any, states: States) -> Any:
+    def held(states: States, **options: Any) -> Any:
         made.append(states)
         if len(made) == 2:
             waiting.set()
-        return replay(samples, kept, states)
+        return score(states, **options)
 
     def broken(*_: Any) -> None:
         called.clear()
         raise RuntimeError("the update failed")
 
-    trainer.iteration._replay = held  # type: ignore[method-assign]
+    trainer.iteration.objective.score = held  # type: ignore[method-assign]
     monkeypatch.setattr("egspo.engines.whole.clip_gradients", broken)
     with pytest.raises(RuntimeError, match="the update failed"):
         trainer.run()

@@ -87,7 +87,10 @@ def test_same_tokens_selected_steps_loss_and_gradient(algorithm: Algorithm, foll
     assert len(states) == 32
     for name in ("old_log_prob", "ref_log_prob"):
         scored = getattr(ours.scores, name)
-        torch.testing.assert_close(getattr(theirs.replayed, name)[place].double(), scored)
+        # Both are sums of float32 log-probabilities, whose roundings depend on the CPU.
+        torch.testing.assert_close(
+            getattr(theirs.replayed, name)[place].double(), scored, rtol=1e-5, atol=1e-5
+        )
     if algorithm == "egspo-sa":
         assert ours.scores.completions is not None
         assert torch.equal(theirs.replayed.completions[place], ours.scores.completions)
@@ -104,7 +107,7 @@ def test_same_loss() -> None:
     bench = trained_bench()
     config = bench.problem.config(stepwise=True)
     iteration = bench.egspo("egspo-sa", bench.meter("time"))
-    iteration.meter = bench.meter("time")
+    iteration.phase.meter = bench.meter("time")
     loss = merge([iteration.run(1, [0, 1], 0)])["loss"]
     _, theirs = bench.baseline("egspo-sa", bench.meter("time"))
     assert config.algorithm.beta > 0 and abs(loss) > 1e-6

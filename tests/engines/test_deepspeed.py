@@ -58,7 +58,7 @@ CASES = ("full", "tied", "checkpointing", "lora")
 def build(case: str, device: str = "cpu") -> nn.Module:
     model: Any = new_model({**MODEL, "weight_tying": case == "tied"}, seed=0).eval()
     if case == "checkpointing":
-        model.gradient_checkpointing_enable()
+        model.checkpoint_activations()
     if case == "lora":  # a frozen base in half precision, as on a GPU
         model = add_lora(model.bfloat16(), rank=3, alpha=6, dropout=0.0, seed=0).eval()
         for parameter in model.parameters():

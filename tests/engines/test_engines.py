@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from egspo.config import DistributedConfig
 from egspo.engines.processes import Processes
-from egspo.runs.checkpoint import list_checkpoints, verify_checkpoint
+from egspo.runs.checkpoint import list_checkpoints
 from egspo.runs.metrics import deterministic, read_metrics
+from egspo.runs.published import verify_published
 from tests.helpers import runs
 from tests.helpers.runs import Strike, start
 
@@ -126,7 +127,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_engine(
     assert start(run, 3, FSDP2, *changes, resume=run) == [0, 0, 0]
     assert_same_weights(tmp_path / "whole", run)
     for checkpoint in list_checkpoints(run / "checkpoints"):
-        verify_checkpoint(checkpoint)
+        verify_published(checkpoint)
     # And back to one process, from a checkpoint of three.
     assert start(run, 1, *changes, {"steps": 5}, resume=run) == [0]
     assert read_metrics(run)[-1]["step"] == 5
@@ -135,7 +136,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_engine(
 PHASES = {
     "rollout": runs.ROLLOUT,
     "reward": "egspo.rewards.queue.RewardQueue.collect",
-    "select": "egspo.algorithm.iteration.select",
+    "select": "egspo.algorithm.phases.selection.select",
     "score": "egspo.algorithm.replay.Scorer.replay",
     "update": "egspo.algorithm.replay.Scorer.surrogate",
     "end": "egspo.training.trainer.advance",
@@ -168,14 +169,14 @@ def test_a_process_that_is_killed_ends_the_others(engine: str, phase: str, tmp_p
         assert f"process {victim} is in '" in message or "ended in the same phase" in message
     made = list_checkpoints(run / "checkpoints")
     for checkpoint in made:
-        verify_checkpoint(checkpoint)
+        verify_published(checkpoint)
     assert made or phase in ("evaluation", "saving")
     if phase == "update":  # and it goes on from there
         assert start(run, 2, changes, resume=run) == [0, 0]
 
 
 def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
-    blow = Strike(1, "egspo.algorithm.iteration.select", 2, int(signal.SIGSTOP))
+    blow = Strike(1, "egspo.algorithm.phases.selection.select", 2, int(signal.SIGSTOP))
     codes = start(tmp_path / "run", 2, {"distributed": {"timeout": 3.0}}, blow=blow, seconds=10)
     assert codes == [runs.LOST, None]
     message = (tmp_path / "run.lost-0").read_text()
@@ -187,7 +188,7 @@ def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
 def test_preemption_saves_and_exits_with_its_own_code(engine: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     changes = {"distributed": {"engine": engine, "timeout": 20.0}, "checkpoint": {"every": 0}}
-    blow = Strike(0, "egspo.algorithm.iteration.select", 3, int(signal.SIGTERM))
+    blow = Strike(0, "egspo.algorithm.phases.selection.select", 3, int(signal.SIGTERM))
     codes = start(run, 2, changes, blow=blow)
     assert codes[0] == 128 + signal.SIGTERM
     # The parts are saved together, after the step; a whole model at once, of the step before.

@@ -59,7 +59,7 @@ LETTERS: dict[str, Any] = {
 }
 """Changes to the recipe for the task that :data:`rewards` scores."""
 
-ROLLOUT = "egspo.algorithm.iteration.rollout_blocks"
+ROLLOUT = "egspo.algorithm.phases.rollout.rollout_blocks"
 """What every step begins with, to strike a run at."""
 
 rewards: list[Reward] = []

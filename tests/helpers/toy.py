@@ -72,6 +72,8 @@ def enumerate_trajectories(
     denoiser: Denoiser,
     config: GenerationConfig,
     logits_of: Callable[[list[int], int], Tensor] | None = None,
+    prompt: tuple[int, ...] = PROMPT,
+    causal: bool = False,
 ) -> Enumeration:
     """All trajectories of an unmasking policy, by its definition and not by the rollout.
 
@@ -80,9 +82,14 @@ def enumerate_trajectories(
         config: of the generation, early exit apart; a threshold with policy max_prob only.
         logits_of: (canvas, first position of the active block) -> [L, V]; by default those of the
             tabular model.
+        prompt: of all.
+        causal: whether blocks are counted from the first token of the prompt.
     """
     length, steps, width = config.max_new_tokens, config.steps, config.block_length
     plan = schedule(width, steps * width // length, width)
+    plans = {width: plan}
+    for count in range(1, width):
+        plans[count] = schedule(count, -(-count * len(plan) // width), count)
     leaves: list[tuple[list[int], list[int], Tensor, list[float]]] = []
 
     def extend(
@@ -94,9 +101,11 @@ def enumerate_trajectories(
         entropies: list[float],
     ) -> None:
         start, within = place
-        if MASK not in canvas[start : start + width]:
+        inside = range(max(start, 0), min(start + width, length))
+        if all(canvas[i] != MASK for i in inside):
             start, within = start + width, 0
-        if start == length:
+            inside = range(max(start, 0), min(start + width, length))
+        if start >= length:
             leaves.append((canvas, when, probability, entropies))
             return
         if logits_of is None:
@@ -107,8 +116,8 @@ def enumerate_trajectories(
         probs = (logits / config.temperature).softmax(1)
         plain = logits.softmax(1)
         entropy = -torch.where(plain > 0, plain * plain.clamp(min=1e-300).log(), 0.0).sum(1)
-        masked = [i for i in range(start, start + width) if canvas[i] == MASK]
-        quota = plan[within].quota
+        masked = [i for i in inside if canvas[i] == MASK]
+        quota = plans[len(inside)][within].quota
         if config.threshold is not None:
             sure = sum(float(plain[i].max()) >= config.threshold for i in masked)
             most = config.max_tokens_per_step or width
@@ -128,11 +137,13 @@ def enumerate_trajectories(
             )
 
     begin = torch.ones((), dtype=torch.float64)
-    extend([MASK] * length, [-1] * length, (0, 0), 0, begin, [])
+    first = -(len(prompt) % width) if causal else 0
+    extend([MASK] * length, [-1] * length, (first, 0), 0, begin, [])
     taken = [len(leaf[3]) for leaf in leaves]
+    steps = max(steps, *taken)
     tokens = torch.tensor([leaf[0] for leaf in leaves])
     trajectory = Trajectory(
-        prompts=PromptBatch.from_lists([PROMPT] * len(leaves), 0),
+        prompts=PromptBatch.from_lists([prompt] * len(leaves), 0),
         tokens=tokens,
         unmask_step=torch.tensor([leaf[1] for leaf in leaves], dtype=torch.int16),
         entropy=torch.tensor(

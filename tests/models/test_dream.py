@@ -224,7 +224,7 @@ def test_gradient_checkpointing_recomputes_in_evaluation_mode(
         return compute(self, *args)
 
     monkeypatch.setattr(DreamDecoderLayer, "_compute", counted)
-    model.gradient_checkpointing_enable()
+    model.checkpoint_activations()
     actual = gradients(model, input_ids)
     assert runs == 2 * 2  # forward, and once more in the backward pass
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

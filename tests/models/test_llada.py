@@ -267,7 +267,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(
         return compute(self, *args)
 
     monkeypatch.setattr(LLaDABlock, "_compute", counted)
-    model.gradient_checkpointing_enable()
+    model.checkpoint_activations()
     actual = gradients(model, input_ids)
     assert runs == 2 * model.config.n_layers  # forward, and once more in the backward pass
     assert actual.keys() == expected.keys()

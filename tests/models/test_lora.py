@@ -221,7 +221,7 @@ def test_checkpointing_under_an_adapter_in_evaluation_mode(
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         base = make_model()
         if checkpointing:
-            base.gradient_checkpointing_enable()
+            base.checkpoint_activations()
         model = disturb(lora(base)).eval()
         model(input_ids=input_ids, labels=input_ids).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

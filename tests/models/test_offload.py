@@ -35,17 +35,16 @@ def updated(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
     if trainer.denoiser.offload is not None:
         trainer.denoiser.offload.smallest = 1
     seen: list[Any] = []
-    backward = trainer.iteration._backward
+    backward = trainer.engine.backward
 
-    def noting(*arguments: Any, **options: Any) -> Any:
-        outcome = backward(*arguments, **options)
-        seen.append(outcome.loss)
+    def noting(loss: Any, **options: Any) -> None:
+        backward(loss, **options)
+        seen.append(loss.detach())
         seen.extend(
             p.grad.clone() for p in trainer.denoiser.model.parameters() if p.grad is not None
         )
-        return outcome
 
-    monkeypatch.setattr(trainer.iteration, "_backward", noting)
+    monkeypatch.setattr(trainer.engine, "backward", noting)
     trainer.iteration.run(1, [0, 1], 0)
     return trainer, seen
 
@@ -96,7 +95,7 @@ def test_everything_that_autograd_keeps_is_moved_once_and_no_parameter(
 ) -> None:
     model = build("llada", 2, torch.float32, lora)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.checkpoint_activations()
     offload = ActivationOffload(model.parameters(), smallest=1)
     with offload(), torch.autocast("cpu", torch.bfloat16):
         output = model(
@@ -174,7 +173,7 @@ def test_a_gpu_holds_less(checkpointing: bool) -> None:
     for on in (False, True):
         model = build("llada", 16, torch.bfloat16, True).cuda()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.checkpoint_activations()
         offload = ActivationOffload(model.parameters())
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -112,11 +112,51 @@ def test_what_is_on_the_hub_is_not_checked_offline(tmp_path: Path, offline: None
     assert not report.failed
     found = statuses(report)
     assert [name for name, status in found.items() if status == "not checked"] == [
-        *("tokenizer", "prompts", "model", "context")
+        *("hub", "tokenizer", "prompts")
     ]
     assert found["task"] == "ok"
-    assert "connect" in detail(report, "tokenizer")
-    assert report.memory == []
+    assert "HF_HUB_OFFLINE is set" in detail(report, "hub")
+    assert detail(report, "tokenizer") == "needs the hub"
+    assert report.memory and "published sizes" in detail(report, "model")
+    assert report.notes == [f"The hub cannot be reached; {detail(report, 'model')}."]
+
+
+def test_a_model_that_nobody_published_is_not_known_offline(tmp_path: Path, offline: None) -> None:
+    report = dry_run(config(tmp_path / "run", by_path("somebody/unknown")))
+    assert statuses(report)["model"] == "not checked" and report.memory == []
+
+
+def test_an_unreachable_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Session:
+        def head(self, url: str, *, timeout: float) -> None:
+            asked.append(url)
+            raise ConnectionError("nobody there")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr("egspo.planning.hub.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.file_download.http_backoff", refused, raising=False)
+    report = dry_run(config(tmp_path / "run", by_path("GSAI-ML/LLaDA-8B-Instruct")))
+    assert len(asked) == 1 and "nobody there" in detail(report, "hub")
+    assert sum("nobody there" in check.detail for check in report.checks) == 1
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_what_is_local_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egspo.planning.hub.get_session", lambda: pytest.fail("asked"))
+    assert not dry_run(config(tmp_path / "run", by_path(model_folder(tmp_path / "model")))).failed
+
+
+def test_the_recipe_chooses_the_attention_not_the_checkpoint(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", weights=True)
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    fields["attn_implementation"] = "flash_attention_2"  # not installed where tests run
+    (folder / "config.json").write_text(json.dumps(fields), "utf-8")
+    assert not dry_run(config(tmp_path / "run", by_path(folder))).failed
+    assert load_model(folder).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(

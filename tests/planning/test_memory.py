@@ -73,7 +73,7 @@ def test_activations_are_what_autograd_keeps(
     models = [build(kind, layers, dtype, lora) for layers in (2, 3)]
     for model in models:
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.checkpoint_activations()
     a_layer = kept_by_autograd(models[1]) - kept_by_autograd(models[0])
     sizes = Sizes.of(models[1], compute=2)
     tokens = TOKENS[0] * TOKENS[1]

@@ -58,7 +58,7 @@ def test_update(checkpointed: bool, lora: bool, cache: Any) -> None:
     config = replace(CONFIG, cache=cache, early_exit=False)
     denoiser = counted_denoiser(lora=lora, d_model=32, n_layers=24, mlp_hidden_size=96)
     if checkpointed:
-        denoiser.model.gradient_checkpointing_enable()
+        denoiser.model.checkpoint_activations()
     sampled = rollout(denoiser, prompts_of([9] * 4), config, seed=0, sequence_ids=torch.arange(4))
     states = States.from_selection(sampled, torch.tensor([[1, 3, 6, 7]] * 4))
     scorer = Scorer(denoiser, AlgorithmConfig(beta=0.0), config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +12,13 @@ import pytest
 from egspo.rewards.scoring import RewardError, score_completions
 from egspo.sandbox import SandboxError, SandboxUnavailable, Verdict
 from egspo.tasks import Task, build_task
-from egspo.tasks.code import MAX_PROGRAM, ProgramTests, code_format, extract_program, fenced
-from egspo.tasks.code_tests import as_test, import_free_names, unsupported
+from egspo.tasks.code import MAX_PROGRAM, ProgramTests
+from egspo.tasks.code_tests import unsupported
+from egspo.tasks.programs import fenced
 from egspo.training.evaluation import Reward
 from tests.sandbox.conftest import require_bubblewrap
 
 A, B = "def a(): return 1\n", "def b(): return 2\n"
-
-
-@pytest.mark.parametrize(
-    ("completion", "program", "formatted"),
-    [
-        (f"```python\n{A}```", A, True),
-        (f"Think.\n```python\n{A}```\nThen:\n```python\n{B}```\nDone.", B, True),
-        (f"```python\n{A}```\n```python\n{B}", A, True),  # the last is cut off
-        (f"```python\n{B}", B, False),
-        (f"text ```python\n{B}", None, False),  # no line of its own
-        (f"```\n{A}```", A, False),
-        (f"```\n{A}```\n```python\n{B}```", B, True),
-        (f"```python\n{A}```\n```\noutput: 1\n```", A, True),
-        (f"```Python3\n{A}```", A, True),
-        (f"```py title='x'\n{A}```", A, True),
-        (f"   ```python  \r\n{A}   ```  ", A, True),
-        (f"```java\n{A}```", None, False),
-        (f"```bash\npip install x\n```\n```python\n{A}```", A, True),
-        (f"```python\n```python\n{A}```", A, True),
-        ("```python\n```", "", False),
-        ("```python\n \n```", " \n", False),
-        ("```python", "", False),
-        (A, None, False),
-        ("", None, False),
-        ("`python`", None, False),
-        (f"````python\n{A}````", None, False),
-        ("```python\nprint('数字')  # 印刷\n```", "print('数字')  # 印刷\n", True),
-        ("答案是：\n```python\nx = 1\n```", "x = 1\n", True),
-        ("```python\n\ud800\0\n```", "\ud800\0\n", True),
-    ],
-)
-def test_programs_in_completions(completion: str, program: str | None, formatted: bool) -> None:
-    assert extract_program(completion) == program
-    assert code_format([completion]) == [float(formatted)]
-
-
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "a",
-        "\n",
-        "`",
-        "```",
-        "```\n",
-        "```python\n",
-        "``` ",
-        " ",
-        "   ```",
-        "```python```",
-        "\0",
-        "数",
-    ],
-)
-def test_huge_completions_take_linear_time(unit: str) -> None:
-    completion = unit * (10**6 // len(unit))
-    start = time.perf_counter()
-    extract_program(completion)
-    code_format([completion])
-    assert time.perf_counter() - start < 3
 
 
 class Echo:
@@ -113,17 +54,6 @@ def test_a_sandbox_that_fails_is_no_reward_of_zero() -> None:
 
 
 # --- Test files
-
-
-def test_free_names() -> None:
-    setup = "import math\nroot = Node(1)\nroot.left = Node(2)\n"
-    assert import_free_names(setup) == "from solution import Node"
-    assert import_free_names("x = [len(y) for y in f(1)]") == "from solution import f"
-    assert import_free_names("assert math.isclose(area(2), math.pi)").split("\n") == [
-        *("import math", "from solution import area")
-    ]
-    test = as_test("test_1", "assert height(root) == 2", defined=setup)
-    assert test == ("def test_1():\n    from solution import height\n    assert height(root) == 2")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +170,7 @@ def test_kodcode(sources: dict[str, str], caplog: pytest.LogCaptureFixture) -> N
     assert "assert" not in content
     assert example.question == KODCODE[5]["question"]
     assert task.extract is not None
-    assert task.extract(str(example.target)) == f"{KODCODE[5]['solution']}\n"
+    assert task.answer_in(str(example.target), example.columns) == f"{KODCODE[5]['solution']}\n"
 
     everything = [e for part in sizes for e in getattr(task, part)]
     task = Task("all", everything, everything, task.rewards, task.solved)

@@ -34,7 +34,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def scripted(self: Trainer) -> Any:
         step = self.completed + 1 if hasattr(self, "started") else 0
         self.started = True  # type: ignore[attr-defined]
-        step = step if self.resumed is None else self.completed + 1
+        step = step if self.origin.run is None else self.completed + 1
         return {**evaluate(self), "eval/reward": REWARDS[step]}
 
     monkeypatch.setattr(Trainer, "_evaluate", scripted)

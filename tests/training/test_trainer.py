@@ -282,7 +282,7 @@ def test_which_rewards_score_one_step_completions(
         seen.append((rewards, options["step_rewards"]))
         return egspo_sa_advantages(rewards, values, valid, lam, **options)
 
-    monkeypatch.setattr("egspo.algorithm.batch.egspo_sa_advantages", spy)
+    monkeypatch.setattr("egspo.algorithm.objectives.stepwise.egspo_sa_advantages", spy)
     task = {"name": "letters", "options": None, "intermediate_rewards": option}
     changes = {**LETTERS, "task": task, "algorithm": {"stop_at_eos": False}, "steps": 1}
     train(runs.config(tmp_path, changes, {"prompts_per_step": 3}))

@@ -88,13 +88,16 @@ class AlgorithmConfig:
     """``per_step``: an optimizer step per ``ranks_per_update`` entropy ranks, highest first.
     ``joint``: all together."""
     ranks_per_update: int = 1
-    """Of ``per_step``: ranks whose gradients are averaged for an optimizer step. The last step of
-    a rollout has those that are left."""
+    """Of ``per_step``: ranks whose gradients are averaged for an optimizer step. Those that the
+    last step of a rollout lacks count as zeros."""
     first_rank: int = 0
     """Of ``per_step``: the rank to begin with, from 0; after the last one comes rank 0. The
     published code begins with 1, so that the step of highest entropy comes last."""
     num_iterations: int = 1
     """Inner epochs over the selected steps of one rollout."""
+    completion_blocks: Literal["all", "active"] = "all"
+    """Of block-causal models: a one-step completion fills every later block too, greedily in one
+    step behind what is then known, or ends with the ``active`` block of the state: cheaper."""
     detach_cache: bool = False
     """With ``generation.cache``, no gradient through the pass that makes the cache: cheaper and
     biased, as it leaves out how the weights move the cached keys and values."""

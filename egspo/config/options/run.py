@@ -64,6 +64,7 @@ class TrainConfig:
     """``--resume`` goes on with other training or held-out examples than those of the run."""
 
     def __post_init__(self) -> None:
+        require(self.output_dir.strip() != "", "output_dir must name a folder, got an empty one")
         for name in (
             *("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"),
             "max_empty_steps",

@@ -1,0 +1,131 @@
+"""EGSPO and EGSPO-SA: the clipped surrogate of selected denoising steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from egspo.algorithm.advantages import egspo_advantages, egspo_sa_advantages, lambda_at
+from egspo.algorithm.batch import Batch, OneStepCompletions, Samples, Selection
+from egspo.algorithm.micro_batches import MicroBatches
+from egspo.algorithm.objectives.base import OnCompletions
+from egspo.algorithm.phases.selection import select_states
+from egspo.algorithm.replay import Scorer, Scores
+from egspo.algorithm.states import States
+from egspo.config import AlgorithmConfig, TrainConfig
+from egspo.engines.processes import Processes
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.trajectory import Trajectory
+from egspo_kernels import Surrogate
+
+
+class StepwiseObjective:
+    """An :class:`~egspo.algorithm.objectives.base.Objective`.
+
+    Args:
+        config: of the run.
+        denoiser: of the policy.
+        micro_batches: how many states share a pass.
+        processes: this one among all of them.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        denoiser: Denoiser,
+        micro_batches: MicroBatches,
+        processes: Processes,
+    ) -> None:
+        self.config, self.micro_batches, self.processes = config, micro_batches, processes
+        self.scorer = Scorer(denoiser, config.algorithm, config.generation)
+        self.completes = config.algorithm.stepwise
+
+    def select(self, samples: Samples) -> Selection:
+        return select_states(samples, self.config, self.scorer.denoiser.eos_id, self.processes)
+
+    def score(
+        self,
+        states: States,
+        *,
+        on_completions: OnCompletions = lambda index, completions: None,
+    ) -> Scores:
+        ranks = self.config.algorithm.update_ranks(states.ranks)
+        return self.scorer.replay(
+            states,
+            self.micro_batches.plan(states, ranks=ranks),
+            complete=self.completes,
+            on_completions=on_completions,
+            limit=self.micro_batches,
+        )
+
+    def advantages(self, batch: Batch, one_step: OneStepCompletions | None) -> Tensor:
+        return state_advantages(self.config.algorithm, batch, one_step, self.processes)
+
+    def share(self, states: States) -> float:
+        algorithm = self.config.algorithm
+        if algorithm.schedule == "joint":
+            return 1.0 / states.ranks
+        return 1.0 / min(algorithm.ranks_per_update, states.ranks)
+
+    def loss(
+        self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float
+    ) -> Surrogate:
+        return self.scorer.surrogate(states, index, scores, advantage, weight)
+
+    def nothing(self, trajectory: Trajectory) -> Tensor:
+        zero = torch.zeros(1, dtype=torch.int64, device=trajectory.tokens.device)
+        states = States(trajectory, zero, zero, zero, 1)
+        none = zero.double()
+        algorithm = replace(
+            self.config.algorithm, beta=0.0, reference_every=None, reference_blend=1.0
+        )
+        scorer = replace(self.scorer, algorithm=algorithm)
+        return scorer.surrogate(states, zero, Scores(none, None, None, None, []), none, 0.0).loss
+
+
+def state_advantages(
+    algorithm: AlgorithmConfig,
+    batch: Batch,
+    one_step: OneStepCompletions | None,
+    processes: Processes,
+) -> Tensor:
+    """Advantage of every state, float64 [M].
+
+    Args:
+        algorithm: of the run.
+        batch: M states.
+        one_step: M completions; None for EGSPO.
+        processes: where the other members of the groups are.
+    """
+    states, samples = batch.states, batch.samples
+    sequence = torch.tensor(batch.selection.sequence_of_states(), dtype=torch.int64)
+    rank, step = states.rank.cpu(), states.step.cpu()
+    mine = sequence, rank, step, None if one_step is None else one_step.rewards
+    shape = (*samples.rewards.shape, states.ranks)
+    valid = torch.zeros(shape, dtype=torch.bool).flatten(0, 1)
+    selected = torch.zeros(valid.shape, dtype=torch.int64)
+    values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
+    for row, column, steps, rewards in processes.gather(mine):
+        valid[row, column], selected[row, column] = True, steps
+        if rewards is not None:
+            values[row, column] = rewards
+    if one_step is None:
+        advantage = egspo_advantages(
+            samples.rewards, valid.view(shape), scale_by_std=algorithm.scale_by_std
+        )
+    else:
+        lam = lambda_at(algorithm, batch.step - 1, selected, states.trajectory.num_steps)
+        advantage = egspo_sa_advantages(
+            samples.rewards,
+            values.view(shape),
+            valid.view(shape),
+            lam.view(shape),
+            step_rewards=samples.step_rewards,
+            normalize_returns=algorithm.normalize_returns,
+            returns=algorithm.returns,
+            baseline=algorithm.baseline,
+            scale_by_std=algorithm.scale_by_std,
+        )
+    return advantage.view(valid.shape)[sequence, rank]
