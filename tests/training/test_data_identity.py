@@ -85,7 +85,7 @@ def test_targets_count_and_so_do_those_of_supervised_training(tmp_path: Path) ->
     changed = {"task": {"options": {"target": "222222"}}, "sft": {"steps": 3}}
     saved = json.loads((run / DATA_FILE).read_text())
     (run / "config.yaml").write_text(
-        (run / "config.yaml").read_text().replace("options: {}", "options: {target: '222222'}")
+        (run / "config.yaml").read_text().replace("options: {}", "options: {target: '222222'}", 1)
     )
     with pytest.raises(CheckpointError, match="other targets of training examples; other targets"):
         run_sft(runs.config(run, letters, changed), resume=run)

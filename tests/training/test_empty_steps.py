@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,4 +72,4 @@ def test_an_update_begins_the_count_again(tmp_path: Path) -> None:
     train(runs.config(tmp_path / "run", EGSPO, {"max_empty_steps": 99, "steps": 6}))
     counts = [record[EMPTY] for record in read_metrics(tmp_path / "run")[1:]]
     assert counts[0] == 1 and 0 in counts
-    assert all(count in (0, before + 1) for before, count in zip(counts, counts[1:], strict=False))
+    assert all(count in (0, before + 1) for before, count in itertools.pairwise(counts))
