@@ -53,9 +53,9 @@ class EmptySteps:
                 f"none of the {self.sequences} completions has a reward: every function returned "
                 "None or failed"
             )
-        if metrics["skipped/groups"]:
+        if metrics["reward/equal_groups"]:
             return (
-                f"in {metrics['skipped/groups']} groups all completions have the same reward, "
+                f"in {metrics['reward/equal_groups']} groups all completions have the same reward, "
                 f"{metrics['reward/mean']:.4g} on average, so that there is nothing to prefer; "
                 "a model that sometimes succeeds, easier prompts, a reward with more values or a "
                 "larger group_size would change that"

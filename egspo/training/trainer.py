@@ -147,6 +147,11 @@ class Trainer:
         if self._lock is not None:
             self._lock.release()
 
+    def _check_lock(self) -> None:
+        """Before anything is written: the folder is there, and still this run's."""
+        if self._lock is not None:
+            self._lock.check()
+
     def _best_so_far(self) -> BestSoFar:
         checkpoint, run = self.origin.checkpoint, self.origin.run
         if checkpoint is None or run is None:
@@ -225,6 +230,7 @@ class Trainer:
         self.empty.after(step, metrics, updated=updated)
         if config.evaluates_at(step):
             if self._table is not None and self.iteration.group:
+                self._check_lock()
                 write_group(self.output, step, self.iteration.group)
                 self._table.add(step, self.iteration.group)
             self.processes.enter(f"the evaluation of step {step}")
@@ -273,8 +279,7 @@ class Trainer:
 
     def _log(self, record: Metrics, writer: MetricsWriter, progress: RunProgress) -> bool:
         """Record a step; whether its held-out reward is the best so far."""
-        if self._lock is not None:
-            self._lock.check()
+        self._check_lock()
         writer.write(record)
         scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         self.accelerator.log(scalars, step=record["step"])
@@ -300,8 +305,7 @@ class Trainer:
         main, options = self.processes.is_main, self.config.checkpoint
         if not main and not self.engine.sharded:
             return None
-        if self._lock is not None:
-            self._lock.check()
+        self._check_lock()
         self.processes.enter(f"saving step {self.completed}")
         self.reference.collect(self.completed, main=main)
         return self.state.save(

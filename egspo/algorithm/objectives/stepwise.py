@@ -63,11 +63,14 @@ class StepwiseObjective:
     def advantages(self, batch: Batch, one_step: OneStepCompletions | None) -> Tensor:
         return state_advantages(self.config.algorithm, batch, one_step, self.processes)
 
-    def share(self, states: States) -> float:
-        algorithm = self.config.algorithm
-        if algorithm.schedule == "joint":
-            return 1.0 / states.ranks
-        return 1.0 / min(algorithm.ranks_per_update, states.ranks)
+    def counts(self, advantage: Tensor) -> Tensor:
+        return (advantage != 0) | (self.config.algorithm.beta > 0)
+
+    @property
+    def share(self) -> float:
+        algorithm, ranks = self.config.algorithm, self.config.ranks
+        joint = algorithm.schedule == "joint"
+        return 1.0 / (ranks if joint else min(algorithm.ranks_per_update, ranks))
 
     def loss(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float
