@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from egspo.algorithm.batch import Metrics
 from egspo.algorithm.reference import ReferenceRefresh
 from egspo.config import TrainConfig
+from egspo.config.protocol import deviations
 from egspo.engines import Engine, build_engine, choose_engine, with_accelerate_options
 from egspo.engines.build import Chosen
 from egspo.engines.optimization import build_scheduler
@@ -30,6 +32,8 @@ from egspo.training.continuation import Resume, chosen_checkpoint
 from egspo.training.data_identity import Identity, check_same_data, data_identity
 from egspo.training.state import WEIGHTS, TrainingState, load_weights, resumed_step, trained_bytes
 from egspo.training.warm_start import kept_base, needs_base, save_model, warm_start
+
+logger = logging.getLogger("egspo")
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def launched(config: TrainConfig) -> Launch:
     engine = choose_engine(config, accelerator)
     config = with_accelerate_options(config, accelerator)
     processes = Processes(config.distributed.timeout)
+    if config.protocol == "published" and processes.is_main:
+        logger.info("protocol: published, but for: %s", "; ".join(deviations(config)) or "nothing")
     _check_work(config, processes)
     check_quantization(config, accelerator.device)
     if config.generation.cuda_graphs:
