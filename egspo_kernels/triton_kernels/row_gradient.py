@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.kl import Divergence
-from egspo_kernels.triton_kernels.normaliser import Normaliser
 from egspo_kernels.triton_kernels.launch import alignment, on_device_of, prepare_logits
+from egspo_kernels.triton_kernels.normaliser import Normaliser
 from egspo_kernels.triton_kernels.tiles import LN_2, LOG2_E, finite_or_zero, row_pointer
 
 MAX_BLOCK = 4096
