@@ -1,4 +1,6 @@
-# make test     run the tests
+# make test     run the fast tests, in parallel
+# make test-all run all tests: those, then the slow ones
+# make docs     build the documentation as a site, in build/site
 # make lint     check style and types
 # make sudoku   train the small Sudoku recipe
 #
@@ -12,11 +14,19 @@ STAMP := .venv/.installed
 # What an editable installation is built from; Python sources need no reinstallation.
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
 
-.PHONY: test lint sudoku
+.PHONY: test test-slow test-all lint docs sudoku
 .DEFAULT_GOAL := test
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto -m "not slow" --durations 10
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -n auto -m slow --durations 10
+
+test-all: test test-slow
+
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet

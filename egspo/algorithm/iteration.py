@@ -45,6 +45,7 @@ class Iteration:
             config.micro_batch_tokens,
             config.generation,
             denoiser.prediction_shift,
+            denoiser.block_size is not None,
         )
         self.phase = PhaseClock(denoiser, processes)
         lengths = [len(ids) for ids in data.train.token_ids]

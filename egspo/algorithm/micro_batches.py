@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -35,23 +36,39 @@ class Columns:
     """Tokens of its prompt."""
     start: Sequence[int]
     """First position of the block of its step."""
+    causal: bool = False
+    """Whether the model is block-causal: all states of a trajectory share a pass."""
 
     @classmethod
-    def of(cls, states: States, generation: GenerationConfig, prediction_shift: int) -> Columns:
+    def of(
+        cls,
+        states: States,
+        generation: GenerationConfig,
+        prediction_shift: int,
+        causal: bool = False,
+    ) -> Columns:
         """Of M states."""
         return cls(
             generation,
             prediction_shift,
             states.row.tolist(),
             states.prompt_lengths().tolist(),
-            states.block_starts(generation.block_length).tolist(),
+            states.block_starts(generation.block_length, causal=causal).tolist(),
+            causal,
         )
 
     def work(self, index: Sequence[int]) -> Work:
         """The passes of the policy over a micro-batch of the states ``index``, without the head."""
         generation, length, work = self.generation, self.generation.max_new_tokens, Work()
         copies = 2 if generation.guidance else 1
-        width = max(self.prompt[i] for i in index) + length
+        prompt = max(self.prompt[i] for i in index)
+        if self.causal:
+            states = Counter(self.row[i] for i in index)
+            clean = prompt + max(self.start[i] for i in index)
+            columns = clean + max(states.values()) * generation.block_length
+            work.add(len(states), columns, columns)
+            return work
+        width = prompt + length
         if generation.cache == "none":
             work.add(copies * len(index), width, width)
             return work
@@ -66,6 +83,13 @@ class Columns:
     def count(self, index: Sequence[int]) -> int:
         """Columns of the same."""
         return self.work(index).tokens
+
+    def split(self, index: list[int], size: int | None, tokens: int | None) -> list[list[int]]:
+        """``index`` in micro-batches of at most ``tokens`` columns, or ``size`` states."""
+        if tokens is not None:
+            return self.packed(index, tokens)
+        assert size is not None
+        return [index[begin : begin + size] for begin in range(0, len(index), size)]
 
     def packed(self, index: Sequence[int], most: int) -> list[list[int]]:
         """``index``, in its order, in micro-batches of at most ``most`` columns or one state."""
@@ -89,6 +113,7 @@ class MicroBatches:
         tokens: columns that its forward pass computes, at most. A state with more goes alone.
         generation: how the states were denoised.
         prediction_shift: of the model.
+        causal: whether it is block-causal.
     """
 
     def __init__(
@@ -97,24 +122,28 @@ class MicroBatches:
         tokens: int | None,
         generation: GenerationConfig,
         prediction_shift: int,
+        causal: bool = False,
     ) -> None:
         if (size is None) == (tokens is None):
             raise ValueError(f"give one of size and tokens, got size={size} and tokens={tokens}")
         self.size, self.tokens = size, tokens
         self.generation, self.prediction_shift = generation, prediction_shift
+        self.causal = causal
 
-    def plan(self, states: States, *, ranks: int | None) -> list[list[Tensor]]:
+    def plan(
+        self, states: States, *, ranks: int | Sequence[Sequence[int]] | None
+    ) -> list[list[Tensor]]:
         """Groups of micro-batches of M states; one optimizer step per group.
 
         Args:
             states: M states.
-            ranks: None for a single group; otherwise one group per rank in [0, ranks).
+            ranks: of the groups, as :meth:`egspo.algorithm.states.States.groups` has them.
 
         Returns:
             int64 [m] indices of states, by group and micro-batch. States with long prompts come
             first: what comes later fits where they did.
         """
-        groups = states.groups(ranks, by_trajectory=self.generation.cache != "none")
+        groups = states.groups(ranks, by_trajectory=self.causal or self.generation.cache != "none")
         return [self.split(states, [group] if group.numel() else []) for group in groups]
 
     def split(self, states: States, micro_batches: Sequence[Tensor]) -> list[Tensor]:
@@ -171,7 +200,7 @@ class MicroBatches:
         raise error
 
     def _columns(self, states: States) -> Columns:
-        return Columns.of(states, self.generation, self.prediction_shift)
+        return Columns.of(states, self.generation, self.prediction_shift, self.causal)
 
 
 def release_memory(device: torch.device) -> None:

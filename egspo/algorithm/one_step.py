@@ -11,7 +11,12 @@ from egspo.rollouts.work import ModelCost, Work
 
 
 def cheaper_source(
-    config: TrainConfig, cost: ModelCost | None, prompt_tokens: float, prediction_shift: int
+    config: TrainConfig,
+    cost: ModelCost | None,
+    prompt_tokens: float,
+    prediction_shift: int,
+    *,
+    causal: bool = False,
 ) -> Literal["rollout", "replay"]:
     """What ``algorithm.one_step`` means for a run: itself, or for ``auto`` what :func:`extra_work`
     counts fewer FLOPs of.
@@ -21,8 +26,19 @@ def cheaper_source(
         cost: of the model; of one that does not say its sizes a pass costs more than any rows.
         prompt_tokens: of a prompt, on average.
         prediction_shift: of the model.
+        causal: a block-causal model's, whose steps do not compute later blocks: a replay.
+
+    Raises:
+        ValueError: the rollout is asked for, and cannot.
     """
     asked = config.algorithm.one_step
+    if causal:
+        if asked == "rollout":
+            raise ValueError(
+                "algorithm.one_step: rollout needs the hidden states of later blocks, which the "
+                "steps of a block-causal model do not compute: use auto or replay"
+            )
+        return "replay"
     if asked != "auto":
         return asked
     rollout, replay = extra_work(config, round(prompt_tokens), prediction_shift)

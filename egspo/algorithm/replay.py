@@ -16,7 +16,9 @@ from torch import Tensor
 from egspo.algorithm.micro_batches import MicroBatches, release_memory
 from egspo.algorithm.states import States
 from egspo.config import AlgorithmConfig, GenerationConfig
+from egspo.rollouts.causal import CausalDecoder, Replayed
 from egspo.rollouts.decoder import BlockContext, Decoder, Window
+from egspo.rollouts.decoding import Decoding, decoder_of
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
 from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate, linear_token_stats
@@ -55,16 +57,9 @@ class Scorer:
         return 1.0 if self.algorithm.ratio_temperature == "one" else self.generation.temperature
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> Decoding:
         """The one that the rollout sampled with."""
-        generation = self.generation
-        return Decoder(
-            self.denoiser,
-            generation.block_length,
-            generation.cache,
-            generation.guidance,
-            self.algorithm.detach_cache,
-        )
+        return decoder_of(self.denoiser, self.generation, detach_cache=self.algorithm.detach_cache)
 
     @torch.no_grad()
     def replay(
@@ -140,23 +135,19 @@ class Scorer:
     def _score(self, states: States, index: Tensor, scores: Scores) -> None:
         """Fill in ``scores`` at the micro-batch ``index``."""
         with self.denoiser.autocast():
-            batch = _Batch.build(states, index, self.generation.block_length)
-            if scores.old_log_prob is not None or scores.completions is not None:
-                context = batch.context(self.decoder)
-                window = self.decoder.window(context, batch.canvas)
+            batch, complete = self._batch(states, index), scores.completions is not None
+            if complete or scores.old_log_prob is not None:
+                window, context = batch.window(self.decoder, keep=complete)
                 self.denoiser.work.head_rows += len(batch.targets)
                 log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
                 if scores.old_log_prob is not None:
                     scores.old_log_prob[index] = log_prob.double()
                 if scores.completions is not None:
-                    hidden = self.decoder.completions(context, window)
-                    scores.completions[index] = self._greedy(batch, hidden, argmax)
+                    scores.completions[index] = self._completed(batch, window, context, argmax)
             if scores.ref_log_prob is None and scores.ref_hidden is None:
                 return
             with self.denoiser.reference():
-                context = batch.context(self.decoder)
-                window = self.decoder.window(context, batch.canvas)
-                rows = batch.revealed_rows(window)
+                rows = batch.revealed_rows(batch.window(self.decoder)[0])
                 if scores.ref_log_prob is not None:
                     self.denoiser.work.head_rows += len(batch.targets)
                     scores.ref_log_prob[index] = self._revealed(batch, rows)[0].double()
@@ -178,9 +169,8 @@ class Scorer:
         """
         config = self.algorithm
         with self.denoiser.autocast():
-            batch = _Batch.build(states, index, self.generation.block_length)
-            context = batch.context(self.decoder)
-            hidden = batch.revealed_rows(self.decoder.window(context, batch.canvas))
+            batch = self._batch(states, index)
+            hidden = batch.revealed_rows(batch.window(self.decoder)[0])
             self.denoiser.work.head_rows += hidden.shape[0]
             if scores.old_log_prob is not None:
                 old_log_prob = scores.old_log_prob[index]
@@ -232,16 +222,33 @@ class Scorer:
         )
         return log_prob, stats.argmax
 
-    def _greedy(self, batch: _Batch, hidden: Tensor, revealed_argmax: Tensor) -> Tensor:
+    def _batch(self, states: States, index: Tensor) -> _Batch:
+        causal = self.denoiser.block_size is not None
+        return _Batch.build(states.take(index), self.generation.block_length, causal=causal)
+
+    def _completed(
+        self,
+        batch: _Batch,
+        window: Window,
+        context: BlockContext | Replayed | None,
+        revealed_argmax: Tensor,
+    ) -> Tensor:
         """Greedy one-step completions [m, L]: the argmax at every masked position.
 
         The revealed rows are not multiplied by the head again; keeping them in a product of their
-        own also gives replay the matrix shapes of the update.
+        own also gives replay the matrix shapes of the update. With a block-causal model that is
+        the argmax in the active block, and what :meth:`CausalDecoder.completions` makes of it.
         """
+        decoder, rest = self.decoder, batch.masked & ~batch.revealed
+        if isinstance(decoder, CausalDecoder):
+            position = torch.arange(rest.shape[1], device=rest.device)
+            rest = rest & (position < batch.start[:, None] + decoder.block_length)
+            rows = window.rows(*rest.nonzero(as_tuple=True))
+        else:
+            assert isinstance(context, BlockContext)
+            rows = decoder.completions(context, window)[rest]
         completion = batch.canvas.clone()
         completion[batch.revealed] = revealed_argmax
-        rest = batch.masked & ~batch.revealed
-        rows = hidden[rest]
         self.denoiser.work.head_rows += rows.shape[0]
         completion[rest] = linear_token_stats(
             rows,
@@ -250,6 +257,10 @@ class Scorer:
             bias=self.denoiser.head_bias,
             banned_token=self.denoiser.mask_id,
         ).argmax
+        if isinstance(decoder, CausalDecoder):
+            assert isinstance(context, Replayed)
+            later = self.algorithm.completion_blocks == "all"
+            return decoder.completions(context, completion, later=later)
         return completion
 
 
@@ -276,15 +287,15 @@ class _Batch:
     """int64 [N]."""
 
     @classmethod
-    def build(cls, states: States, index: Tensor, block_length: int) -> _Batch:
-        trajectory, row, step = states.trajectory, states.row[index], states.step[index]
+    def build(cls, states: States, block_length: int, *, causal: bool) -> _Batch:
+        trajectory, row, step = states.trajectory, states.row, states.step
         unmask_step = trajectory.unmask_step[row]
         revealed = unmask_step == step[:, None]
         step_ids, positions = revealed.nonzero(as_tuple=True)
         return cls(
             trajectory=trajectory,
             row=row,
-            start=revealed.int().argmax(1) // block_length * block_length,
+            start=states.block_starts(block_length, causal=causal),
             canvas=trajectory.canvas(row, step),
             masked=unmask_step >= step[:, None],
             revealed=revealed,
@@ -296,7 +307,22 @@ class _Batch:
     def __len__(self) -> int:
         return self.canvas.shape[0]
 
-    def context(self, decoder: Decoder) -> BlockContext:
+    def window(
+        self, decoder: Decoding, *, keep: bool = False
+    ) -> tuple[Window, BlockContext | Replayed | None]:
+        """Hidden states of the active block of each state, at least.
+
+        Also what one-step completions need beside it: with a block-causal model if ``keep``.
+        """
+        if not isinstance(decoder, CausalDecoder):
+            context = self._context(decoder)
+            return decoder.window(context, self.canvas), context
+        row, place = torch.unique(self.row, return_inverse=True)
+        prompts = PromptBatch(self.trajectory.prompts.ids[row], self.trajectory.prompts.mask[row])
+        tokens = self.trajectory.tokens[row]
+        return decoder.states(prompts[:], tokens, place, self.start, self.canvas, keep=keep)
+
+    def _context(self, decoder: Decoder) -> BlockContext:
         """What the decoder had at the block of each state.
 
         With a cache that is a pass of its own, made once for all states of a block.

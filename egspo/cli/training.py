@@ -13,6 +13,7 @@ from egspo.files import set_aside
 
 if TYPE_CHECKING:
     from egspo.config import TrainConfig
+    from egspo.training.continuation import Resume
 
 _TRAIN_EPILOG = """\
 overrides:
@@ -26,6 +27,9 @@ overrides:
 an interrupted run:
     egspo {command} RECIPE --resume              from the newest checkpoint in output_dir
     egspo {command} RECIPE --resume FOLDER       from that checkpoint, or that run's newest
+    egspo {command} RECIPE --resume auto         the same command for the first start and every
+                                         restart: from the newest intact checkpoint in
+                                         output_dir, from the beginning without one
 """
 _PROCESSES_EPILOG = """
 several GPUs:
@@ -70,7 +74,8 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="CHECKPOINT_OR_RUN",
-        help="continue; without a value from the newest checkpoint in output_dir",
+        help="continue; without a value from the newest checkpoint in output_dir; auto: begin "
+        "where there is none yet",
     )
     parser.add_argument(
         "--overwrite",
@@ -101,7 +106,7 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | None:
+def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Resume:
     """Keep what earlier runs produced; returns what to resume from.
 
     Raises:
@@ -110,12 +115,19 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
     output = Path(config.output_dir)
     if args.resume is not None and args.overwrite:
         raise ValueError("--resume continues a run, --overwrite starts over: give one of them")
+    if args.resume == "auto":
+        return "auto"
     resume = None if args.resume is None else Path(args.resume or output)
     continued = resume is not None and resume.resolve().is_relative_to(output.resolve())
     occupied = any((output / name).exists() for name in _METRICS_FILES)
     if not occupied or continued or not is_main_process():
         return resume
     if args.overwrite:
+        from egspo.runs.folder import check_run
+        from egspo.runs.lock import RunLock
+
+        check_run(output)
+        RunLock(output).release()  # nobody else is writing there
         print(f"egspo: the earlier run is kept in {set_aside(output)}", file=sys.stderr)
         return None
     finished = (output / "final").is_dir()
@@ -123,6 +135,8 @@ def _prepare_output(args: argparse.Namespace, config: TrainConfig) -> Path | Non
     if any((output / "checkpoints").glob("step-*")):
         longer = " steps=N   train it further, to N steps" if finished else "   continue it"
         lines.append(f"  --resume{longer}")
+    else:
+        lines.append("  --resume auto   begin again: it has no checkpoint yet")
     lines.append("  --overwrite   start over; the old folder is renamed, not deleted")
     lines.append("  --output-dir DIR   start another run beside it")
     raise ValueError("\n".join(lines))
@@ -182,14 +196,15 @@ def _sft(args: argparse.Namespace) -> None:
 
 def _print_outcome(output: Path, final: Path) -> None:
     """What training achieved on held-out prompts, and where everything is."""
-    from egspo.runs.metrics import read_metrics
+    import torch
 
-    records = read_metrics(output)
-    for name, label in (("eval/reward", "held-out reward"), ("eval/solved", "held-out solved")):
-        values = [record[name] for record in records if record.get(name) is not None]
-        if values:
-            print(f"{label}: {values[0]:.3f} -> {values[-1]:.3f}")
-    print(f"model: {final}\ncurves: {output / 'curves.png'}")
+    from egspo.engines.processes import world_size
+    from egspo.runs.metrics import read_metrics
+    from egspo.training.outcome import outcome
+
+    gpus = world_size() if torch.cuda.is_available() else 0
+    print("\n".join(outcome(output, final, read_metrics(output), gpus)))
+    print(f"curves: {output / 'curves.png'}")
 
 
 def _sweep(args: argparse.Namespace) -> None:

@@ -8,10 +8,11 @@ is missing, and in which phase.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar, cast
+from threading import Event, Thread
+from typing import Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ class Processes:
             return
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self._patient = dist.new_group(backend="gloo", timeout=_UNBOUNDED)
+        self._beats = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._phases = self._shared_store()
         self.enter("start")
 
@@ -117,14 +118,42 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the body before the others do, however long it takes."""
-        if self.count > 1 and not self.is_main:
+        """The main process runs the body before the others do, however long it takes.
+
+        Meanwhile it gives signs of life: one that is frozen is not waited for.
+        """
+        if self.count == 1:
+            yield
+        elif self.is_main:
+            with _Beating(self._beat, self.timeout / 4) as beating:
+                yield
             with self._waiting():
-                dist.barrier(group=self._patient)
-        yield
-        if self.count > 1 and self.is_main:
+                beating.raise_failure()
+                self._beat(done=True)
+        else:
             with self._waiting():
-                dist.barrier(group=self._patient)
+                while not self._beat():
+                    pass
+            yield
+
+    def on_main(self, action: Callable[[], T]) -> None:
+        """Run ``action`` in the main process; all of them raise what it raises."""
+        error: Exception | None = None
+        with self.main_first():
+            if self.is_main:
+                try:
+                    action()
+                except Exception as raised:
+                    error = raised
+        error = self.gather(error)[0]
+        if error is not None:
+            raise error
+
+    def _beat(self, done: bool = False) -> bool:
+        """A sign of life of the main process: whether it is done, as it says."""
+        flag = torch.tensor([done])
+        dist.broadcast(flag, src=0, group=self._beats)
+        return bool(flag)
 
     @contextmanager
     def collective(self) -> Iterator[None]:
@@ -148,10 +177,8 @@ class Processes:
             f"process {self.rank} waited in '{self.phase}' for the other {self.count - 1}, at most "
             f"{self.timeout:g} s (distributed.timeout)"
         )
-        try:
-            self._phases.set_timeout(_ANSWER)
-            phases = [self._phases.get(_key(rank)).decode() for rank in range(self.count)]
-        except RuntimeError:
+        phases = self._known_phases()
+        if phases is None:
             return f"{here}: process 0, which knows the phase of each, does not answer"
         elsewhere = [
             f"process {rank} is in '{phase}'"
@@ -162,6 +189,21 @@ class Processes:
             return f"{here}: one of them ended in the same phase"
         return f"{here}: {', '.join(elsewhere)}, or ended there"
 
+    def _known_phases(self) -> list[str] | None:
+        """Of all processes; None if process 0 does not answer, as a frozen one."""
+        answer: list[list[str]] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError, ConnectionError):
+                self._phases.set_timeout(_ANSWER)
+                answer.append([self._phases.get(_key(rank)).decode() for rank in range(self.count)])
+
+        # The store waits for its host without end: in a thread that may be left behind.
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_ANSWER.total_seconds())
+        return answer[0] if answer else None
+
     def _shared_store(self) -> TCPStore:
         """Kept by process 0, at a free port that it tells the others."""
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -171,6 +213,36 @@ class Processes:
             port[0] = store.port
         dist.broadcast_object_list(port, src=0, group=self._group)
         return store or TCPStore(host, port[0], is_master=False, wait_for_workers=False)
+
+
+class _Beating:
+    """Calls ``beat`` every ``seconds`` in a thread, while the body runs."""
+
+    def __init__(self, beat: Callable[[], object], seconds: float) -> None:
+        self._beat, self._seconds = beat, seconds
+        self._stop = Event()
+        self._failure: RuntimeError | None = None
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            try:
+                self._beat()
+            except RuntimeError as error:  # nobody is left to tell
+                self._failure = error
+                return
 
 
 def _is_of_backend(error: RuntimeError) -> bool:

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 from egspo.files import CheckpointError
-from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, step_of, verify_checkpoint
+from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, step_of
 from egspo.runs.metrics import read_metrics
+from egspo.runs.published import verify_published
 from egspo.training.best import HELD_OUT
 
 logger = logging.getLogger("egspo")
@@ -43,7 +44,7 @@ def choose_checkpoint(run: Path, which: str) -> Path:
         chosen = by_step[int(which)]
     else:
         raise ValueError(f"a checkpoint is best, last or a step, got {which!r}")
-    verify_checkpoint(chosen)
+    verify_published(chosen)
     return chosen
 
 

@@ -8,6 +8,8 @@ is lm-eval's command line with this model known to it; releases of lm-eval with 
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,7 +59,7 @@ class EgspoLM(TemplateLM):  # type: ignore[misc]
         adapter: LoRA adapter, or a run that trained one.
         mc_samples: canvases per likelihood.
         seed: of masks and of sampling noise.
-        batch_size: canvases in a forward pass.
+        batch_size: canvases in a forward pass; ``auto`` is None: the one trained with.
         device: None or ``cuda:0`` for the process's own: a GPU, or the CPU where there is none.
         decoding: fields of :class:`egspo.config.GenerationConfig`. Those left out are what the
             model was trained with. ``max_new_tokens`` is the length of every canvas; without it,
@@ -91,9 +93,11 @@ class EgspoLM(TemplateLM):  # type: ignore[misc]
                 "temperature is the task's: --gen_kwargs do_sample=True,temperature=X changes it"
             )
         if batch_size is not None:
-            if not str(batch_size).isdecimal():
-                raise ValueError(f"batch_size must be a whole number, got {batch_size!r}")
-            decoding["batch_size"] = int(batch_size)
+            given = str(batch_size)
+            if not given.isdecimal() and not re.fullmatch(r"auto(:\d+)?", given):
+                raise ValueError(f"batch_size must be a whole number or auto, got {batch_size!r}")
+            if given.isdecimal():
+                decoding["batch_size"] = int(given)
         self.trained = chosen.trained
         self.default = generation_config({}, self.trained)
         self._state = process_state()
@@ -294,7 +298,10 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     register()
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"lm-eval: error: {error}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Literal
 from egspo.config import TrainConfig
 from egspo.config.recipe import ConfigError, from_mapping, load_config, read_yaml, task_content
 from egspo.inspection.plotting import comparison_table, plot_comparison
-from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
 
 logger = logging.getLogger("egspo")
 
@@ -142,11 +141,10 @@ def run_sweep(sweep: Sweep, *, jobs: int = 1) -> Path:
 def _execute(run: Run, environment: Mapping[str, str]) -> int:
     """Train in a process of its own; returns the exit code."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if list_checkpoints(run.folder / CHECKPOINTS) else ["--overwrite"]
     command = [sys.executable, "-m", "egspo.cli", "train", *run.arguments]
     with run.log.open("a", encoding="utf-8") as log:
         return subprocess.run(
-            [*command, "--output-dir", str(run.folder), *resume],
+            [*command, "--output-dir", str(run.folder), "--resume", "auto"],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

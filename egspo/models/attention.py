@@ -1,4 +1,4 @@
-"""Attention without direction: rotary embedding, masks, and the pass over all or some columns."""
+"""Attention: rotary embedding, masks, and the pass over all or some columns."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PretrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from egspo.models.blocks import Columns, dense_mask, flex_mask
 from egspo.models.cache import KeyValueCache
 
 # Added to a score, leaves it no weight; finite in any dtype that autocast may give the scores.
 _CLOSED = -3.0e4
+
+# Implementations that take any mask; flex_attention is sdpa where its block masks serve nothing.
+_PLAIN = ("eager", "sdpa", "flex_attention")
 
 Attended = tuple[Tensor, Tensor | None, Tensor, Tensor]
 """A result [B, N, ...], the attention weights [B, H, N, S] where the implementation gives them, and
@@ -29,13 +34,20 @@ class Pass:
     config: PretrainedConfig
     cos: Tensor
     sin: Tensor
-    attention_mask: Tensor | None
+    attention_mask: Any
+    """None, a tensor in the form that the attention implementation takes, or a ``BlockMask``."""
     cache: KeyValueCache | None
     columns: Tensor | None
     live: Tensor | None
 
 
-def attend(module: nn.Module, layer: int, pass_: Pass, projected: list[Tensor]) -> Attended:
+def attend(
+    module: nn.Module,
+    layer: int,
+    pass_: Pass,
+    projected: list[Tensor],
+    norms: tuple[nn.Module, nn.Module] | None = None,
+) -> Attended:
     """Attention over the input's own columns and the cached ones.
 
     Args:
@@ -44,6 +56,7 @@ def attend(module: nn.Module, layer: int, pass_: Pass, projected: list[Tensor]) 
         layer: number of the layer, for the cache.
         pass_: of this forward.
         projected: query, key and value [B, N, heads * head_dim], not rotated yet.
+        norms: of queries and keys over head_dim, before the rotation.
 
     Returns:
         The output [B, N, H * head_dim], weights, keys and values.
@@ -53,11 +66,16 @@ def attend(module: nn.Module, layer: int, pass_: Pass, projected: list[Tensor]) 
     query, key, value = (
         t.view(batch, length, -1, config.head_dim).transpose(1, 2) for t in projected
     )
+    if norms is not None:
+        query, key = norms[0](query), norms[1](key)
     query, key = (apply_rope(t, pass_.cos, pass_.sin) for t in (query, key))
     if pass_.cache is not None:
         assert pass_.columns is not None
         key, value = pass_.cache.merged(layer, pass_.columns, pass_.live, key, value)
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
+    chosen = config._attn_implementation
+    if chosen == "flex_attention" and not isinstance(pass_.attention_mask, BlockMask):
+        chosen = "sdpa"  # as :func:`block_causal_mask` has it
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
     output, weights = attention(
         module,
         query,
@@ -71,12 +89,14 @@ def attend(module: nn.Module, layer: int, pass_: Pass, projected: list[Tensor]) 
 
 
 def rope_tables(config: PretrainedConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, float32 [B or 1, 1, S, head_dim].
+    """Cosines and sines of the rotary embedding, float32 [B or 1, 1, S, rotary_dim].
 
-    Computed at every call: a buffer would be rounded by ``.to(bfloat16)``, and be empty after
-    construction on the meta device.
+    ``rotary_dim`` is the configuration's, ``head_dim`` where it has none. Computed at every call:
+    a buffer would be rounded by ``.to(bfloat16)``, and be empty after construction on the meta
+    device.
     """
-    dim, device = config.head_dim, position_ids.device
+    dim = getattr(config, "rotary_dim", None) or config.head_dim
+    device = position_ids.device
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     angles = position_ids[:, None, :, None].float() * config.rope_theta**-exponents
     angles = torch.cat((angles, angles), dim=-1)
@@ -84,10 +104,12 @@ def rope_tables(config: PretrainedConfig, position_ids: Tensor) -> tuple[Tensor,
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` [B, H, S, head_dim] rotated in float32, in its own dtype."""
+    """``x`` [B, H, S, head_dim], its first dimensions rotated in float32, in its own dtype."""
     wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    turned, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return (torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned).to(x.dtype)
 
 
 def eager_attention(
@@ -136,7 +158,7 @@ def bidirectional_mask(
         return None
     batch, queries = x.shape[:2]
     implementation = config._attn_implementation
-    plain = implementation in ("eager", "sdpa")
+    plain = implementation in _PLAIN
     if mask.shape == (batch, keys):
         keep = mask != 0
         keep = keep | ~keep.any(dim=-1, keepdim=True)
@@ -165,6 +187,27 @@ def bidirectional_mask(
 
 
 def _plain_mask(keep: Tensor, x: Tensor, implementation: str) -> Tensor:
-    if implementation == "sdpa":
+    if implementation != "eager":
         return keep
     return torch.zeros_like(keep, dtype=x.dtype).masked_fill(~keep, _CLOSED)
+
+
+def block_causal_mask(config: PretrainedConfig, queries: Columns, keys: Columns, x: Tensor) -> Any:
+    """The block-causal mask in the form that the attention implementation takes.
+
+    With ``flex_attention`` a pass over whole sequences has a ``BlockMask``; one over a few columns
+    has a plain mask, for sdpa.
+
+    Raises:
+        ValueError: an implementation that takes no masks of this kind.
+    """
+    implementation = config._attn_implementation
+    if implementation not in _PLAIN:
+        raise ValueError(
+            f"block-causal attention needs 'sdpa', 'eager' or 'flex_attention', "
+            f"not {implementation!r}"
+        )
+    if implementation == "flex_attention" and queries.block.shape == keys.block.shape:
+        return flex_mask(queries, keys)
+    visible = dense_mask(queries, keys)
+    return _plain_mask(visible | ~visible.any(dim=-1, keepdim=True), x, implementation)

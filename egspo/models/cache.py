@@ -38,6 +38,27 @@ class KeyValueCache:
         ):
             mine.copy_(theirs)
 
+    def narrow(self, low: int, high: int) -> KeyValueCache:
+        """The columns [``low``, ``high``), in the same memory."""
+        return KeyValueCache(
+            [k[:, :, low:high] for k in self.keys], [v[:, :, low:high] for v in self.values]
+        )
+
+    def room(self, rows: int, length: int) -> KeyValueCache:
+        """Zeros for ``rows`` sequences of ``length`` columns."""
+
+        def zeros(tensors: list[Tensor]) -> list[Tensor]:
+            return [t.new_zeros(rows, t.shape[1], length, t.shape[3]) for t in tensors]
+
+        return KeyValueCache(zeros(self.keys), zeros(self.values))
+
+    def put(self, rows: Tensor, first: int, other: KeyValueCache, source: Tensor) -> None:
+        """Write the sequences ``source`` of ``other`` to ``rows``, from column ``first`` on."""
+        for mine, theirs in zip(
+            (*self.keys, *self.values), (*other.keys, *other.values), strict=True
+        ):
+            mine[rows, :, first : first + theirs.shape[2]] = theirs[source]
+
     @property
     def length(self) -> int:
         """S."""

@@ -30,7 +30,7 @@ def check_ranges(
     *,
     positive: Iterable[str],
     dropouts: Iterable[str],
-    width: str,
+    width: str | None,
     heads: str,
     kv_heads: str,
 ) -> None:
@@ -40,7 +40,8 @@ def check_ranges(
         config: the configuration.
         positive: fields that must be integers of at least 1.
         dropouts: fields that must be in [0, 1).
-        width, heads, kv_heads: names of the fields that must divide one another.
+        width, heads, kv_heads: names of the fields that must divide one another; ``width`` is None
+            where ``head_dim`` is a field of its own.
 
     Raises:
         ValueError: naming the field.
@@ -54,11 +55,44 @@ def check_ranges(
         value = getattr(config, name)
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{kind}.{name} must be in [0, 1), got {value!r}")
-    size, count, kv_count = (getattr(config, name) for name in (width, heads, kv_heads))
-    if size % count or size // count % 2:
+    count, kv_count = (getattr(config, name) for name in (heads, kv_heads))
+    size = None if width is None else getattr(config, width)
+    if width is None and config.head_dim % 2:
+        raise ValueError(
+            f"{kind}.head_dim must be even (rotary embeddings pair the dimensions of a head), got "
+            f"{config.head_dim}"
+        )
+    if size is not None and (size % count or size // count % 2):
         raise ValueError(
             f"{kind}.{width} must be an even multiple of {heads} (rotary embeddings pair the "
             f"dimensions of a head), got {width}={size}, {heads}={count}"
         )
     if count % kv_count:
         raise ValueError(f"{kind}.{kv_heads} must divide {heads}={count}, got {kv_count}")
+
+
+def check_experts(config: PretrainedConfig, groups: str | None = None) -> None:
+    """Refuse a choice of experts that cannot be made.
+
+    Args:
+        config: with ``num_experts`` and ``num_experts_per_tok``.
+        groups: name of the number of groups, where experts are chosen from the best
+            ``topk_group`` of them; None for a choice from all.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    kind, count, chosen = type(config).__name__, config.num_experts, config.num_experts_per_tok
+    most = count
+    if groups is not None:
+        number, kept = getattr(config, groups), config.topk_group
+        if count % number or count // number < 2:
+            raise ValueError(
+                f"{kind}.{groups} must divide num_experts={count} into groups of two or more, "
+                f"got {number}"
+            )
+        if kept > number:
+            raise ValueError(f"{kind}.topk_group must be <= {groups}={number}, got {kept}")
+        most = count // number * kept
+    if chosen > most:
+        raise ValueError(f"{kind}.num_experts_per_tok must be <= {most}, got {chosen}")

@@ -22,9 +22,17 @@ from transformers import (
 
 from egspo.models.dream import DreamForMaskedLM
 from egspo.models.llada import LLaDAForMaskedLM
+from egspo.models.llada2 import LLaDA2ForMaskedLM
+from egspo.models.sdar import SDARForMaskedLM, SDARMoeForMaskedLM
 from egspo.models.transformer import TransformerForMaskedLM
 
-_MODELS: tuple[type[TransformerForMaskedLM], ...] = (DreamForMaskedLM, LLaDAForMaskedLM)
+_MODELS: tuple[type[TransformerForMaskedLM], ...] = (
+    DreamForMaskedLM,
+    LLaDAForMaskedLM,
+    LLaDA2ForMaskedLM,
+    SDARForMaskedLM,
+    SDARMoeForMaskedLM,
+)
 DEFAULT_MODEL_TYPE = LLaDAForMaskedLM.config_class.model_type
 
 
@@ -49,7 +57,8 @@ def load_model(
     Args:
         path_or_id: folder with ``config.json`` and weights, or a name on the hub.
         dtype: of the weights; None for the checkpoint's.
-        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` or, with blocks,
+            ``flex_attention``.
         kwargs: for ``from_pretrained``, for example ``device_map``, ``quantization_config``,
             ``revision``.
 
@@ -134,6 +143,22 @@ def new_model(config: Mapping[str, Any], seed: int) -> TransformerForMaskedLM:
     built = new_config(config)
     with seeded(seed), torch.device("cpu"):
         return _by_type(built.model_type)(built)
+
+
+def set_block_size(config: PretrainedConfig, size: int | None) -> None:
+    """Denoise in blocks of ``size``; None keeps the model's own.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    if size is None:
+        return
+    if getattr(config, "block_size", None) is None:
+        raise ValueError(
+            f"model.block_size is of block-causal models, and {config.model_type} is none: "
+            f"leave it out, got {size}"
+        )
+    config.block_size = size
 
 
 @contextmanager

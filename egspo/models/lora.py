@@ -18,11 +18,12 @@ from egspo.models.loading import seeded
 LORA_TARGETS = (
     r".*\b(?:"
     r"blocks\.\d+\.(?:q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"  # LLaDA
-    r"|layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"  # Dream
+    r"|layers\.\d+\.(?:self_attn\.[qkvo]_proj|attention\.(?:query_key_value|dense))"  # the others
+    r"|layers\.\d+\.mlp\.(?:shared_experts\.)?(?:gate|up|down)_proj"
     r")"
 )
-"""The seven projections of every block, matched against the whole module name. (LLaDA's plain
-suffix ``ff_out`` would match the head too.)"""
+"""The projections of every block (of attention, of a dense MLP and of a shared expert), matched
+against the whole module name. (LLaDA's plain suffix ``ff_out`` would match the head too.)"""
 
 
 POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
@@ -44,7 +45,7 @@ def add_lora(
         rank: columns of the low-rank factors.
         alpha: the adapter's output is scaled by ``alpha / rank``.
         dropout: on the adapter's input, in training mode.
-        target_modules: names or dotted suffixes of projections in the blocks; None for all seven.
+        target_modules: names or dotted suffixes of projections in the blocks; None for all.
             The head is never adapted.
         seed: of the random factor; the global random state is left alone.
 

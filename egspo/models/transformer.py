@@ -1,4 +1,4 @@
-"""What the bidirectional transformers share: the pass over their layers, the head and loading.
+"""What the transformers share: the pass over their layers, the head and loading.
 
 A model of its own is a configuration, the modules under their official names, and the few methods
 that say where the shared code finds them.
@@ -17,7 +17,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from egspo.models.attention import Attended, Pass, bidirectional_mask, rope_tables
+from egspo.models.attention import (
+    Attended,
+    Pass,
+    bidirectional_mask,
+    block_causal_mask,
+    rope_tables,
+)
+from egspo.models.blocks import Columns, positions_of
 from egspo.models.cache import KeyValueCache
 
 
@@ -68,6 +75,20 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+class GatedMLP(nn.Module):
+    """SiLU-gated MLP, without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return result
+
+
 class TransformerLayer(GradientCheckpointingLayer):  # type: ignore[misc, no-untyped-call, unused-ignore]
     """A layer that is recomputed in the backward pass where gradient checkpointing is enabled."""
 
@@ -92,6 +113,7 @@ class StrictPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call, u
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
 
     def checkpoint_activations(self) -> None:
         """The backward pass computes each layer again, by whichever name transformers has it."""
@@ -118,13 +140,21 @@ class StrictPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call, u
             ValueError: tensors are missing, unknown or (without ``ignore_mismatched_sizes``) of
                 another shape; the message names them.
         """
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **kwargs,
-        )
+        try:
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **kwargs,
+            )
+        except RuntimeError as error:
+            if "conversion of the weights" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit {cls.__name__}; experts lack some "
+                "of their tensors, and cannot be stacked: the report above names their layers"
+            ) from error
         model, info = loaded
         shapes = [] if ignore_mismatched_sizes else sorted(info["mismatched_keys"])
         problems = {
@@ -169,11 +199,15 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
         cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
         live: Tensor | None = None,
+        streams: Tensor | None = None,
         return_cache: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> TransformerOutput:
-        """Hidden states of every position, each attending to all that are not padding.
+        """Hidden states of every position.
+
+        Each attends to all that are not padding; with a ``block_size`` in the configuration, to
+        those of its own block and of earlier ones (:mod:`egspo.models.blocks`).
 
         With ``cache`` the input is only some columns of a sequence whose keys and values at the
         others are in the cache; without gradients the cache is overwritten at those columns.
@@ -185,17 +219,21 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                 added to the scores. None for no padding. The hidden states at padding are finite
                 and mean nothing. S is N, or the length of the cached sequences.
             position_ids: int [B or 1, N]; None for 0 .. N-1, or ``columns``. Only differences
-                matter.
+                matter. With blocks, None counts from the first token that is not padding, and
+                what is given must too.
             cache: keys and values [B, kv_heads, S, head_dim] by layer.
             columns: int64 [B, N], which columns the input is; with ``cache`` only.
             live: bool [B, N], False at columns where the cached keys and values are to be kept.
+            streams: int64 [B, N], 0 at the clean columns and a number of its own at each copy of a
+                block; with ``position_ids`` only, and not with ``cache``. None where all are clean.
             return_cache: also return the keys and values attended to.
             output_hidden_states, output_attentions: None for the configuration's.
 
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, a sequence longer
                 than the context, a mask of another shape or dtype, ``cache`` without ``columns``
-                or the reverse, or attention weights asked of another implementation than
+                or the reverse, ``streams`` without ``position_ids``, with ``cache`` or of a model
+                without blocks, or attention weights asked of another implementation than
                 ``eager``.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,7 +246,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                 f"{self.config._attn_implementation!r}"
             )
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        pass_ = self._pass(x, attention_mask, position_ids, cache, columns, live)
+        pass_ = self._pass(x, attention_mask, position_ids, cache, columns, live, streams)
         x = self._embedding_dropout(x)
         states: list[Tensor] = []
         attentions: list[Tensor] = []
@@ -238,6 +276,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
         cache: KeyValueCache | None,
         columns: Tensor | None,
         live: Tensor | None,
+        streams: Tensor | None,
     ) -> Pass:
         if (cache is None) != (columns is None):
             raise ValueError("cache and columns belong together: give both or neither")
@@ -247,17 +286,38 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                 f"got {tuple(columns.shape)}"
             )
         keys = x.shape[1] if cache is None else cache.keys[0].shape[2]
-        if keys > self.config.max_sequence_length:
+        # Copies behind a clean sequence, and room around a cached one, have no positions of theirs.
+        blocks = getattr(self.config, "block_size", None)
+        whole = blocks is None or (streams is None and cache is None)
+        if whole and keys > self.config.max_sequence_length:
             raise ValueError(
                 f"sequences of {keys} tokens exceed max_sequence_length "
                 f"{self.config.max_sequence_length}"
             )
-        if position_ids is None:
-            position_ids = columns
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        if streams is not None and (blocks is None or position_ids is None or cache is not None):
+            raise ValueError("streams need a model with blocks, position_ids, and no cache")
+        if blocks is not None and (attention_mask is None or attention_mask.ndim == 2):
+            if attention_mask is not None and attention_mask.shape != (x.shape[0], keys):
+                raise ValueError(
+                    f"attention_mask must be [{x.shape[0]}, {keys}] or [B, H, {x.shape[1]}, "
+                    f"{keys}], got shape {tuple(attention_mask.shape)}"
+                )
+            every = position_ids
+            if every is None or cache is not None:
+                every = positions_of(attention_mask, x, keys)
+            real = None if attention_mask is None else attention_mask != 0
+            attended = Columns(every.expand(x.shape[0], -1) // blocks, streams, real)
+            own = attended if columns is None else attended.take(columns)
+            mask = block_causal_mask(self.config, own, attended, x)
+            if position_ids is None:
+                position_ids = every if columns is None else every.gather(1, columns)
+        else:
+            mask = bidirectional_mask(self.config, attention_mask, x, keys)
+            if position_ids is None:
+                position_ids = columns
+            if position_ids is None:
+                position_ids = torch.arange(x.shape[1], device=x.device)[None]
         cos, sin = rope_tables(self.config, position_ids)
-        mask = bidirectional_mask(self.config, attention_mask, x, keys)
         return Pass(self.config, cos, sin, mask, cache, columns, live)
 
 
@@ -288,6 +348,7 @@ class TransformerForMaskedLM(StrictPreTrainedModel):  # type: ignore[no-untyped-
         cache: KeyValueCache | None = None,
         columns: Tensor | None = None,
         live: Tensor | None = None,
+        streams: Tensor | None = None,
         return_cache: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -313,6 +374,7 @@ class TransformerForMaskedLM(StrictPreTrainedModel):  # type: ignore[no-untyped-
             cache=cache,
             columns=columns,
             live=live,
+            streams=streams,
             return_cache=return_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from egspo.algorithm.micro_batches import Columns
 from egspo.algorithm.one_step import cheaper_source
 from egspo.config import TrainConfig
+from egspo.planning.causal_work import causal_rollout, causal_training
 from egspo.rollouts.engine import MAX_PADDING
 from egspo.rollouts.unmasking import Step, schedule
 from egspo.rollouts.work import ModelCost, Work
@@ -38,7 +39,11 @@ class Shares:
 
 
 def expected_work(
-    config: TrainConfig, prompts: Sequence[int], prediction_shift: int, cost: ModelCost
+    config: TrainConfig,
+    prompts: Sequence[int],
+    prediction_shift: int,
+    cost: ModelCost,
+    block_size: int | None = None,
 ) -> dict[str, Work]:
     """The passes of the phases ``rollout``, ``score`` and ``update`` of one step.
 
@@ -48,7 +53,12 @@ def expected_work(
         config: of the run.
         prompts: tokens of the prompts of the step.
         prediction_shift, cost: of the model.
+        block_size: of a block-causal model; None where attention has no direction.
     """
+    if block_size is not None:
+        lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
+        score, update = causal_training(config, lengths)
+        return {"rollout": causal_rollout(config, prompts), "score": score, "update": update}
     source = None
     if config.algorithm.stepwise:
         source = cheaper_source(config, cost, sum(prompts) / len(prompts), prediction_shift)
@@ -124,12 +134,11 @@ def _training(
         start=[plan[step].start for _, _, step in states],
     )
     every = range(len(states))
-    groups = [list(every)]
-    if algorithm.schedule == "per_step":
-        groups = [[i for i in every if states[i][0] == rank] for rank in range(ranks)]
+    updates = algorithm.update_ranks(ranks)
+    groups = [[i for i in every if states[i][0] in together] for together in updates]
     passes = Work()
     for group in groups:
-        for index in _micro_batches(config, columns, group):
+        for index in columns.split(group, config.micro_batch_size, config.micro_batch_tokens):
             passes += columns.work(index)
     revealed = sum(plan[step].quota for _, _, step in states)
     # Positions that are still masked after a step.
@@ -149,11 +158,3 @@ def _training(
     update.head_rows = revealed * algorithm.num_iterations
     update.scored_rows = 0 if config.replays else revealed
     return score, update
-
-
-def _micro_batches(config: TrainConfig, columns: Columns, group: list[int]) -> list[list[int]]:
-    if config.micro_batch_tokens is not None:
-        return columns.packed(group, config.micro_batch_tokens)
-    size = config.micro_batch_size
-    assert size is not None
-    return [group[begin : begin + size] for begin in range(0, len(group), size)]

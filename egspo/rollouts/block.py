@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
-from egspo.rollouts.decoder import BlockContext, Decoder, Window
-from egspo.rollouts.trajectory import PromptBatch
+from egspo.rollouts.decoder import Decoder, Sequences, Window
+from egspo.rollouts.decoding import Decoding
 from egspo.rollouts.unmasking import Candidates, Step, schedule, unmasking_policy
 from egspo_kernels import SampledTokens, linear_token_stats, sample_tokens
 
@@ -28,24 +28,6 @@ class Recording:
     entropy_temperature: float = 1.0
     complete: bool = False
     """Also the most likely token of every masked position at every step."""
-
-
-@dataclass
-class Sequences:
-    """B sequences at the start of a block, each at its own."""
-
-    prompts: PromptBatch
-    padded: bool
-    """Whether any of the prompts is padded."""
-    canvas: Tensor
-    """int64 [B, L]."""
-    starts: list[int]
-    """First position of each block."""
-    ids: Tensor
-    """int64 [B], identity of each sequence."""
-
-    def __len__(self) -> int:
-        return len(self.starts)
 
 
 @dataclass
@@ -84,28 +66,39 @@ class _Later(NamedTuple):
 class BlockDenoising:
     """The steps of one block.
 
-    Without ``threshold`` every count is the schedule's, and nothing is read back from the device
-    before the block is done (but for ``entropy_over: masked``). With it, the masked positions left
-    are read after every step, and sequences that are done with the block leave it.
+    A block that begins in the prompt or ends behind the completion has fewer masks, and takes fewer
+    steps. Without ``threshold`` every count is the schedule's, and nothing is read back from the
+    device before the block is done (but for ``entropy_over: masked``). With it, the masked
+    positions left are read after every step. Sequences that are done with the block leave it.
     """
 
     def __init__(
-        self, decoder: Decoder, config: GenerationConfig, recording: Recording, batch: Sequences
+        self, decoder: Decoding, config: GenerationConfig, recording: Recording, batch: Sequences
     ) -> None:
         self.decoder, self.config, self.recording, self.batch = decoder, config, recording, batch
         self.policy = unmasking_policy(config.policy)
-        self.plan = block_plan(config)
-        self.canvas = batch.canvas.clone()
-        shape, device = (len(batch), config.block_length), batch.canvas.device
+        width, length = config.block_length, batch.canvas.shape[1]
+        self.counts = [min(start + width, length) - max(start, 0) for start in batch.starts]
+        """Masks of each block."""
+        # Room for the positions of a block that are not of the completion.
+        self.margin = width if min(self.counts) < width else 0
+        self.canvas = torch.nn.functional.pad(batch.canvas, (self.margin, self.margin))
+        shape, device = (len(batch), width), batch.canvas.device
         self.start = torch.tensor(batch.starts, device=device)
         dtype = torch.promote_types(decoder.denoiser.head_weight.dtype, torch.float32)
-        self.positions = self.start[:, None] + torch.arange(shape[1], device=device)
+        self.positions = self.start[:, None] + torch.arange(width, device=device)
         self.step = torch.full(shape, -1, device=device)
+        if self.margin:
+            inside = (self.positions >= 0) & (self.positions < length)
+            self.step.masked_fill_(~inside, 0)
         self.confidence = torch.full(shape, float("nan"), dtype=dtype, device=device)
         self.token_entropy = self.confidence.clone()
-        steps = (shape[0], len(self.plan))
+        self.plans = [block_plan(config, count) for count in self.counts]
+        steps = (shape[0], len(block_plan(config)))
         self.entropy = torch.full(steps, float("nan"), dtype=dtype, device=device)
         self.log_prob = torch.zeros(steps, dtype=dtype, device=device)
+        # Only the pass that makes the cache computes later blocks.
+        self.later_once = isinstance(decoder, Decoder) and decoder.cache == "dual"
         self.greedy: Tensor | None = None
         if recording.complete:
             size = (*steps, config.max_new_tokens)
@@ -113,37 +106,31 @@ class BlockDenoising:
 
     def run(self) -> DenoisedBlock:
         """All steps of the block."""
-        denoiser, batch = self.decoder.denoiser, self.batch
-        rows = torch.arange(len(batch), device=self.canvas.device)
-        with denoiser.autocast():
-            context = self.decoder.begin_block(
-                batch.prompts,
-                self.canvas,
-                self.start,
-                earliest=min(batch.starts),
-                padded=batch.padded,
-            )
-        steps = [len(self.plan)] * len(batch)
-        counts = [self.config.block_length] * len(batch)
-        for index, step in enumerate(self.plan):
-            self._advance(index, step, context, rows, sum(counts))
+        alive = list(range(len(self.batch)))
+        rows = torch.arange(len(alive), device=self.canvas.device)
+        with self.decoder.denoiser.autocast():
+            context = self.decoder.begin(self.batch)
+        steps, counts = [len(plan) for plan in self.plans], list(self.counts)
+        for index in range(max(steps)):
+            quotas = [self.plans[row][index].quota for row in alive]
+            self._advance(index, quotas, context, rows, sum(counts))
             if self.config.threshold is None:
-                counts = [step.masked - step.quota] * len(counts)
-                continue
-            left = (self.step[rows] < 0).sum(1)
-            counts = left.tolist()  # the one synchronisation of a step
+                counts = [count - quota for count, quota in zip(counts, quotas, strict=True)]
+            else:  # the one synchronisation of a step
+                counts = (self.step[rows] < 0).sum(1).tolist()
             if 0 not in counts:
                 continue
-            for row, count in zip(rows.tolist(), counts, strict=True):
+            for row, count in zip(alive, counts, strict=True):
                 if count == 0:
                     steps[row] = index + 1
-            keep = left.nonzero()[:, 0]
-            counts = [count for count in counts if count]
-            if not counts:
+            keep = [n for n, count in enumerate(counts) if count]
+            if not keep:
                 break
-            rows, context = rows[keep], context.take(keep)
+            alive, counts = [alive[n] for n in keep], [counts[n] for n in keep]
+            kept = torch.tensor(keep, device=rows.device)
+            rows, context = rows[kept], context.take(kept)
         return DenoisedBlock(
-            self.canvas.gather(1, self.positions),
+            self.canvas.gather(1, self.positions + self.margin),
             self.step,
             self.confidence,
             self.token_entropy,
@@ -154,11 +141,12 @@ class BlockDenoising:
         )
 
     def _advance(
-        self, index: int, step: Step, context: BlockContext, rows: Tensor, masked: int
+        self, index: int, quotas: list[int], context: Any, rows: Tensor, masked: int
     ) -> None:
         """One step of the sequences ``rows`` [R], which have ``masked`` masks in their blocks."""
         with self.decoder.denoiser.autocast():
-            window = self.decoder.window(context, self.canvas[rows])
+            canvas = self.canvas[rows, self.margin : self.canvas.shape[1] - self.margin]
+            window = self.decoder.window(context, canvas)
         known = self.step[rows] >= 0
         # Stable: by sequence, then from left to right.
         flat = known.flatten().int().argsort(stable=True)[:masked]
@@ -171,7 +159,7 @@ class BlockDenoising:
             self.greedy[rows[sequence], index, positions] = argmax
             if later is not None:
                 # Those that only the pass before a block computes are the same at all its steps.
-                at = slice(index, None) if self.decoder.cache == "dual" else index
+                at = slice(index, None) if self.later_once else index
                 found = later.argmax.int()
                 if isinstance(at, slice):
                     found = found[:, None].expand(-1, self.greedy.shape[1] - index)
@@ -181,7 +169,7 @@ class BlockDenoising:
             full = values.new_full((known.numel(),), fill)
             return full.index_copy_(0, flat, values).view_as(known)
 
-        chosen, valid = self._choose(step, dense(score, float("-inf")), known)
+        chosen, valid = self._choose(quotas, dense(score, float("-inf")), known)
         token, log_prob, confidence, entropy = (dense(values) for values in sample)
         self._reveal(index, rows, chosen, valid, [token, confidence, entropy])
         self._record(
@@ -226,15 +214,18 @@ class BlockDenoising:
         none = hidden.new_empty(0, dtype=torch.int32)
         return SampledTokens(*merged), torch.cat(scores), torch.cat(argmaxes or [none])
 
-    def _choose(self, step: Step, scores: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, quotas: list[int], scores: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Block offsets int64 [R, K], best first, ties to the left; bool [R, K], which count."""
         config = self.config
         order = scores.sort(dim=1, descending=True, stable=True).indices
+        least, most = torch.tensor(quotas, device=scores.device), max(quotas)
         if config.threshold is None:
-            chosen = order[:, : step.quota]
-            return chosen, torch.ones_like(chosen, dtype=torch.bool)
+            chosen = order[:, :most]
+            if min(quotas) == most:
+                return chosen, torch.ones_like(chosen, dtype=torch.bool)
+            return chosen, torch.arange(most, device=scores.device) < least[:, None]
         most = config.max_tokens_per_step or config.block_length
-        wanted = (scores >= config.threshold).sum(1).clamp(min=step.quota, max=most)
+        wanted = self.policy.above(scores, config.threshold).maximum(least).clamp(max=most)
         count = wanted.minimum((~known).sum(1))
         rank = torch.arange(most, device=scores.device)
         return order[:, :most], rank < count[:, None]
@@ -245,7 +236,7 @@ class BlockDenoising:
         """Write the chosen values [R, W] of every recorded tensor."""
         tokens, confidence, entropy = (dense.gather(1, chosen) for dense in values)
         for target, where, fresh in (
-            (self.canvas, self.positions[rows].gather(1, chosen), tokens),
+            (self.canvas, self.positions[rows].gather(1, chosen) + self.margin, tokens),
             (self.step, chosen, torch.full_like(chosen, index)),
             (self.confidence, chosen, confidence),
             (self.token_entropy, chosen, entropy),
@@ -285,18 +276,19 @@ class BlockDenoising:
         return total if self.recording.entropy_reduce == "sum" else total / member.sum(1)
 
     def _later(
-        self, index: int, context: BlockContext, window: Window, rows: Tensor
+        self, index: int, context: Any, window: Window, rows: Tensor
     ) -> _Later | None:
         """The blocks not begun, where something of them is recorded at this step."""
         wanted = self.recording.entropy_over == "masked" or self.recording.complete
-        if not wanted or (self.decoder.cache == "dual" and index > 0):
+        if not wanted or (self.later_once and index > 0):
             return None
         denoiser, length = self.decoder.denoiser, self.config.max_new_tokens
         end = self.start[rows] + self.config.block_length
         later = torch.arange(length, device=rows.device) >= end[:, None]
         sequence, position = later.nonzero(as_tuple=True)
         with denoiser.autocast():
-            if self.decoder.cache == "dual":
+            if self.later_once:
+                assert isinstance(self.decoder, Decoder)
                 hidden = self.decoder.completions(context, window)[sequence, position]
             else:
                 hidden = window.rows(sequence, position)
@@ -312,7 +304,30 @@ class BlockDenoising:
         return _Later(sequence, position, stats.entropy, stats.argmax)
 
 
-def block_plan(config: GenerationConfig) -> list[Step]:
-    """The steps of a block, the same in every block."""
-    blocks = config.max_new_tokens // config.block_length
-    return schedule(config.block_length, config.steps // blocks, config.block_length)
+def block_plan(config: GenerationConfig, masked: int | None = None) -> list[Step]:
+    """The steps of a block of so many masks, None for all of its positions.
+
+    The fewest that reveal no more at a time than in a whole block.
+    """
+    whole = config.block_length
+    steps = config.steps // (config.max_new_tokens // whole)
+    masked = whole if masked is None else masked
+    return schedule(masked, -(-masked * steps // whole), masked)
+
+
+def most_steps(config: GenerationConfig, block_size: int | None) -> int:
+    """That a completion may take.
+
+    Args:
+        config: of the generation.
+        block_size: of a block-causal model, with which the first and the last block may be parts
+            of one, and may take a step more between them; None otherwise.
+    """
+    if block_size is None:
+        return config.steps
+    whole = len(block_plan(config))
+    parts = [
+        len(block_plan(config, n)) + len(block_plan(config, block_size - n))
+        for n in range(1, block_size)
+    ]
+    return config.steps + max(parts, default=whole) - whole

@@ -28,6 +28,26 @@ from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.trajectory import PromptBatch
 
 
+@dataclass
+class Sequences:
+    """B sequences at the start of a block, each at its own."""
+
+    prompts: PromptBatch
+    padded: bool
+    """Whether any of the prompts is padded."""
+    canvas: Tensor
+    """int64 [B, L]."""
+    starts: list[int]
+    """First position of each block."""
+    ids: Tensor
+    """int64 [B], identity of each sequence."""
+    cache: KeyValueCache | None = None
+    """Of finished blocks, with a block-causal model."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
 @dataclass(frozen=True)
 class Window:
     """Hidden states of a part of every completion."""
@@ -92,6 +112,13 @@ class Decoder:
     cache: BlockCache = "none"
     guidance: float = 0.0
     detach_cache: bool = False
+
+    def begin(self, batch: Sequences) -> BlockContext:
+        """:meth:`begin_block` of a rollout's sequences."""
+        start = torch.tensor(batch.starts, device=batch.canvas.device)
+        return self.begin_block(
+            batch.prompts, batch.canvas, start, earliest=min(batch.starts), padded=batch.padded
+        )
 
     def begin_block(
         self, prompts: PromptBatch, canvas: Tensor, start: Tensor, *, earliest: int, padded: bool

@@ -122,6 +122,11 @@ class Denoiser:
         """
         return int(getattr(self.model.config, "prediction_shift", 0))
 
+    @property
+    def block_size(self) -> int | None:
+        """Of a block-causal model; None where attention has no direction."""
+        return getattr(self.model.config, "block_size", None)
+
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of every forward pass; enclose the head's product in it too."""
         if self._autocast is None:
@@ -179,6 +184,38 @@ class Denoiser:
         }
         return self._forward(inputs, cache)
 
+    def stream_hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        streams: Tensor,
+        *,
+        keep: bool = False,
+    ) -> tuple[Tensor, KeyValueCache | None]:
+        """Hidden states [B, N, D] of clean columns and copies of blocks.
+
+        See :mod:`egspo.models.blocks`.
+
+        Args:
+            input_ids, position_ids, streams: int64 [B, N].
+            attention_mask: bool [B, N], False at padding.
+            keep: also return the keys and values.
+        """
+        self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
+        with self._offloaded():
+            output = self._active(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                streams=streams,
+                compute_logits=False,
+                return_cache=keep,
+            )
+        if keep:
+            self.work.cache_bytes += output.cache.nbytes
+        return output.last_hidden_state, output.cache
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V] of hidden states [N, D]."""
         logits = torch.nn.functional.linear(hidden, self.head_weight, self.head_bias)
@@ -201,6 +238,20 @@ class Denoiser:
                 yield
         else:
             raise RuntimeError("this model has neither adapters to switch off nor a frozen copy")
+
+    @property
+    def replaying(self) -> bool:
+        """Whether passes are replayed as CUDA graphs, which have caches of their own."""
+        return self._replaying
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Inside :meth:`graphed`, passes that are to write the cache they are given."""
+        before, self._replaying = self._replaying, False
+        try:
+            yield
+        finally:
+            self._replaying = before
 
     @contextmanager
     def graphed(self) -> Iterator[None]:

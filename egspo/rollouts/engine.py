@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
-from egspo.rollouts.block import BlockDenoising, DenoisedBlock, Recording, Sequences
-from egspo.rollouts.decoder import Decoder
+from egspo.rollouts.block import BlockDenoising, DenoisedBlock, Recording, most_steps
+from egspo.rollouts.causal import CausalDecoder, RunningCaches
+from egspo.rollouts.decoder import Sequences
+from egspo.rollouts.decoding import decoder_of
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.graphs import check_device
 from egspo.rollouts.trajectory import NEVER, PromptBatch, Trajectory, length_before
@@ -129,20 +131,23 @@ class _Rollout:
         recording: Recording,
         sequence_ids: Tensor,
     ) -> None:
-        if config.steps >= NEVER:
-            raise ValueError(f"generation.steps must be below {NEVER}, got {config.steps}")
+        if config.steps + 1 >= NEVER:
+            raise ValueError(f"generation.steps must be below {NEVER - 1}, got {config.steps}")
         if config.cuda_graphs:
             check_device(denoiser.device)
         self.denoiser, self.prompts, self.config = denoiser, prompts, config
         self.recording, self.sequence_ids = recording, sequence_ids
-        self.decoder = Decoder(denoiser, config.block_length, config.cache, config.guidance)
+        self.decoder = decoder_of(denoiser, config)
         count, length, device = len(prompts), config.max_new_tokens, prompts.ids.device
         dtype = torch.promote_types(denoiser.head_weight.dtype, torch.float32)
         self.tokens = torch.full((count, length), denoiser.mask_id, device=device)
         self.unmask_step = torch.full_like(self.tokens, NEVER, dtype=torch.int16)
         self.confidence = torch.full((count, length), float("nan"), dtype=dtype, device=device)
         self.token_entropy = self.confidence.clone()
-        self.entropy = self.confidence.new_full((count, config.steps), float("nan"))
+        self.num_steps = most_steps(config, denoiser.block_size)
+        # A block writes as many as it may take, of which the last one may take fewer.
+        most = self.num_steps + config.block_length
+        self.entropy = self.confidence.new_full((count, most), float("nan"))
         self.log_prob = torch.zeros_like(self.entropy)
         self.greedy = None
         if recording.complete:
@@ -150,7 +155,17 @@ class _Rollout:
             self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.starts = [0] * count
-        """First position not denoised, by sequence."""
+        """First position not denoised, by sequence; where that is in the first block of a
+        block-causal model, the first position of the block."""
+        self.caches: RunningCaches | None = None
+        if isinstance(self.decoder, CausalDecoder):
+            if recording.entropy_over == "masked":
+                raise ValueError(
+                    "algorithm.entropy_over: masked needs every masked position in each step, and "
+                    "a block-causal model computes one block: choose revealed or block"
+                )
+            self.starts = [-(n % config.block_length) for n in self.prompt_lengths]
+            self.caches = RunningCaches(self.decoder, prompts, length)
         self.steps = [0] * count
         """Steps taken, by sequence."""
         self.queue = sorted(range(count), key=lambda i: -self.prompt_lengths[i])
@@ -202,8 +217,8 @@ class _Rollout:
             unmask_step=self.unmask_step,
             confidence=self.confidence,
             token_entropy=self.token_entropy,
-            entropy=self.entropy,
-            log_prob=self.log_prob,
+            entropy=self.entropy[:, : self.num_steps],
+            log_prob=self.log_prob[:, : self.num_steps],
             steps=torch.tensor(self.steps, device=self.tokens.device),
             lengths=length_before(self.tokens, self.denoiser.eos_id),
             mask_id=self.denoiser.mask_id,
@@ -213,6 +228,15 @@ class _Rollout:
     def _sequences(self, rows: list[int]) -> Sequences:
         index = torch.tensor(rows, device=self.tokens.device)
         lengths = [self.prompt_lengths[i] for i in rows]
+        if self.caches is not None:
+            return Sequences(
+                PromptBatch(self.prompts.ids[index], self.prompts.mask[index]),
+                True,
+                self.tokens[index],
+                [self.starts[i] for i in rows],
+                self.sequence_ids[index],
+                self.caches.of(rows, self.tokens, self.starts, self.queue),
+            )
         unused = self.prompts.ids.shape[1] - max(lengths)
         prompts = PromptBatch(self.prompts.ids[index, unused:], self.prompts.mask[index, unused:])
         return Sequences(
@@ -226,6 +250,8 @@ class _Rollout:
     def _split(self, tried: int) -> None:
         """Half as many from now on: nothing of the block was stored, so it is denoised again."""
         self.batch_size = tried // 2
+        if self.caches is not None:
+            self.caches.clear()
         if self.tokens.is_cuda:
             torch.cuda.empty_cache()
         logger.warning(
@@ -242,18 +268,23 @@ class _Rollout:
         positions = torch.tensor([self.starts[i] for i in rows], device=device)[:, None]
         positions = positions + torch.arange(width, device=device)
         before = torch.tensor([self.steps[i] for i in rows], device=device)[:, None]
-        self.tokens[index, positions] = block.tokens
-        self.unmask_step[index, positions] = (before + block.step).to(torch.int16)
-        self.confidence[index, positions] = block.confidence
-        self.token_entropy[index, positions] = block.token_entropy
+        inside = (positions >= 0) & (positions < self.tokens.shape[1])
+        place = index.expand_as(positions)[inside], positions[inside]
+        for target, values in (
+            (self.tokens, block.tokens),
+            (self.unmask_step, (before + block.step).to(torch.int16)),
+            (self.confidence, block.confidence),
+            (self.token_entropy, block.token_entropy),
+        ):
+            target[place] = values[inside]
         columns = before + torch.arange(steps, device=device)
         self.entropy[index, columns] = block.entropy
         self.log_prob[index, columns] = block.log_prob
         if self.greedy is not None and block.greedy is not None:
             self.greedy[index, columns] = block.greedy
 
-        broken = block.token_entropy.isnan()
-        ended = (block.tokens == self.denoiser.eos_id).any(1)
+        broken = block.token_entropy.isnan() & inside
+        ended = ((block.tokens == self.denoiser.eos_id) & inside).any(1)
         for i, taken, nan, eos in zip(
             rows, block.steps, broken.any(1).tolist(), ended.tolist(), strict=True
         ):
@@ -268,7 +299,7 @@ class _Rollout:
             if eos and self.config.early_exit:
                 self.tokens[i, self.starts[i] :] = self.denoiser.eos_id
                 self.starts[i] = self.config.max_new_tokens
-        return [i for i in rows if self.starts[i] == self.config.max_new_tokens]
+        return [i for i in rows if self.starts[i] >= self.config.max_new_tokens]
 
 
 def check_context(

@@ -153,3 +153,13 @@ def length_before(tokens: Tensor, eos_id: int) -> Tensor:
     """Tokens before the first EOS of each row: int64 [B] from int64 [B, L]."""
     is_eos = tokens == eos_id
     return torch.where(is_eos.any(1), is_eos.int().argmax(1), tokens.shape[1])
+
+
+def block_starts(positions: Tensor, prompt_lengths: Tensor, block_length: int) -> Tensor:
+    """First position of the block that each completion position is in, int64 like ``positions``.
+
+    Blocks are counted from ``prompt_lengths`` before the completion: the start is negative where
+    the block begins there.
+    """
+    place = prompt_lengths + positions
+    return place - place % block_length - prompt_lengths

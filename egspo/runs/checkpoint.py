@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from egspo.files import CheckpointError
+from egspo.files import CheckpointError, partial_path
+from egspo.runs.published import (
+    MANIFEST,
+    clear,
+    is_intact,
+    publish,
+    verify_published,
+)
+
+logger = logging.getLogger("egspo")
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds them."""
-MANIFEST = "manifest.json"
 _PREFIX = "step-"
-PARTIAL = ".partial-"
-"""How the names of what is not finished begin."""
 
 
 def save_checkpoint(
@@ -40,51 +44,19 @@ def save_checkpoint(
     are written elsewhere, synced, and renamed. An intact checkpoint of the step is left as it is.
     """
     target = folder / f"{_PREFIX}{step:06d}"
-    if not _intact(target):
+    if not is_intact(target):
+        clear(target)
         publish(target, write)
     others = [path for path in list_checkpoints(folder) if step_of(path) != keep]
     for old in others[:-keep_last]:
-        _delete(old)
+        clear(old)
     return target
-
-
-def publish(target: Path, write: Callable[[Path], object]) -> None:
-    """Fill ``target`` by ``write`` so that it exists complete, with checksums, or not at all."""
-    partial = target.parent / f"{PARTIAL}{target.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-        manifest = {
-            str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _digest(file)}
-            for file in sorted(partial.rglob("*"))
-            if file.is_file()
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
-        if target.exists():
-            _delete(target)
-        partial.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (path for path in folder.glob(f"{_PREFIX}*") if (path / MANIFEST).is_file())
-    return sorted(found, key=step_of)
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete what killed runs left half-written."""
-    for path in folder.glob(f"{PARTIAL}*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    return sorted((path for path in found if step_of(path) >= 0), key=step_of)
 
 
 def check_unclaimed(folder: Path, resumed: Path | None) -> None:
@@ -110,24 +82,7 @@ def remove_later(folder: Path, step: int) -> None:
     """Delete checkpoints of steps after ``step``: a run that goes on from there makes them anew."""
     for path in folder.glob(f"{_PREFIX}*"):
         if step_of(path) > step:
-            _delete(path)
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file with its checksum; raises :class:`CheckpointError` naming the file."""
-    manifest_file = path / MANIFEST
-    if not manifest_file.is_file():
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
-    try:
-        manifest = json.loads(manifest_file.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {MANIFEST} cannot be read: {error}") from error
-    for name, expected in manifest.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != expected["bytes"] or _digest(file) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: {name} does not match its checksum")
+            clear(path)
 
 
 def find_checkpoint(where: Path) -> Path:
@@ -137,18 +92,35 @@ def find_checkpoint(where: Path) -> Path:
         CheckpointError: if there is none, or it is damaged; names an older intact one if any.
     """
     if (where / MANIFEST).is_file():
-        verify_checkpoint(where)
-        return where
-    found = list_checkpoints(where / CHECKPOINTS)
-    if not found:
-        raise CheckpointError(f"no checkpoint in {where / CHECKPOINTS}: nothing to resume from")
+        chosen = where
+    else:
+        found = list_checkpoints(where / CHECKPOINTS)
+        if not found:
+            raise CheckpointError(f"no checkpoint in {where / CHECKPOINTS}: nothing to resume from")
+        chosen = found[-1]
     try:
-        verify_checkpoint(found[-1])
+        verify_published(chosen)
     except CheckpointError as error:
-        intact = next((path for path in reversed(found[:-1]) if _intact(path)), None)
-        hint = f"; {intact} is intact: resume from it with --resume {intact}" if intact else ""
-        raise CheckpointError(f"{error}{hint}") from error
-    return found[-1]
+        raise CheckpointError(f"{error}{intact_hint(chosen)}") from error
+    return chosen
+
+
+def newest_intact(run: Path) -> Path | None:
+    """The newest checkpoint of ``run`` without damage; the damaged ones are named in the log."""
+    for path in reversed(list_checkpoints(run / CHECKPOINTS)):
+        try:
+            verify_published(path)
+            return path
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+    return None
+
+
+def intact_hint(damaged: Path) -> str:
+    """The end of a sentence that names an intact checkpoint beside ``damaged``, if there is one."""
+    others = [path for path in list_checkpoints(damaged.parent) if step_of(path) < step_of(damaged)]
+    intact = next((path for path in reversed(others) if is_intact(path)), None)
+    return f"; {intact} is intact: resume from it with --resume {intact}" if intact else ""
 
 
 def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir") -> None:
@@ -159,7 +131,7 @@ def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir")
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{PARTIAL}probe-{os.getpid()}"
+        probe = partial_path(folder / "probe")
         probe.write_bytes(b"egspo")
         probe.unlink(missing_ok=True)
     except OSError as error:
@@ -172,35 +144,7 @@ def check_writable(folder: Path, needed_bytes: int, *, name: str = "output_dir")
         )
 
 
-def _delete(path: Path) -> None:
-    """At once: a kill halfway leaves a partial folder, not a damaged checkpoint."""
-    partial = path.with_name(f"{PARTIAL}old-{path.name}-{os.getpid()}")
-    path.rename(partial)
-    shutil.rmtree(partial)
-
-
 def step_of(path: Path) -> int:
     """Of ``step-000050``, 50; -1 where it is no name of a checkpoint."""
     digits = path.name.removeprefix(_PREFIX)
     return int(digits) if digits.isdecimal() else -1
-
-
-def _intact(path: Path) -> bool:
-    try:
-        verify_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ no NaN and no infinity: such values, and those that do not apply, are ``null``.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from egspo.files import replacing
+
+logger = logging.getLogger("egspo")
 
 _CLOCK = ("time/", "speed/", "memory/")
 
@@ -25,12 +28,10 @@ class MetricsWriter:
     Args:
         path: JSONL file; None writes nothing (processes other than the main one).
         resume_after: keep the lines of an earlier run up to this step; None keeps none. Lines not
-            kept, and a last line torn by a kill, are moved to ``<name>.dropped.jsonl`` beside it.
+            kept, and those torn by a kill or damaged, are moved to ``<name>.dropped.jsonl`` beside
+            it.
         history: the file of the run that is resumed, where that is another one: its lines up to
             ``resume_after`` come first, if there is no file at ``path`` yet.
-
-    Raises:
-        ValueError: an earlier file has an invalid line other than its last.
     """
 
     def __init__(
@@ -41,17 +42,44 @@ class MetricsWriter:
         history: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
+        self._kept: set[int] = set()
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         last_step = -1 if resume_after is None else resume_after
         if self.path.exists():
-            kept, dropped = _split(self.path, last_step)
+            kept, dropped = self._split(self.path, last_step)
             if dropped:
                 _append(self.path.with_suffix(".dropped.jsonl"), dropped)
             _replace(self.path, kept)
         elif history is not None and Path(history).exists():
-            _replace(self.path, _split(Path(history), last_step)[0])
+            _replace(self.path, self._split(Path(history), last_step)[0])
+
+    def warn_of_missing(self, expected: Iterable[int]) -> None:
+        """Say in the log which steps of the run that is resumed have no record any more."""
+        missing = [step for step in expected if step not in self._kept]
+        if missing and self.path is not None:
+            logger.warning(
+                "%s has no record of %d earlier steps (the first is %d, the last %d): it was "
+                "deleted, cut or damaged. The run goes on from its checkpoint; its curves have a "
+                "hole there",
+                *(self.path, len(missing), missing[0], missing[-1]),
+            )
+
+    def _split(self, path: Path, last_step: int) -> tuple[list[str], list[str]]:
+        """The lines of steps up to ``last_step``, and the others, damaged ones among them."""
+        kept: list[str] = []
+        dropped: list[str] = []
+        lines = _lines(path)
+        for number, (line, record) in enumerate(lines, start=1):
+            if record is not None and record["step"] <= last_step:
+                kept.append(line)
+                self._kept.add(record["step"])
+            else:
+                dropped.append(line)
+            if record is None and number < len(lines):
+                logger.warning("%s, line %d is damaged and set aside: %.80r", path, number, line)
+        return kept, dropped
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append ``record``; raises ValueError without an integer ``step`` of at least 0."""
@@ -73,7 +101,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no metrics at {file}: is {path} the output_dir of a run?")
-    return [record for _, record in _lines(file) if record is not None]
+    lines = _lines(file)
+    for number, (line, record) in enumerate(lines[:-1], start=1):
+        if record is None:
+            raise ValueError(f"{file}, line {number} is not a record with a step: {line[:80]!r}")
+    return [record for _, record in lines if record is not None]
 
 
 def deterministic(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,38 +113,21 @@ def deterministic(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if not name.startswith(_CLOCK)}
 
 
-def _split(path: Path, last_step: int) -> tuple[list[str], list[str]]:
-    """The lines of steps up to ``last_step``, and the others."""
-    kept: list[str] = []
-    dropped: list[str] = []
-    for line, record in _lines(path):
-        (kept if record is not None and record["step"] <= last_step else dropped).append(line)
-    return kept, dropped
-
-
 def _replace(path: Path, lines: Iterable[str]) -> None:
     with replacing(path) as temporary:
-        temporary.unlink(missing_ok=True)
         _append(temporary, lines)
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any] | None]]:
-    """Every line with its record, None for a torn last line."""
+    """Every line with its record, None for one that is none."""
     text = path.read_text("utf-8", errors="replace")
-    lines = [line for line in text.split("\n") if line]
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is None and number < len(lines):
-            raise ValueError(f"{path}, line {number} is not a record with a step: {line[:80]!r}")
-        parsed.append((line, record))
-    return parsed
+    return [(line, _parse(line)) for line in text.split("\n") if line]
 
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

@@ -7,8 +7,8 @@ without what only training knows.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from egspo.config import GenerationConfig
 from egspo.config.recipe import from_mapping
-from egspo.files import replacing
+from egspo.files import remove_partial, replacing, set_aside
 from egspo.rollouts.completion import FinishReason, TokenStep
-from egspo.runs.checkpoint import remove_partial
+
+logger = logging.getLogger("egspo")
 
 SAMPLES = "samples"
 """Folder of a run that holds them."""
@@ -102,19 +103,33 @@ def write_group(run: Path, step: int, group: Sequence[TrajectoryRecord]) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
     file = folder / f"step-{step:06d}.jsonl"
-    partial = folder / f".partial-{file.name}-{os.getpid()}"
-    with partial.open("w", encoding="utf-8") as stream:
+    with replacing(file) as partial, partial.open("w", encoding="utf-8") as stream:
         for record in group:
             values = {k: v for k, v in asdict(record).items() if v is not None}
             stream.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
-    return partial.replace(file)
+    return file
 
 
 def list_samples(run: Path) -> dict[int, Path]:
-    """Files of a run by training step, oldest first."""
-    found = (run / SAMPLES).glob("step-*.jsonl")
-    steps = {int(file.stem.removeprefix("step-")): file for file in found}
+    """Files of a run by training step, oldest first; files with other names are left alone."""
+    steps = {}
+    for file in (run / SAMPLES).glob("step-*.jsonl"):
+        digits = file.stem.removeprefix("step-")
+        if file.is_file() and digits.isascii() and digits.isdecimal():
+            steps[int(digits)] = file
     return dict(sorted(steps.items()))
+
+
+def set_damaged_aside(run: Path, completed: int) -> None:
+    """Rename the samples of steps up to ``completed`` that cannot be read, with a warning: a run
+    goes on without them."""
+    for step, file in list_samples(run).items():
+        if step > completed:
+            continue
+        try:
+            read_trajectories(file)
+        except (ValueError, OSError) as error:
+            logger.warning("%s; it is kept in %s, the run goes on", error, set_aside(file))
 
 
 def carry_samples(source: Path, run: Path, completed: int) -> None:
@@ -136,7 +151,11 @@ def read_trajectories(file: Path) -> list[TrajectoryRecord]:
         ValueError: a line is not a trajectory, which says why.
     """
     records = []
-    for number, line in enumerate(file.read_text("utf-8").split("\n"), start=1):
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             records.append(_parse(line, f"{file}, line {number}"))
     if not records:
@@ -147,7 +166,7 @@ def read_trajectories(file: Path) -> list[TrajectoryRecord]:
 def _parse(line: str, where: str) -> TrajectoryRecord:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(record, dict) or "step_map" not in record:
         raise ValueError(

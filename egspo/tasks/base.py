@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,9 @@ class Example:
     """Passed to reward functions, as lists over the batch."""
     target: str | None = None
     """Reference completion, for supervised training."""
+    prefill: str = ""
+    """Beginning of the answer that the model is given: it goes on from there. Reward functions get
+    the answer with it."""
     question: str | None = None
     """What is asked, without instructions: what tells whether two splits overlap."""
 
@@ -45,12 +48,27 @@ class Reward:
     """Whether it also scores the one-step completions of EGSPO-SA."""
     timeout: float | None = 300.0
     """Seconds that a call may take before it counts as failed; None for any."""
+    explain: Callable[..., str] | None = None
+    """``f(completion, **columns of its example) -> str``: why it pays what it does, in a line."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of reward {self.name!r} must be finite: {self.weight}")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"the timeout of reward {self.name!r} must be > 0: {self.timeout}")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How somebody else counts, for comparison with their numbers; shown by ``egspo eval``."""
+
+    name: str
+    function: RewardFunction
+    """Of completions without their prefill."""
+    meaning: str
+    """What its mean is, and whose."""
+    weight: Callable[[dict[str, Any]], float] | None = None
+    """Of a sample in the mean, by its columns; None for 1."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +84,17 @@ class Task:
     rewards: Sequence[Reward]
     solved: RewardFunction | None = None
     """The evaluation metric: 1.0 or 0.0 for each completion. Not a reward."""
-    extract: Callable[[str], str | None] | None = None
-    """The answer in a completion, or None where there is none: for records of evaluations."""
+    extract: Callable[..., str | None] | None = None
+    """``f(completion)``, or ``f(completion, **columns)`` of its example: the answer in it, None
+    where there is none. For records of evaluations; see :meth:`answer_in`."""
     validation: Sequence[Example] = ()
     """What training evaluates on, so that no checkpoint is chosen on ``test``; where there is
     none, ``test``."""
 
+    metrics: Sequence[Metric] = ()
+    """Besides ``solved``."""
+    protocol: str = "strict"
+    """``published`` where prompts and rewards are those of the paper's code."""
     characters: str | None = None
     """Alphabet of the character tokenizer of a new model; None for Sudoku's."""
 
@@ -90,6 +113,13 @@ class Task:
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"task {self.name} has two rewards of one name: {names}")
+
+    def answer_in(self, completion: str, columns: Mapping[str, Any]) -> str | None:
+        """What ``extract`` finds, given the columns of the example where it takes them."""
+        if self.extract is None:
+            return None
+        more = list(inspect.signature(self.extract).parameters)[1:]
+        return self.extract(completion, **columns) if more else self.extract(completion)
 
 
 TaskBuilder = Callable[..., Task]

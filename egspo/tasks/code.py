@@ -1,20 +1,23 @@
 """Rewards for programs: the share of their tests that they pass, and the format.
 
-The program is the last closed Python block of a completion: a model may reason with smaller ones,
-and ends with its answer. A completion that is cut off counts by its last block, open as it is, for
-the tests, but not for the format.
+The program is the last closed Python block of a completion that defines what the tests call: a
+model may reason with smaller ones, and show how to use its answer. A completion that is cut off
+counts by its last block, open as it is, for the tests, but not for the format.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import re
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from egspo.sandbox import SandboxPool, Verdict, make_backend
 from egspo.tasks.base import Reward
+from egspo.tasks.programs import behind, blocks, extract_program, names_under_test
+
+logger = logging.getLogger("egspo")
 
 INSTRUCTION = (
     "Write a Python program that solves the following problem. Think it through, then give the "
@@ -23,55 +26,26 @@ INSTRUCTION = (
 MAX_PROGRAM = 2**20
 """Characters; a longer program passes no test."""
 
-# A fence is a line of its own; the info string says the language. Each line is matched once.
-_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*([^\s`]*)[^\n`]*$", re.MULTILINE)
-_PYTHON = ("python", "py", "python3")
-
-
-def extract_program(completion: str) -> str | None:
-    """The program in a completion, or None where there is none.
-
-    The last closed block marked as Python; else the last Python block that is not closed; else the
-    last closed block without a language. Text outside of blocks, and blocks of other languages,
-    are no programs.
-    """
-    closed, open_python, plain = None, None, None
-    opening: re.Match[str] | None = None
-    for fence in _FENCE.finditer(completion):
-        if opening is None or fence[1]:  # a language begins a block, whatever was open before
-            opening = fence
-        else:
-            language, text = opening[1].lower(), completion[opening.end() + 1 : fence.start()]
-            if language in _PYTHON:
-                closed = text
-            elif not language:
-                plain = text
-            opening = None
-    if opening is not None and opening[1].lower() in _PYTHON:
-        open_python = completion[opening.end() + 1 :]
-    return next((text for text in (closed, open_python, plain) if text is not None), None)
-
-
-def fenced(program: str) -> str:
-    """A completion that is this program."""
-    return f"```python\n{program.strip()}\n```"
-
 
 def code_format(completions: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the completion has a closed block that is marked as Python and is not empty."""
-    return [float(_has_block(text)) for text in completions]
+    return [
+        float(any(b.is_python and b.closed and b.text.strip() for b in blocks(text)))
+        for text in completions
+    ]
 
 
-def _has_block(completion: str) -> bool:
-    opened = None
-    for fence in _FENCE.finditer(completion):
-        if fence[1]:
-            opened = fence if fence[1].lower() in _PYTHON else None
-        elif opened is not None:
-            if completion[opened.end() : fence.start()].strip():
-                return True
-            opened = None
-    return False
+def explain_code_format(completion: str, **_: Any) -> str:
+    """Why :func:`code_format` pays what it does."""
+    found = list(blocks(completion))
+    if any(block.is_python and block.closed and block.text.strip() for block in found):
+        return "has a closed Python block"
+    return f"none of {len(found)} blocks is closed, marked as Python and not empty"
+
+
+def extract_tested(completion: str, tests: str, **_: Any) -> str | None:
+    """The program in a completion that these tests are for; None where there is none."""
+    return extract_program(completion, names_under_test(tests))
 
 
 class ProgramTests:
@@ -82,6 +56,8 @@ class ProgramTests:
 
     def __init__(self, pool: SandboxPool) -> None:
         self._pool = pool
+        self.tampered = 0
+        """Programs that forged results so far, counted each time that they are asked about."""
 
     def tests(
         self, completions: Sequence[str], tests: Sequence[str], prelude: Sequence[str], **_: Any
@@ -91,41 +67,67 @@ class ProgramTests:
         Raises:
             SandboxError: a program could not be run, for a reason that is not its own.
         """
-        return [verdict.score for verdict in self._verdicts(completions, tests, prelude)]
+        return [verdict.score for verdict in self.verdicts(completions, tests, prelude)]
 
     def solved(
         self, completions: Sequence[str], tests: Sequence[str], prelude: Sequence[str], **_: Any
     ) -> list[float]:
         """1.0 where every test passed."""
-        return [float(v.score == 1.0) for v in self._verdicts(completions, tests, prelude)]
+        return [float(v.score == 1.0) for v in self.verdicts(completions, tests, prelude)]
+
+    def explain(self, completion: str, tests: str, prelude: str, **_: Any) -> str:
+        """Why :meth:`tests` pays what it does."""
+        if not (extract_tested(completion, tests) or "").strip():
+            return "no block with a program"
+        (verdict,) = self._verdicts([completion], [tests], [prelude])
+        failed = [f"{case.name}: {case.error}" for case in verdict.cases if not case.passed]
+        told = [verdict.error] if verdict.error else failed[:3]
+        return "; ".join([f"{verdict.passed} of {verdict.total} tests pass", *told])
 
     def rewards(self) -> list[Reward]:
         """``tests`` with weight 1.0, ``code_format`` with 0.5."""
         # Without a time limit for the call: each program has its own.
         return [
-            Reward("tests", self.tests, timeout=None),
-            Reward("code_format", code_format, weight=0.5),
+            Reward("tests", self.tests, timeout=None, explain=self.explain),
+            Reward("code_format", code_format, weight=0.5, explain=explain_code_format),
         ]
 
-    def _verdicts(
+    def verdicts(
         self, completions: Sequence[str], tests: Sequence[str], prelude: Sequence[str]
     ) -> list[Verdict]:
+        """What the tests say; nothing without a program.
+
+        Raises:
+            SandboxError: a program could not be run, for a reason that is not its own.
+        """
         programs = []
-        for completion, before in zip(completions, prelude, strict=True):
-            program = extract_program(completion)
+        for completion, test, before in zip(completions, tests, prelude, strict=True):
+            program = extract_tested(completion, test)
             usable = program is not None and program.strip() and len(program) <= MAX_PROGRAM
-            programs.append(f"{before}\n{program}" if usable else None)
+            programs.append(behind(before, program) if program and usable else None)
         jobs = [(p, t) for p, t in zip(programs, tests, strict=True) if p is not None]
-        verdicts = iter(self._pool.run_many(jobs))
+        found = self._pool.run_many(jobs)
+        forged = sum(verdict.tampered for verdict in found)
+        if forged:
+            self.tampered += forged
+            logger.warning(
+                "%d of %d programs tampered with their tests, and score 0; %d so far",
+                *(forged, len(found), self.tampered),
+            )
+        verdicts = iter(found)
         return [Verdict((), 0) if program is None else next(verdicts) for program in programs]
 
 
 def program_tests(
-    sandbox: str, url: str | None, limits: dict[str, Any] | None, workers: int | None
+    sandbox: str,
+    url: str | None,
+    limits: dict[str, Any] | None,
+    workers: int | None,
+    runner: str,
 ) -> ProgramTests:
     """Reward functions that use the backend of these task options, which can run.
 
-    Equal options share workers and cached verdicts.
+    Equal options share workers and cached verdicts. Forged verdicts are counted in the log.
 
     Raises:
         ValueError: a wrong option. SandboxUnavailable: no program can run there.
@@ -134,12 +136,15 @@ def program_tests(
         raise ValueError(f"limits must be a mapping of names to numbers, got {limits!r}")
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int)):
         raise ValueError(f"workers must be a whole number, got {workers!r}")
-    return ProgramTests(_pool(sandbox, url, json.dumps(limits or {}, sort_keys=True), workers))
+    chosen = json.dumps(limits or {}, sort_keys=True)
+    return ProgramTests(_pool(sandbox, url, chosen, workers, runner))
 
 
 @functools.cache
-def _pool(sandbox: str, url: str | None, limits: str, workers: int | None) -> SandboxPool:
-    backend = make_backend(sandbox, url=url, limits=json.loads(limits))
+def _pool(
+    sandbox: str, url: str | None, limits: str, workers: int | None, runner: str
+) -> SandboxPool:
+    backend = make_backend(sandbox, runner=runner, url=url, limits=json.loads(limits))
     pool = SandboxPool(backend, workers=workers)
     backend.check()
     return pool

@@ -6,12 +6,16 @@ import ast
 import builtins
 import sys
 
+from egspo.tasks.programs import defined_functions
 
-def import_free_names(source: str, *, defined: str = "") -> str:
+
+def import_free_names(source: str, *, defined: str = "", reference: str = "") -> str:
     """Imports of the names that ``source`` uses, and neither it nor ``defined`` defines.
 
-    Modules of the standard library are imported as such, everything else is asked of the program:
-    a program that calls something ``math`` must not become the ``math`` of its tests.
+    The functions and classes of the ``reference`` program are asked of the program, whether or not
+    there are builtins or modules of these names. Other modules of the standard library are imported
+    as such, and the rest is asked of the program too: one that calls something ``math`` must not
+    become the ``math`` of its tests.
 
     Raises:
         SyntaxError: ``source`` is not Python.
@@ -20,11 +24,15 @@ def import_free_names(source: str, *, defined: str = "") -> str:
     loads = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and _is_load(n)]
     bound = _bound_names(tree) | _bound_names(ast.parse(defined))
     used = dict.fromkeys(loads)  # in order, once
-    free = [name for name in used if name not in bound and not hasattr(builtins, name)]
-    return "\n".join(
-        f"import {name}" if name in sys.stdlib_module_names else f"from solution import {name}"
-        for name in free
-    )
+    programs = defined_functions(reference)
+    imports = []
+    for name in used:
+        if name in bound:
+            continue
+        if name in programs or not hasattr(builtins, name):
+            module = name in sys.stdlib_module_names and name not in programs
+            imports.append(f"import {name}" if module else f"from solution import {name}")
+    return "\n".join(imports)
 
 
 def _bound_names(tree: ast.AST) -> set[str]:
@@ -48,50 +56,54 @@ def _is_load(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Load)
 
 
-def as_test(name: str, body: str, *, defined: str = "") -> str:
+def as_test(name: str, body: str, *, defined: str = "", reference: str = "") -> str:
     """A test function of these statements, with the imports that they need.
 
-    ``defined`` is code that stands before it.
+    Args:
+        name: of the function.
+        body: its statements.
+        defined: code that stands before it.
+        reference: a right program, as for :func:`import_free_names`.
 
     Raises:
         SyntaxError: ``body`` is not Python.
     """
     tree = ast.parse(f"def {name}():\n    pass\n")
-    statements = ast.parse(f"{import_free_names(body, defined=defined)}\n{body}").body
+    imports = import_free_names(body, defined=defined, reference=reference)
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
-    function.body = statements
+    function.body = ast.parse(f"{imports}\n{body}").body
     return ast.unparse(tree)
 
 
-_PYTEST_NAMES = ("raises", "approx", "fail", "fixture", "mark")
-_FIXTURES = {"capfd", "caplog", "capsys", "mocker", "monkeypatch", "request", "tmp_path", "tmpdir"}
+_PLUGIN_FIXTURES = {"benchmark", "mocker"}
 
 
-def unsupported(tests: str, program: str = "") -> str | None:
+def unsupported(tests: str, program: str = "", *, runner: str = "pytest") -> str | None:
     """Why a test file, or the reference program for it, cannot work in the sandbox; None if it may.
 
-    There is the standard library alone, and as much of pytest as
-    :mod:`egspo.sandbox.inside.pytest_subset` has; what the program prints cannot be captured.
+    There is the standard library alone, and for the runner ``pytest`` that with its plugin for
+    coroutines. ``separate`` knows test functions without parameters.
     """
     try:
         nodes = list(ast.walk(ast.parse(tests)))
         others = list(ast.walk(ast.parse(program)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "is no Python"
-    allowed = {*sys.stdlib_module_names, "pytest", "solution"}
+    allowed = {*sys.stdlib_module_names, "solution"}
+    allowed |= {"pytest", "pytest_asyncio"} if runner == "pytest" else set()
     for module in [name for node in (*nodes, *others) for name in _imports(node)]:
-        if module.partition(".")[0] not in allowed or module.startswith("unittest.mock"):
+        if module.partition(".")[0] not in allowed:
             return f"imports {module}"
-    for node in nodes:
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pytest":
-            if node.attr not in _PYTEST_NAMES:
-                return f"uses pytest.{node.attr}"
-        elif isinstance(node, ast.arg) and node.arg in _FIXTURES:
-            return f"uses the fixture {node.arg}"
-    if not any(isinstance(n, ast.FunctionDef) and n.name.startswith("test") for n in nodes):
-        return "has no test function"
-    return None
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    found = [function for function in functions if function.name.startswith("test")]
+    for function in found:
+        arguments = [a.arg for a in function.args.args]
+        if runner == "separate" and (arguments or isinstance(function, ast.AsyncFunctionDef)):
+            return "has tests that are no plain functions"
+        for name in set(arguments) & _PLUGIN_FIXTURES:
+            return f"uses the fixture {name}"
+    return None if found else "has no test function"
 
 
 def _imports(node: ast.AST) -> list[str]:

@@ -50,6 +50,11 @@ def uses_numbers(expression: str, nums: Sequence[int]) -> bool:
     return tree is not None and Counter(_leaves(tree)) == Counter(nums)
 
 
+def is_expression(text: str) -> bool:
+    """Whether it is an expression of ``+ - * / ( )`` and integers."""
+    return _parse(text) is not None
+
+
 def evaluate(expression: str) -> Fraction | None:
     """Its value; None if it is no expression of ``+ - * / ( )`` and integers, or divides by 0."""
     tree = _parse(expression)

@@ -3,62 +3,81 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, Literal
 
-from egspo.tasks.answers import FORMAT, extract_answer
+from egspo.tasks.answers import FORMAT, answer_in_tags
 from egspo.tasks.base import SPLITS, Example, Reward, Task, register_task
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.countdown import (
     Problem,
     careless_expression,
     evaluate,
+    is_expression,
     make_problems,
     question_key,
     uses_numbers,
 )
 from egspo.tasks.data import Row
-from egspo.tasks.splits import load_splits
+from egspo.tasks.prompt_text import check_instruction
+from egspo.tasks.published import Protocol, under_protocol
+from egspo.tasks.rows import check_share, read_rows
+from egspo.tasks.spelling import sides
+from egspo.tasks.splits import load_splits, sample
 
-_COLUMNS = {"nums": list[int], "target": int}
+_COLUMNS = {"nums": list[int] | str, "target": int | str}
+_USUAL = {"nums": "input", "target": "output"}  # of test files: "30,100,93" and "23"
+_INTEGER = re.compile(r"\s*-?[0-9]{1,18}\s*")
 _INSTRUCTION = (
     f"{FORMAT}\n\nUse the numbers {{nums}}, each exactly once, and the operations +, -, * and / to "
     "write an arithmetic expression whose value is {target}. Put the expression alone between the "
     "answer tags, without an equals sign."
 )
-_SPELLINGS = {
-    "\u00d7": "*",
-    "\u00f7": "/",
-    "\u2212": "-",
-    "\\times": "*",
-    "\\cdot": "*",
-    "\\div": "/",
-}
+_MAX_ANSWER = 1000
 _WRONG_VALUE = 0.1
 
 
 def extract_expression(completion: str) -> str | None:
-    """The tagged or boxed answer, up to an equals sign, in ``+ - * /``."""
-    answer = extract_answer(completion)
+    """The answer in closed tags, in ``+ - * / ( )``; of an equation both sides."""
+    answer = answer_in_tags(completion)
     return None if answer is None else _plain(answer)
 
 
 def whole_expression(completion: str) -> str | None:
-    """All of the completion, up to an equals sign; None if there is nothing."""
+    """All of the completion, as an answer; None if there is nothing."""
     return _plain(completion) or None
 
 
 def _plain(answer: str) -> str:
-    expression = answer[:1000].partition("=")[0].strip()
-    for spelling, operator in _SPELLINGS.items():
-        expression = expression.replace(spelling, operator)
-    return expression
+    return "=".join(sides(answer)) if len(answer) <= _MAX_ANSWER else answer[:_MAX_ANSWER]
 
 
 def score(expression: str | None, nums: Sequence[int], target: int) -> float:
-    """1.0 for the target, 0.1 for the numbers, each once, with another value; else 0.0."""
-    if expression is None or not uses_numbers(expression, nums):
-        return 0.0
-    return 1.0 if evaluate(expression) == target else _WRONG_VALUE
+    """1.0 for the target, 0.1 for the numbers, each once, with another value; else 0.0.
+
+    An equation is a claim: with the numbers on one side, it counts where every side is an
+    expression, and pays 1.0 where all of them have the value of the target.
+    """
+    return judge(expression, nums, target)[0]
+
+
+def judge(expression: str | None, nums: Sequence[int], target: int) -> tuple[float, str]:
+    """What :func:`score` pays, and why."""
+    if expression is None:
+        return 0.0, "no answer (it is in closed tags, where the prompt asks for them)"
+    parts = expression.split("=")
+    if not all(map(is_expression, parts)):
+        return 0.0, "no expression of + - * / ( ) and whole numbers"
+    if not any(uses_numbers(part, nums) for part in parts):
+        return 0.0, f"does not use {list(nums)}, each exactly once"
+    for part in parts:
+        value = evaluate(part)
+        if value != target:
+            found = "divides by zero" if value is None else f"is {value}"
+            return _WRONG_VALUE, f"{part.strip()} {found}, not {target}"
+    return 1.0, f"is {target}"
 
 
 @register_task("countdown")
@@ -73,23 +92,35 @@ def build_countdown(
     largest: int | None = None,
     targets: list[int] | None = None,
     seed: int = 0,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
     prompt_style: Literal["digits", "instruct"] = "instruct",
+    instruction: str | None = None,
+    protocol: Protocol = "strict",
     careless: float = 0.0,
 ) -> Task:
     """Countdown, made here or read; no two splits share numbers (in any order) and target.
 
     Args:
         train: a source with the columns ``nums`` and ``target``, see :mod:`egspo.tasks.data`, such
-            as ``Jiayi-Pan/Countdown-Tasks-3to4``; without it, problems are made.
-        test: a second source; without it, test problems are held out of the first.
+            as ``Jiayi-Pan/Countdown-Tasks-3to4``; without it, problems are made. Texts such as
+            ``30,100,93`` will do, and so will the columns ``input`` and ``output``.
+        test: a source that is a test set: training has none of its problems. Without it, test
+            problems are held out of ``train``, or made.
         train_examples: how many to make (None for 10,000), or to read at most (None for all).
         validation_examples, test_examples: distinct ones to hold out.
         numbers: in a problem; others of a source are left out.
         largest: of the numbers of made problems; None for 99.
         targets: least and greatest target of made problems; None for [1, 99].
         seed: of the problems and splits, independent of the training seed.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
         prompt_style: ``digits``: ``3,5,7=26`` in, ``3*7+5`` out, for models of single characters;
             ``instruct``: an instruction in English, the answer in tags.
+        instruction: of ``instruct``, instead of its own: a text with {nums} and {target}.
+        protocol: ``published`` has the prompts and rewards of the paper's code, see
+            ``docs/protocol.md``.
         careless: share of the targets of made training problems, for supervised training alone,
             that use the numbers without a look at the target.
 
@@ -98,16 +129,22 @@ def build_countdown(
         ValueError: naming the option, or the source and column, that is wrong.
     """
     _check(prompt_style, careless, numbers)
+    check_instruction(instruction, ("{nums}", "{target}"), prompt_style, every=True)
+    reading: dict[str, Any] = {
+        "names": ColumnNames(columns, _COLUMNS, _USUAL),
+        "read": _numbers_read,
+        "skip_bad_rows": check_share(skip_bad_rows),
+    }
     if train is None:
-        if test is not None:
-            raise ValueError("test needs train: without a source, test problems are made too")
-        counts = (
-            10_000 if train_examples is None else train_examples,
-            validation_examples,
-            test_examples,
-        )
+        given = None if test is None else _test_rows(test, numbers, test_examples, seed, reading)
+        counts = {
+            "train": 10_000 if train_examples is None else train_examples,
+            "validation": validation_examples,
+            **({"test": test_examples} if given is None else {}),
+        }
         bounds = [1, 99] if targets is None else targets
-        made = _made(counts, numbers, 99 if largest is None else largest, bounds, seed)
+        taken = {_row_key(row) for row in given or ()}
+        made = _made(counts, numbers, 99 if largest is None else largest, bounds, seed, taken)
         parts = {
             name: [_made_example(problem, prompt_style) for problem in problems]
             for name, problems in made.items()
@@ -116,6 +153,8 @@ def build_countdown(
             _made_example(problem, prompt_style, careless, random.Random(f"{seed}-careless-{i}"))
             for i, problem in enumerate(made["train"])
         ]
+        if given is not None:
+            parts["test"] = [_example(row, prompt_style) for row in given]
     else:
         made_only = {"largest": largest, "targets": targets, "careless": careless or None}
         for name, value in made_only.items():
@@ -125,17 +164,60 @@ def build_countdown(
             train,
             test,
             _COLUMNS,
-            key=lambda row: question_key(row["nums"], row["target"]),
+            key=_row_key,
             keep=lambda row: len(row["nums"]) == numbers,
             train_examples=train_examples,
             validation_examples=validation_examples,
             test_examples=test_examples,
             seed=seed,
+            **reading,
         )
         parts = {
             name: [_example(row, prompt_style) for row in getattr(splits, name)] for name in SPLITS
         }
-    return _task(parts, prompt_style)
+    if instruction is not None:
+        parts = {name: [_asked(e, instruction) for e in part] for name, part in parts.items()}
+    made_for = None if prompt_style == "instruct" else prompt_style
+    task = _task(parts, prompt_style)
+    return under_protocol(task, protocol, instruction=instruction, prompt_style=made_for)
+
+
+def _asked(example: Example, instruction: str) -> Example:
+    """With another instruction."""
+    nums, target = str(example.columns["nums"]), str(example.columns["target"])
+    content = instruction.replace("{nums}", nums).replace("{target}", target)
+    return replace(example, prompt=[{"role": "user", "content": content}])
+
+
+def _row_key(row: Row) -> str:
+    return question_key(row["nums"], row["target"])
+
+
+def _numbers_read(row: Row) -> Row:
+    """The row with its numbers, which files also hold as ``30,100,93``, ``[30 100 93]``, ``23``."""
+    nums, target = row["nums"], row["target"]
+    if isinstance(nums, str):
+        parts = nums.strip().strip("[]()").replace(",", " ").split()
+        if not parts or not all(map(_INTEGER.fullmatch, parts)):
+            raise ValueError(f"the column 'nums' is {nums!r}, expected whole numbers")
+        nums = [int(part) for part in parts]
+    if isinstance(target, str):
+        if not _INTEGER.fullmatch(target):
+            raise ValueError(f"the column 'target' is {target!r}, expected a whole number")
+        target = int(target)
+    return {"nums": nums, "target": target}
+
+
+def _test_rows(
+    test: str, numbers: int, test_examples: int, seed: int, reading: Mapping[str, Any]
+) -> list[Row]:
+    """The problems of a test set of so many numbers."""
+    rows = read_rows(test, _COLUMNS, **reading)
+    reading["names"].check_used()
+    kept = [row for row in rows if len(row["nums"]) == numbers]
+    if not kept:
+        raise ValueError(f"{test}: none of its {len(rows)} rows has {numbers} numbers")
+    return sample(kept, test_examples, _row_key, seed)
 
 
 def _check(prompt_style: str, careless: float, numbers: int) -> None:
@@ -152,8 +234,10 @@ def _task(parts: Mapping[str, Sequence[Example]], prompt_style: str) -> Task:
     extract = extract_expression if tagged else whole_expression
     return Task(
         name="countdown",
-        **parts,
-        rewards=[Reward("expression", _reward(extract))],
+        train=parts["train"],
+        validation=parts["validation"],
+        test=parts["test"],
+        rewards=[Reward("expression", _reward(extract), explain=_explain(extract))],
         solved=_solved(extract),
         extract=extract,
         characters=None if tagged else "0123456789+-*/(),=",
@@ -174,6 +258,13 @@ def _reward(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
     return expression
 
 
+def _explain(extract: Callable[[str], str | None]) -> Callable[..., str]:
+    def explain(completion: str, nums: Sequence[int], target: int, **_: Any) -> str:
+        return judge(extract(completion), nums, target)[1]
+
+    return explain
+
+
 def _solved(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
     reward = _reward(extract)
 
@@ -184,25 +275,25 @@ def _solved(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
 
 
 def _made(
-    examples: tuple[int, int, int],
+    examples: Mapping[str, int],
     numbers: int,
     largest: int,
     bounds: list[int],
     seed: int,
+    taken: Set[str],
 ) -> dict[str, list[Problem]]:
-    """Problems by split, made in the order test, validation, train."""
-    least = {"train": 1, "validation": 0, "test": 1}
-    for (name, minimum), count in zip(least.items(), examples, strict=True):
-        if type(count) is not int or count < minimum:
-            raise ValueError(f"{name}_examples must be a whole number >= {minimum}, got {count!r}")
+    """So many problems by split, the last split first; none is ``taken``."""
+    for name, count in examples.items():
+        least = int(name != "validation")
+        if type(count) is not int or count < least:
+            raise ValueError(f"{name}_examples must be a whole number >= {least}, got {count!r}")
     if type(largest) is not int or largest < 1:
         raise ValueError(f"largest must be a whole number >= 1, got {largest!r}")
     valid = isinstance(bounds, list) and len(bounds) == 2 and all(type(b) is int for b in bounds)
     if not valid or bounds[0] > bounds[1]:
         raise ValueError(f"targets must be [least, greatest], got {bounds!r}")
     made: dict[str, list[Problem]] = {}
-    taken: set[str] = set()
-    for name, count in reversed(list(zip(least, examples, strict=True))):
+    for name, count in reversed(list(examples.items())):
         made[name] = make_problems(
             numbers,
             largest,
@@ -214,7 +305,7 @@ def _made(
             name=name,
         )
         if name != "train":
-            taken |= {problem.key for problem in made[name]}
+            taken = taken | {problem.key for problem in made[name]}
     return made
 
 

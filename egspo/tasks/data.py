@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+from egspo.tasks.columns import ColumnNames
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -31,13 +33,13 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
 def load_rows(source: str, columns: Mapping[str, Any] | None = None) -> list[Row]:
-    """All rows of ``source``.
+    """All rows of ``source``, with ``\\n`` for every end of line in a text.
 
     Args:
         source: see the module.
-        columns: type by name of the columns to read: ``str``, ``int``, ``float``, ``bool``,
-            ``list[...]`` of these, or ``Any``. The ``str`` columns of a CSV file are read as they
-            are written there (``007``). None reads all columns, unchecked.
+        columns: type by name of the columns to read, as :func:`checked` takes them. The ``str``
+            columns of a CSV file are read as they are written there (``007``). None reads all
+            columns, unchecked.
 
     Raises:
         FileNotFoundError: there is no such file, and it is no name of a data set on the hub.
@@ -45,28 +47,71 @@ def load_rows(source: str, columns: Mapping[str, Any] | None = None) -> list[Row
         ValueError: there is no such split or configuration, the file is malformed, or a column is
             missing or has a value of another type; naming all of these.
     """
+    rows = raw_rows(source, columns)
+    for number, row in enumerate(rows):
+        try:
+            checked(row, columns or {})
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
+    return rows
+
+
+def raw_rows(
+    source: str, columns: Mapping[str, Any] | None, names: ColumnNames | None = None
+) -> list[Row]:
+    """As :func:`load_rows`, without a look at the types.
+
+    Args:
+        source, columns: as there.
+        names: what columns may be called in the source.
+    """
     texts = [name for name, kind in (columns or {}).items() if kind is str]
+    if names is not None:
+        texts += [names.other(name) for name in texts]
     data = _only_split(source, _open(source, texts))
     if len(data) == 0:
         raise ValueError(f"{source} has no rows")
-    if columns is None:
-        everything: list[Row] = data.to_list()
-        return everything
-    missing = [name for name in columns if name not in data.column_names]
-    if missing:
-        raise ValueError(
-            f"{source} lacks the column{'s' * (len(missing) > 1)} "
-            f"{', '.join(map(repr, missing))}; it has {data.column_names}"
-        )
-    rows: list[Row] = data.select_columns(list(columns)).to_list()
-    for number, row in enumerate(rows):
-        for name, kind in columns.items():
-            if not _is_a(row[name], kind):
-                raise ValueError(
-                    f"{source}, row {number}: the column {name!r} is {_shown(row[name])}, "
-                    f"expected {_KINDS.get(kind, kind)}"
-                )
+    if columns is not None:
+        there = dict(zip(columns, columns, strict=True))
+        there |= {} if names is None else names.of(data.column_names)
+        missing = [own for own, name in there.items() if name not in data.column_names]
+        if missing:
+            hint = "" if names is None else "; the option `columns` maps names to those of the file"
+            raise ValueError(
+                f"{source} lacks the column{'s' * (len(missing) > 1)} "
+                f"{', '.join(map(repr, missing))}; it has {data.column_names}{hint}"
+            )
+        data = data.select_columns(list(dict.fromkeys(there.values())))
+    rows: list[Row] = [_universal_newlines(row) for row in data.to_list()]
+    if columns is not None:
+        rows = [{own: row[name] for own, name in there.items()} for row in rows]
     return rows
+
+
+def checked(row: Row, columns: Mapping[str, Any]) -> Row:
+    """The row, if its values are of the types of ``columns``.
+
+    Types are ``str``, ``int``, ``float``, ``bool``, ``list[...]`` of these, unions, or ``Any``.
+
+    Raises:
+        ValueError: naming the column and the value that is another.
+    """
+    for name, kind in columns.items():
+        if not _is_a(row[name], kind):
+            raise ValueError(
+                f"the column {name!r} is {_shown(row[name])}, expected {_KINDS.get(kind, kind)}"
+            )
+    return row
+
+
+def _universal_newlines(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    if isinstance(value, list):
+        return [_universal_newlines(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _universal_newlines(item) for name, item in value.items()}
+    return value
 
 
 def split_source(source: str) -> tuple[str, str | None]:

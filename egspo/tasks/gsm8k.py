@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from egspo.tasks.answers import (
     FORMAT,
+    explain_soft_format,
+    explain_strict_format,
+    explain_xml_count,
     extract_answer,
     in_format,
     soft_format,
@@ -20,30 +22,16 @@ from egspo.tasks.answers import (
     xml_count,
 )
 from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.numbers import last_number, number
+from egspo.tasks.published import Protocol, under_protocol
+from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 _COLUMNS = {"question": str, "answer": str}
 _INTEGER = re.compile(r"-?[0-9]{1,64}")
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,64}(?:\.[0-9]{0,64})?|\.[0-9]{1,64})")
-_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-_ANY_NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 _CALCULATION = re.compile(r"<<[^<>]*>>")
-
-
-def number(text: str | None) -> Fraction | None:
-    """The number that ``text`` is, or None where it is something else as well.
-
-    A currency sign, a percent sign, a full stop at the end and commas between thousands do not
-    count: ``$1,250.00`` is 1250.
-    """
-    if text is None or len(text) > 100:
-        return None
-    plain = text.strip().removesuffix(".").removesuffix("%").strip()
-    plain = plain.removeprefix("\\").removeprefix("$").removesuffix("$").removesuffix("\\").strip()
-    if _GROUPED.fullmatch(plain):
-        plain = plain.replace(",", "")
-    return Fraction(plain.removesuffix(".")) if _NUMBER.fullmatch(plain) else None
 
 
 def correctness(
@@ -54,6 +42,16 @@ def correctness(
     return [float(number(extract_answer(text)) == number(gold)) for text, gold in pairs]
 
 
+def explain_correctness(completion: str, answer: str, **_: Any) -> str:
+    """Why :func:`correctness` pays what it does."""
+    found = extract_answer(completion)
+    if found is None:
+        return "no answer in closed tags or a box"
+    value = number(found)
+    read = f"{found!r:.80} is {'no number' if value is None else value}"
+    return f"{read}, as it should" if value == number(answer) else f"{read}, not {answer}"
+
+
 def solved(
     prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any
 ) -> list[float]:
@@ -62,21 +60,21 @@ def solved(
     More lenient than the reward, as the published evaluation is.
     """
     pairs = zip(completions, answer, strict=True)
-    return [float(_last_number(extract_answer(text)) == number(gold)) for text, gold in pairs]
-
-
-def _last_number(text: str | None) -> Fraction | None:
-    whole = number(text)
-    if whole is not None or text is None or len(text) > 1000:
-        return whole
-    found = _ANY_NUMBER.findall(text)
-    return number(found[-1]) if found else None
+    return [float(last_number(extract_answer(text)) == number(gold)) for text, gold in pairs]
 
 
 def integer(completions: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the extracted answer is nothing but the digits of a whole number."""
     answers = map(extract_answer, completions)
     return [float(a is not None and _INTEGER.fullmatch(a) is not None) for a in answers]
+
+
+def explain_integer(completion: str, **_: Any) -> str:
+    """Why :func:`integer` pays what it does."""
+    found = extract_answer(completion)
+    if found is None:
+        return "no answer in closed tags or a box"
+    return f"{found!r:.80} is {'' if integer([completion]) == [1.0] else 'not '}nothing but digits"
 
 
 @register_task("gsm8k")
@@ -89,6 +87,9 @@ def build_gsm8k(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = FORMAT,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
+    protocol: Protocol = "strict",
 ) -> Task:
     """GSM8K, or data in its format: ``question``, and ``answer`` that ends in ``#### 42``.
 
@@ -99,6 +100,11 @@ def build_gsm8k(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every question.
+        protocol: ``published`` has the prompts and rewards of the paper's code, see
+            ``docs/protocol.md``.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
 
     Raises:
         OSError, ValueError: naming the source, and the column or row that is wrong.
@@ -108,26 +114,31 @@ def build_gsm8k(
         test,
         _COLUMNS,
         key=lambda row: normalise(row["question"]),
+        read=checking(lambda row: _example(row, instruction)),
+        names=ColumnNames(columns, _COLUMNS),
+        skip_bad_rows=skip_bad_rows,
         train_examples=train_examples,
         validation_examples=validation_examples,
         test_examples=test_examples,
         seed=seed,
     )
-    return Task(
+    task = Task(
         name="gsm8k",
         train=[_example(row, instruction) for row in splits.train],
         validation=[_example(row, instruction) for row in splits.validation],
         test=[_example(row, instruction) for row in splits.test],
         rewards=[
-            Reward("correctness", correctness, weight=2.0),
-            Reward("integer", integer, weight=0.5),
-            Reward("strict_format", strict_format, weight=0.5),
-            Reward("soft_format", soft_format, weight=0.5),
-            Reward("xml_count", xml_count),
+            Reward("correctness", correctness, weight=2.0, explain=explain_correctness),
+            Reward("integer", integer, weight=0.5, explain=explain_integer),
+            Reward("strict_format", strict_format, weight=0.5, explain=explain_strict_format),
+            Reward("soft_format", soft_format, weight=0.5, explain=explain_soft_format),
+            Reward("xml_count", xml_count, explain=explain_xml_count),
         ],
         solved=solved,
         extract=extract_answer,
     )
+    own = None if instruction == FORMAT else instruction
+    return under_protocol(task, protocol, instruction=own)
 
 
 def _example(row: Row, instruction: str) -> Example:

@@ -7,13 +7,16 @@ from typing import Any
 from egspo.tasks.base import Example, Task, register_task
 from egspo.tasks.code import (
     INSTRUCTION,
-    extract_program,
-    fenced,
+    extract_tested,
     program_tests,
 )
 from egspo.tasks.code_tests import import_free_names
-from egspo.tasks.data import Row, load_rows
+from egspo.tasks.columns import ColumnNames
+from egspo.tasks.data import Row
 from egspo.tasks.mbpp import COLUMNS, mbpp_example
+from egspo.tasks.programs import behind, fenced
+from egspo.tasks.references import check_verify, verified
+from egspo.tasks.rows import check_share, checking, read_rows
 from egspo.tasks.splits import normalise, split_off
 
 _COLUMNS = {"prompt": str, "canonical_solution": str, "test": str, "entry_point": str}
@@ -28,6 +31,10 @@ def build_humaneval(
     test_examples: int | None = None,
     seed: int = 0,
     instruction: str = INSTRUCTION,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
+    verify_solutions: str = "sample",
+    runner: str = "separate",
     sandbox: str = "bubblewrap",
     url: str | None = None,
     limits: dict[str, Any] | None = None,
@@ -47,30 +54,59 @@ def build_humaneval(
         test_examples: at most so many, drawn by ``seed``; None for all.
         seed: of the splits, independent of the training seed.
         instruction: stands before every problem.
+        columns: what columns are called in the files, by their names here.
+        skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
+            and named. With 0, one stops the run.
+        verify_solutions: run reference solutions first, of a ``sample`` of the rows, ``all`` or
+            ``none``, and leave out rows where they fail, but not those of the test set.
+        runner: ``separate`` keeps what is expected out of the program's process; ``pytest`` runs
+            the tests in it, as an exam.
         sandbox, url, limits, workers: as for ``kodcode``.
 
     Raises:
         OSError, ValueError: naming the source, and the column or row that is wrong.
         SandboxUnavailable: programs cannot run; the message says why.
     """
-    runner = program_tests(sandbox, url, limits, workers)
-    rows = load_rows(test, _COLUMNS)
+    check_verify(verify_solutions)
+    programs = program_tests(sandbox, url, limits, workers, runner)
+    names = ColumnNames(columns, {**COLUMNS, **_COLUMNS})
+    share = check_share(skip_bad_rows)
+    rows = read_rows(
+        test,
+        _COLUMNS,
+        names=names,
+        read=checking(lambda row: _example(row, instruction)),
+        skip_bad_rows=share,
+    )
     if test_examples is not None and test_examples < len(rows):
         _, rows = split_off(rows, test_examples, key=_key, seed=seed)
+    others = read_rows(
+        train,
+        COLUMNS,
+        names=names,
+        read=checking(lambda row: mbpp_example(row, instruction)),
+        skip_bad_rows=share,
+    )
+    names.check_used()
     train_rows, validation_rows = split_off(
-        load_rows(train, COLUMNS),
-        validation_examples,
-        key=lambda row: normalise(row["text"]),
-        seed=seed,
+        others, validation_examples, key=lambda row: normalise(row["text"]), seed=seed
+    )
+    sets = [
+        [mbpp_example(row, instruction) for row in train_rows],
+        [mbpp_example(row, instruction) for row in validation_rows],
+        [_example(row, instruction) for row in rows],
+    ]
+    train_set, validation_set, test_set = verified(
+        sets, programs, verify_solutions, seed, complete=2
     )
     return Task(
         name="humaneval",
-        train=[mbpp_example(row, instruction) for row in train_rows],
-        validation=[mbpp_example(row, instruction) for row in validation_rows],
-        test=[_example(row, instruction) for row in rows],
-        rewards=runner.rewards(),
-        solved=runner.solved,
-        extract=extract_program,
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
+        rewards=programs.rewards(),
+        solved=programs.solved,
+        extract=extract_tested,
     )
 
 
@@ -85,18 +121,12 @@ def _example(row: Row, instruction: str) -> Example:
     # Helpers that the prompt gives, the tests take from there: a program could define others.
     given = f"{row['prompt']}    pass\n"
     try:
-        imports = import_free_names(row["test"], defined=given)
+        reference = row["prompt"] + row["canonical_solution"]
+        imports = import_free_names(row["test"], defined=given, reference=reference)
     except SyntaxError as error:
         raise ValueError(f"prompt or test of {name} is no Python: {error}") from error
-    tests = "\n".join(
-        [
-            given,
-            f"from solution import {name}",
-            imports,
-            row["test"],
-            f"\n\ndef test_{name}():\n    check({name})\n",
-        ]
-    )
+    preamble = f"{given}\nfrom solution import {name}\n{imports}"
+    tests = f"{behind(preamble, row['test'])}\n\n\ndef test_{name}():\n    check({name})\n"
     return Example(
         prompt=[
             {
@@ -106,6 +136,6 @@ def _example(row: Row, instruction: str) -> Example:
             }
         ],
         columns={"tests": tests, "prelude": row["prompt"]},
-        target=fenced(row["prompt"] + row["canonical_solution"]),
+        target=fenced(reference),
         question=row["prompt"],
     )

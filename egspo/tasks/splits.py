@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from egspo.tasks.data import Row, load_rows
+from egspo.tasks.columns import ColumnNames
+from egspo.tasks.data import Row
+from egspo.tasks.rows import check_share, read_rows
 
 T = TypeVar("T")
 
@@ -130,7 +132,10 @@ def load_splits(
     columns: Mapping[str, Any],
     *,
     key: Callable[[Row], str],
+    read: Callable[[Row], Row] = lambda row: row,
     keep: Callable[[Row], bool] | None = None,
+    names: ColumnNames | None = None,
+    skip_bad_rows: float = 0.0,
     train_examples: int | None = None,
     validation_examples: int = 128,
     test_examples: int | None = None,
@@ -146,13 +151,14 @@ def load_splits(
         train, test: sources as :func:`egspo.tasks.data.load_rows` takes them.
         columns: those to read, with their types.
         key: as for :func:`split_off`.
+        read, names, skip_bad_rows: as for :func:`egspo.tasks.rows.read_rows`.
         keep: rows for which it is false are not used.
         train_examples, test_examples: at most so many, drawn by ``seed``; None for all.
         validation_examples: distinct questions to validate on; 0 for none.
         seed: independent of the training seed.
 
     Raises:
-        OSError, ValueError: as :func:`egspo.tasks.data.load_rows` and :func:`split_off`.
+        OSError, ValueError: as :func:`egspo.tasks.rows.read_rows` and :func:`split_off`.
     """
     for name, count, least in (
         ("train_examples", train_examples, 1),
@@ -161,10 +167,20 @@ def load_splits(
     ):
         if count is not None and (type(count) is not int or count < least):
             raise ValueError(f"{name} must be a whole number >= {least}, got {count!r}")
-    rows = _kept(train, columns, keep)
+    skip_bad_rows = check_share(skip_bad_rows)
+
+    def kept(source: str) -> list[Row]:
+        rows = read_rows(source, columns, names=names, read=read, skip_bad_rows=skip_bad_rows)
+        chosen = rows if keep is None else [row for row in rows if keep(row)]
+        if not chosen:
+            raise ValueError(f"{source}: none of its {len(rows)} rows is of the kind asked for")
+        return chosen
+
+    rows, test_rows = kept(train), [] if test is None else kept(test)
+    if names is not None:
+        names.check_used()
     try:
         if test is not None:
-            test_rows = _kept(test, columns, keep)
             disjoint = without(rows, test_rows, key=key)
             if len(disjoint) < len(rows):
                 logger.warning(
@@ -173,7 +189,7 @@ def load_splits(
                 )
             if not disjoint:
                 raise ValueError(f"all of its questions are in {test} as well")
-            rows, test_rows = disjoint, _sample(test_rows, test_examples, key, seed)
+            rows, test_rows = disjoint, sample(test_rows, test_examples, key, seed)
         elif test_examples is None:
             raise ValueError("without test data (test), test_examples says how many to hold out")
         else:
@@ -181,21 +197,13 @@ def load_splits(
         rows, validation = split_off(rows, validation_examples, key=key, seed=seed)
     except ValueError as error:
         raise ValueError(f"{train}: {error}") from error
-    return Splits(_sample(rows, train_examples, key, seed), validation, test_rows)
+    return Splits(sample(rows, train_examples, key, seed), validation, test_rows)
 
 
-def _kept(source: str, columns: Mapping[str, Any], keep: Callable[[Row], bool] | None) -> list[Row]:
-    rows = load_rows(source, columns)
-    chosen = rows if keep is None else [row for row in rows if keep(row)]
-    if not chosen:
-        raise ValueError(f"{source}: none of its {len(rows)} rows is of the kind asked for")
-    return chosen
-
-
-def _sample(rows: list[Row], count: int | None, key: Callable[[Row], str], seed: int) -> list[Row]:
+def sample(rows: Sequence[T], count: int | None, key: Callable[[T], str], seed: int) -> list[T]:
     """At most ``count`` rows, which ones and in which order independent of the file's."""
     if count is None or count >= len(rows):
-        return rows
+        return list(rows)
     return sorted(rows, key=lambda row: (_rank(key(row), seed), key(row)))[:count]
 
 

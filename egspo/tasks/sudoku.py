@@ -9,11 +9,17 @@ import csv
 import functools
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from egspo.tasks.columns import ColumnNames
+from egspo.tasks.rows import report_bad
+
 CELLS = 16
+COLUMNS = ("Puzzle", "Solution")
+"""Of a CSV file."""
+
 MAX_EMPTY = 12
 """A 4x4 puzzle needs at least four clues to have one solution."""
 
@@ -154,36 +160,55 @@ def write_csv(path: str | os.PathLike[str], puzzles: Sequence[Puzzle]) -> None:
     """Write the columns ``Puzzle,Solution``."""
     with Path(path).open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["Puzzle", "Solution"])
+        writer.writerow(COLUMNS)
         writer.writerows([p.puzzle, p.solution] for p in puzzles)
 
 
-def read_csv(path: str | os.PathLike[str]) -> list[Puzzle]:
+def read_csv(
+    path: str | os.PathLike[str],
+    *,
+    names: ColumnNames | None = None,
+    skip_bad_rows: float = 0.0,
+) -> list[Puzzle]:
     """Read the columns ``Puzzle,Solution`` and check every line.
+
+    Args:
+        path: of the file.
+        names: what the columns may be called in it.
+        skip_bad_rows: share of the puzzles that may be wrong; they are left out, counted and named.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming file and line, for a missing column, a malformed grid, or a solution
-            that is not the puzzle's only one.
+        ValueError: naming file and line, for a missing column, or for a malformed grid or a
+            solution that is not the puzzle's only one where too many are.
     """
+    puzzles: list[Puzzle] = []
+    bad: dict[int, str] = {}
     # utf-8-sig: spreadsheets begin a file with a byte order mark.
     with Path(path).open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
         try:
-            missing = {"Puzzle", "Solution"} - set(reader.fieldnames or ())
+            there = dict(zip(COLUMNS, COLUMNS, strict=True))
+            there |= {} if names is None else names.of(reader.fieldnames or ())
+            missing = set(there.values()) - set(reader.fieldnames or ())
             if missing:
                 raise ValueError(
                     f"lacks the columns {sorted(missing)}; it has {reader.fieldnames or []}"
                 )
-            return [_checked(row) for row in reader]
+            for row in reader:
+                try:
+                    puzzles.append(_checked(row[there["Puzzle"]], row[there["Solution"]]))
+                except ValueError as error:
+                    bad[reader.line_num] = str(error)
         except (ValueError, csv.Error) as error:  # not UTF-8 is a ValueError too
             raise ValueError(f"{path}, line {max(reader.line_num, 1)}: {error}") from error
+    report_bad(str(path), bad, len(puzzles) + len(bad), skip_bad_rows, unit="line")
+    return puzzles
 
 
-def _checked(row: Mapping[str, str | None]) -> Puzzle:
+def _checked(puzzle: str | None, solution: str | None) -> Puzzle:
     """The puzzle of one line; a ValueError says what is wrong with it."""
-    puzzle = (row["Puzzle"] or "").strip()
-    solution = (row["Solution"] or "").strip()
+    puzzle, solution = (puzzle or "").strip(), (solution or "").strip()
     if puzzle.isdigit():  # spreadsheets drop leading zeros of what looks like a number
         puzzle = puzzle.zfill(CELLS)
     found = solutions(puzzle)

@@ -1,14 +1,19 @@
-"""The Sudoku task: prompts in two styles, the reward of the literature, and the solve rate."""
+"""The Sudoku task: prompts in two styles, made puzzles or those of files."""
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.columns import ColumnNames
+from egspo.tasks.prompt_text import check_instruction
+from egspo.tasks.published import Protocol, under_protocol
+from egspo.tasks.rows import check_share
+from egspo.tasks.splits import sample
 from egspo.tasks.sudoku import (
+    COLUMNS,
     MAX_EMPTY,
     Puzzle,
     careless_solution,
@@ -16,51 +21,14 @@ from egspo.tasks.sudoku import (
     read_csv,
     split_grids,
 )
+from egspo.tasks.sudoku_answers import CELL_REWARDS, GridRewards, grid_in, tagged_grid
 
-_DIGITS = re.compile("[0-9]")
 _INSTRUCTION = (
     "Solve this 4x4 Sudoku. Every row, every column and every 2x2 box must hold each of the "
     "digits 1 to 4 exactly once; 0 marks a cell to fill in. The grid is given row by row:\n{rows}\n"
     "Think it through, then give the solved grid as 16 digits, row by row, between <answer> and "
     "</answer>."
 )
-
-
-def extract_digits(completion: str) -> str:
-    """Digits of the answer: inside the last ``<answer>`` tag if there is one, else everywhere."""
-    start = completion.rfind("<answer>")
-    if start >= 0:
-        completion = completion[start:].partition("</answer>")[0]
-    return "".join(_DIGITS.findall(completion))
-
-
-def cell_accuracy(
-    prompts: Sequence[Any],
-    completions: Sequence[str],
-    puzzle: Sequence[str],
-    solution: Sequence[str],
-    **_: Any,
-) -> list[float]:
-    """Share of the empty cells filled correctly; given cells pay nothing.
-
-    Cells are compared by place in the first 16 digits of the answer; missing ones are wrong.
-    """
-    scores = []
-    for completion, given, wanted in zip(completions, puzzle, solution, strict=True):
-        digits = extract_digits(completion)
-        empty = Puzzle(given, wanted).empty
-        scores.append(sum(digits[i : i + 1] == wanted[i] for i in empty) / len(empty))
-    return scores
-
-
-def solved(
-    prompts: Sequence[Any], completions: Sequence[str], solution: Sequence[str], **_: Any
-) -> list[float]:
-    """1.0 where the answer has exactly 16 digits and they are the solution."""
-    return [
-        float(extract_digits(completion) == wanted)
-        for completion, wanted in zip(completions, solution, strict=True)
-    ]
 
 
 @register_task("sudoku")
@@ -74,96 +42,159 @@ def build_sudoku(
     validation_grids: int = 0,
     seed: int = 0,
     path: str | None = None,
+    test: str | None = None,
+    columns: dict[str, str] | None = None,
+    skip_bad_rows: float = 0.0,
     prompt_style: Literal["digits", "instruct"] = "instruct",
+    instruction: str | None = None,
+    protocol: Protocol = "strict",
+    reward: str = "strict",
     careless: float = 0.0,
 ) -> Task:
     """4x4 Sudoku, split by solution grid.
 
     Args:
-        train_examples, test_examples, validation_examples: puzzles to make; with ``path``, at most
-            so many are taken.
-        empty_cells: how many cells are empty, or [fewest, most]. None makes puzzles of 8; with
-            ``path``, it takes them all.
-        test_grids: of the 288 solved grids, how many only the test puzzles use.
+        train_examples, test_examples, validation_examples: puzzles to make; of files, at most so
+            many are taken, drawn by ``seed``.
+        empty_cells: how many cells are empty, or [fewest, most]. None makes puzzles of 8, and
+            takes all of a file.
+        test_grids: of the 288 solved grids, how many only the test puzzles use; without effect
+            with ``test``.
         validation_grids: of the others, how many only the validation puzzles use. With 0 there
             are none, and training is evaluated on the test puzzles.
         seed: of the split and the puzzles, independent of the training seed.
         path: a CSV file with the columns ``Puzzle,Solution`` instead of made puzzles.
+        test: such a file that is a test set: no other puzzles have its solution grids.
+        columns: what ``Puzzle`` and ``Solution`` are called in the files.
+        skip_bad_rows: share of the rows of a file that may be wrong (several solutions, no grid):
+            they are left out, counted and named. With 0, one stops the run.
         prompt_style: ``digits``: the 16 digits of the puzzle in, the 16 of the solution out;
             ``instruct``: an instruction in English, the answer in ``<answer>`` tags.
+        instruction: of ``instruct``, instead of its own: a text with {rows}, the grid in four
+            lines, or {puzzle}, its 16 digits. The answer is expected in ``<answer>`` tags.
+        protocol: ``published`` has the prompts and rewards of the paper's code, see
+            ``docs/protocol.md``.
+        reward: ``strict``: a clue that is changed counts as a wrong cell; ``empty_cells``: the
+            published one, to which clues do not matter.
         careless: share of the training targets, for supervised training alone, that are
             :func:`egspo.tasks.sudoku.careless_solution` and not the solution.
 
     Raises:
-        FileNotFoundError: if there is no file ``path``.
+        FileNotFoundError: if there is no file ``path`` or ``test``.
         ValueError: naming the option, or the line of the file, that is wrong.
     """
     if prompt_style not in ("digits", "instruct"):
         raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    check_instruction(instruction, ("{rows}", "{puzzle}"), prompt_style)
+    if reward not in CELL_REWARDS:
+        raise ValueError(f"reward must be one of {list(CELL_REWARDS)}, got {reward!r}")
     if not 0.0 <= careless <= 1.0:
         raise ValueError(f"careless must lie in [0, 1], got {careless!r}")
+    counts = {"train": train_examples, "test": test_examples, "validation": validation_examples}
     for name, count in (
-        ("train_examples", train_examples),
-        ("test_examples", test_examples),
+        *((f"{name}_examples", count) for name, count in counts.items()),
         ("test_grids", test_grids),
-        ("validation_examples", validation_examples),
     ):
         if not _is_int(count) or count < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
-    train_grids, held_out = split_grids(test_grids, seed)
-    if not _is_int(validation_grids) or not 0 <= validation_grids < len(train_grids):
-        raise ValueError(
-            f"validation_grids must be a whole number in [0, {len(train_grids) - 1}], of the grids "
-            f"that test_grids leaves, got {validation_grids!r}"
-        )
-    chosen, train_grids = train_grids[:validation_grids], train_grids[validation_grids:]
-    validation: list[Puzzle] = []
-    if path is None:
-        bounds = _bounds(8 if empty_cells is None else empty_cells)
-        train = make_puzzles(train_grids, train_examples, bounds, seed, "train")
-        test = make_puzzles(held_out, test_examples, bounds, seed, "test")
-        if chosen:
-            validation = make_puzzles(chosen, validation_examples, bounds, seed, "validation")
-    else:
-        bounds = _bounds([1, MAX_EMPTY] if empty_cells is None else empty_cells)
-        puzzles = [p for p in read_csv(path) if bounds[0] <= len(p.empty) <= bounds[1]]
-        train, test = _split(puzzles, set(held_out), path)
-        validation = [p for p in train if p.solution in set(chosen)][:validation_examples]
-        train = [p for p in train if p.solution not in set(chosen)]
-        if not train or bool(chosen) != bool(validation):
-            raise ValueError(
-                f"path: with validation_grids={validation_grids}, {path} has {len(validation)} "
-                f"puzzles for validation and {len(train)} for training: both need at least one"
-            )
-        train, test = train[:train_examples], test[:test_examples]
-    return Task(
+    reader = _Reader(
+        ColumnNames(columns, COLUMNS), check_share(skip_bad_rows), empty_cells, path, test
+    )
+    grids = _split_grids(reader, test_grids, validation_grids, seed)
+    parts = {
+        name: reader.read(name, used, counts[name], seed)
+        for name, used in grids.items()
+        if used or name != "validation"
+    }
+    reader.names.check_used()
+    rewards = GridRewards(grid_in if prompt_style == "digits" else tagged_grid, reward)
+    text = _INSTRUCTION if instruction is None else instruction
+    task = Task(
         name="sudoku",
         train=[
-            _example(puzzle, prompt_style, careless=_draw(seed, i) < careless)
-            for i, puzzle in enumerate(train)
+            _example(puzzle, prompt_style, text, careless=_draw(seed, i) < careless)
+            for i, puzzle in enumerate(parts["train"])
         ],
-        validation=[_example(p, prompt_style) for p in validation],
-        test=[_example(p, prompt_style) for p in test],
-        rewards=[Reward("cell_accuracy", cell_accuracy)],
-        solved=solved,
-        extract=extract_digits,
+        validation=[_example(p, prompt_style, text) for p in parts.get("validation", ())],
+        test=[_example(p, prompt_style, text) for p in parts["test"]],
+        rewards=[Reward("cell_accuracy", rewards.cell_accuracy, explain=rewards.explain)],
+        solved=rewards.solved,
+        extract=rewards.extract,
+    )
+    return under_protocol(
+        task,
+        protocol,
+        instruction=instruction,
+        prompt_style=None if prompt_style == "instruct" else prompt_style,
+        reward=None if reward == "strict" else reward,
     )
 
 
-def _split(
-    puzzles: Sequence[Puzzle], held_out: set[str], path: str
-) -> tuple[list[Puzzle], list[Puzzle]]:
-    """Training and test puzzles of a file, by solution grid."""
-    train = [p for p in puzzles if p.solution not in held_out]
-    test = [p for p in puzzles if p.solution in held_out]
-    if not train or not test:
+class _Reader:
+    """Puzzles of the files there are, others made."""
+
+    def __init__(
+        self,
+        names: ColumnNames,
+        skip_bad_rows: float,
+        empty_cells: int | list[int] | None,
+        path: str | None,
+        test: str | None,
+    ) -> None:
+        self.names = names
+        self._made = _bounds(8 if empty_cells is None else empty_cells)
+        bounds = _bounds([1, MAX_EMPTY] if empty_cells is None else empty_cells)
+        self.files = {
+            file: [
+                puzzle
+                for puzzle in read_csv(file, names=names, skip_bad_rows=skip_bad_rows)
+                if bounds[0] <= len(puzzle.empty) <= bounds[1]
+            ]
+            for file in (path, test)
+            if file is not None
+        }
+        self._path, self.test = path, test
+
+    def read(self, name: str, grids: Sequence[str], count: int, seed: int) -> list[Puzzle]:
+        """At most ``count`` puzzles of a split that has these solution grids."""
+        file = self.test if name == "test" and self.test is not None else self._path
+        if file is None:
+            return make_puzzles(grids, count, self._made, seed, name)
+        allowed = set(grids)
+        found = [puzzle for puzzle in self.files[file] if puzzle.solution in allowed]
+        if not found:
+            raise ValueError(
+                f"{'test' if file == self.test else 'path'}: of the {len(self.files[file])} puzzles"
+                f" in {file} (with as many empty cells as empty_cells asks for), none has one of "
+                f"the {len(allowed)} of the 288 solved grids that are for {_PURPOSE[name]}: give a "
+                "file with more solution grids, or change test_grids, validation_grids or seed"
+            )
+        return sample(found, count, lambda puzzle: puzzle.puzzle, seed)
+
+
+_PURPOSE = {"train": "training", "validation": "validation", "test": "testing"}
+
+
+def _split_grids(
+    reader: _Reader, test_grids: int, validation_grids: int, seed: int
+) -> dict[str, list[str]]:
+    """Solution grids by split, disjoint; a test file has all of its own."""
+    train, test = split_grids(test_grids, seed)
+    if reader.test is not None:
+        test = sorted({puzzle.solution for puzzle in reader.files[reader.test]})
+        train = [grid for part in split_grids(test_grids, seed) for grid in part]
+        train = [grid for grid in train if grid not in set(test)]
+        if not train:
+            raise ValueError(
+                f"test: the puzzles of {reader.test} use all of the 288 solved grids, which leaves "
+                "none to train on"
+            )
+    if not _is_int(validation_grids) or not 0 <= validation_grids < len(train):
         raise ValueError(
-            f"path: of the {len(puzzles)} puzzles in {path} (with as many empty cells as "
-            f"empty_cells asks for), {len(train)} are for training and {len(test)} for testing, "
-            f"because {len(held_out)} of the 288 solved grids (test_grids) are held out; both "
-            "need at least one: give a file with more solution grids, or change test_grids or seed"
+            f"validation_grids must be a whole number in [0, {len(train) - 1}], of the grids "
+            f"that {'test' if reader.test else 'test_grids'} leaves, got {validation_grids!r}"
         )
-    return train, test
+    return {"train": train[validation_grids:], "validation": train[:validation_grids], "test": test}
 
 
 def _bounds(empty_cells: int | list[int]) -> tuple[int, int]:
@@ -187,13 +218,13 @@ def _draw(seed: int, number: int) -> float:
     return random.Random(f"{seed}-careless-{number}").random()
 
 
-def _example(puzzle: Puzzle, style: str, *, careless: bool = False) -> Example:
+def _example(puzzle: Puzzle, style: str, instruction: str, *, careless: bool = False) -> Example:
     answer = careless_solution(puzzle.puzzle) if careless else puzzle.solution
     if style == "digits":
         content, target = puzzle.puzzle, answer
     else:
         rows = "\n".join(puzzle.puzzle[i : i + 4] for i in range(0, 16, 4))
-        content = _INSTRUCTION.format(rows=rows)
+        content = instruction.replace("{rows}", rows).replace("{puzzle}", puzzle.puzzle)
         target = f"<answer>\n{answer}\n</answer>"
     return Example(
         prompt=[{"role": "user", "content": content}],

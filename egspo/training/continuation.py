@@ -8,6 +8,13 @@ from typing import Any, Literal
 from egspo.config import TrainConfig
 from egspo.config.recipe import TASK_COPY, config_to_dict, load_config, task_content
 from egspo.files import CheckpointError
+from egspo.runs.checkpoint import (
+    CHECKPOINTS,
+    check_unclaimed,
+    find_checkpoint,
+    list_checkpoints,
+    newest_intact,
+)
 
 # What may differ without changing what the steps already made would have been.
 _FREE = (
@@ -23,6 +30,8 @@ _FREE = (
     "task.reward_timeout",
     "micro_batch_size",  # how the same gradient is summed
     "micro_batch_tokens",
+    "max_empty_steps",
+    "allow_changed_data",
 )
 _FREE_SFT = (
     *_FREE,
@@ -46,6 +55,39 @@ _FREE_SFT = (
     "sft.steps",
     "sft.log_every",
 )
+
+
+Resume = Path | Literal["auto"] | None
+"""A checkpoint, or a run whose newest one to go on from; :data:`AUTO`; None begins."""
+AUTO: Literal["auto"] = "auto"
+"""From the newest intact checkpoint in the output folder, or from the beginning without any."""
+
+
+def chosen_checkpoint(
+    config: TrainConfig, resume: Resume, command: Literal["train", "sft"]
+) -> Path | None:
+    """The checkpoint that a run with ``config`` goes on from; None where it begins.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or of another configuration; or the output
+            folder has checkpoints of another run.
+    """
+    folder = Path(config.output_dir) / CHECKPOINTS
+    if resume is None:
+        checkpoint = None
+    elif isinstance(resume, Path):
+        checkpoint = find_checkpoint(resume)
+    else:
+        checkpoint = newest_intact(folder.parent)
+        if checkpoint is None and list_checkpoints(folder):
+            raise CheckpointError(
+                f"all checkpoints in {folder} are damaged: --overwrite starts over, and keeps the "
+                "old folder under another name"
+            )
+    check_unclaimed(folder, checkpoint)
+    if checkpoint is not None:
+        check_continuation(config, checkpoint.parent.parent, command)
+    return checkpoint
 
 
 def check_continuation(config: TrainConfig, run: Path, command: Literal["train", "sft"]) -> None:

@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from egspo.models import load_adapter, load_model, load_tokenizer
-from egspo.runs.checkpoint import (
-    CHECKPOINTS,
-    MANIFEST,
-    list_checkpoints,
-    publish,
-    verify_checkpoint,
-)
+from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
+from egspo.runs.published import MANIFEST, publish, verify_published
 from egspo.serving.named_model import GENERATION_FILE
 from egspo.training.state import ADAPTER, WEIGHTS
 from egspo.training.warm_start import BASE
@@ -63,7 +58,7 @@ def export(
         raise FileExistsError(f"{output} exists already, and nothing is overwritten")
     folder, kind = _trained(source)
     if (folder.parent / MANIFEST).is_file():
-        verify_checkpoint(folder.parent)
+        verify_published(folder.parent)
     if kind == WEIGHTS:
         for name, value in (("base", base), ("max_shard_size", max_shard_size)):
             if value is not None:
@@ -117,7 +112,7 @@ def _base(adapter: Path, given: str | None) -> tuple[str, Any]:
         return where, load_model(where)
     for run in adapter.absolute().parents[:3]:  # RUN/final/adapter, RUN/checkpoints/STEP/adapter
         if (run / BASE / MANIFEST).is_file():
-            verify_checkpoint(run / BASE)
+            verify_published(run / BASE)
             where = str(run / BASE / WEIGHTS)
             return where, load_model(where)
     file = adapter / _FILES[ADAPTER]

@@ -6,13 +6,16 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,8 +23,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from egspo.engines.optimization import NonFiniteError
 from egspo.engines.whole import Engine
 from egspo.files import CheckpointError
+from egspo.models.experts import stacked
 from egspo.models.lora import POLICY_ADAPTER
-from egspo.runs.checkpoint import save_checkpoint
+from egspo.runs.checkpoint import intact_hint, save_checkpoint
 
 WEIGHTS, ADAPTER, OPTIMIZER, STATE = "model", "adapter", "optimizer.pt", "state.json"
 
@@ -49,22 +53,40 @@ def copy_weights(source: Path, folder: Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load in place what :func:`save_weights` wrote; raises CheckpointError if keys differ."""
+    """Load in place what :func:`save_weights` wrote.
+
+    Raises:
+        CheckpointError: names or shapes are not those of the model; nothing was loaded.
+    """
     if isinstance(model, PeftModel):
-        tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
-        outcome: Any = set_peft_model_state_dict(model, tensors)
-        unexpected = list(outcome.unexpected_keys)
-        missing: list[str] = []
+        kind = ADAPTER
+        expected = get_peft_model_state_dict(model, adapter_name=POLICY_ADAPTER)
     else:
-        tensors = {}
-        for file in sorted((folder / WEIGHTS).glob("*.safetensors")):
+        kind = WEIGHTS
+        expected = model.state_dict()
+    with _fitting(folder, kind):
+        tensors: dict[str, Tensor] = {}
+        for file in sorted((folder / kind).glob("*.safetensors")):
             tensors.update(load_file(file))
-        outcome = model.load_state_dict(tensors, strict=False)
-        unexpected, missing = list(outcome.unexpected_keys), list(outcome.missing_keys)
-    if unexpected or missing or not tensors:
-        raise CheckpointError(
-            f"{folder} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}"
-        )
+        tensors = stacked(tensors)
+        _check_shapes(tensors, expected)
+        if isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, tensors, adapter_name=POLICY_ADAPTER)
+        else:
+            model.load_state_dict(tensors, strict=False)
+
+
+def _check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError naming what differs."""
+    missing, unexpected = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    if missing or unexpected or not found:
+        raise ValueError(f"missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} has the shape {list(found[name].shape)}, the model's is "
+                f"{list(tensor.shape)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,10 +109,12 @@ class TrainingState:
         keep_last: int,
         keep: int | None = None,
         main: bool = True,
+        best: dict[str, Any] | None = None,
     ) -> Path | None:
         """Checkpoint after ``step`` under ``folder``, which the ``main`` one writes and returns.
 
-        Of a sharded engine every process calls this; of another only the main one needs to.
+        Of a sharded engine every process calls this; of another only the main one needs to. What
+        ``best`` says is kept with it, for :func:`saved_best`.
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; the earlier checkpoints are kept.
@@ -109,15 +133,55 @@ class TrainingState:
                 {"optimizer": optimizer, "scheduler": self.scheduler.state_dict()},
                 path / OPTIMIZER,
             )
-            (path / STATE).write_text(json.dumps({"command": self.command, "step": step}))
+            (path / STATE).write_text(
+                json.dumps({"command": self.command, "step": step, "best": best})
+            )
 
         return save_checkpoint(folder, step, write, keep_last=keep_last, keep=keep)
 
     def load(self, path: Path) -> None:
-        """Restore optimizer and schedule in place; the weights were before they were sharded."""
-        saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-        self.engine.load_optimizer_state(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        """Restore optimizer and schedule in place; the weights were before they were sharded.
+
+        Raises:
+            CheckpointError: they do not fit the model.
+        """
+        with _fitting(path, OPTIMIZER):
+            saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+            self._check_moments(saved["optimizer"])
+            self.engine.load_optimizer_state(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+
+    def _check_moments(self, state: dict[str, Any]) -> None:
+        """Of every parameter that is trained, in its shape; of none before the first update."""
+        # What DeepSpeed has taken apart says its shape elsewhere.
+        shapes = [
+            getattr(p, "ds_shape", p.shape) for p in self.model.parameters() if p.requires_grad
+        ]
+        shapes = [s for s in shapes if len(s) >= 2] + [s for s in shapes if len(s) < 2]
+        count = sum(len(group["params"]) for group in state["param_groups"])
+        if count != len(shapes):
+            raise ValueError(f"it is of {count} parameters, the model trains {len(shapes)}")
+        for index, values in state["state"].items():
+            moment = values.get("exp_avg")  # 8-bit AdamW has it in blocks, under another name
+            if moment is not None and moment.shape != shapes[index]:
+                raise ValueError(
+                    f"moments of shape {list(moment.shape)} for a weight of {list(shapes[index])}"
+                )
+
+
+_MISFITS = (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def _fitting(folder: Path, file: str) -> Iterator[None]:
+    """Inside, an error of reading ``file`` of a checkpoint says which, and what to go back to."""
+    try:
+        yield
+    except (*_MISFITS, SafetensorError, UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"{folder} does not fit this run: {file}: {reason}{intact_hint(folder)}"
+        ) from error
 
 
 def resumed_step(path: Path, command: Literal["train", "sft"], option: str, total: int) -> int:
@@ -131,18 +195,27 @@ def resumed_step(path: Path, command: Literal["train", "sft"], option: str, tota
     Raises:
         CheckpointError: it is of another command or a longer run.
     """
-    state = json.loads((path / STATE).read_text())
-    if state["command"] != command:
+    with _fitting(path, STATE):
+        state = json.loads((path / STATE).read_text("utf-8"))
+        made, step = str(state["command"]), state["step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"step is {step!r}")
+    if made != command:
         raise CheckpointError(
-            f"{path} is a checkpoint of egspo {state['command']}: egspo {command} cannot resume "
-            "from it"
+            f"{path} is a checkpoint of egspo {made}: egspo {command} cannot resume from it"
         )
-    if state["step"] > total:
+    if step > total:
         raise CheckpointError(
-            f"{path} is of step {state['step']}, later than the last of this run ({option}={total})"
+            f"{path} is of step {step}, later than the last of this run ({option}={total})"
         )
-    step: int = state["step"]
     return step
+
+
+def saved_best(path: Path) -> dict[str, Any] | None:
+    """What :meth:`TrainingState.save` was told of the best step; None where it was not."""
+    with _fitting(path, STATE):
+        best: dict[str, Any] | None = json.loads((path / STATE).read_text("utf-8")).get("best")
+        return best
 
 
 def trained_bytes(model: nn.Module, copies: int) -> int:

@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 from egspo.algorithm.batch import Metrics
@@ -17,24 +18,22 @@ from egspo.engines.optimization import NonFiniteError, advance
 from egspo.engines.reduction import merge
 from egspo.inspection.plotting import plot_run
 from egspo.inspection.sample_table import SampleTable
-from egspo.runs.checkpoint import (
-    CHECKPOINTS,
-    check_writable,
-    list_checkpoints,
-    publish,
-    remove_later,
-    remove_partial,
-    step_of,
-)
-from egspo.runs.metrics import MetricsWriter, read_metrics
-from egspo.runs.samples import carry_samples, write_group
+from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, remove_later, step_of
+from egspo.runs.lock import RunLockedError
+from egspo.runs.metrics import MetricsWriter
+from egspo.runs.published import publish
+from egspo.runs.samples import carry_samples, set_damaged_aside, write_group
 from egspo.training.best import BestSoFar
-from egspo.training.continuation import flat
+from egspo.training.continuation import Resume, flat
+from egspo.training.data_identity import save_data_identity
 from egspo.training.data_order import data_order
+from egspo.training.empty_steps import EmptySteps
 from egspo.training.evaluation import average, evaluate
+from egspo.training.occupation import occupy
 from egspo.training.progress import RunProgress
-from egspo.training.setup import assemble, check_shared, launched, origin
-from egspo.training.state import Termination, copy_weights
+from egspo.training.setup import assemble, launched, made_before, origin
+from egspo.training.state import Termination, copy_weights, saved_best
+from egspo.training.trackers import tracker_options
 
 logger = logging.getLogger("egspo")
 
@@ -42,7 +41,7 @@ logger = logging.getLogger("egspo")
 _EVAL_STREAM = 0x6576616C
 
 
-def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
+def train(config: TrainConfig, *, resume: Resume = None) -> Path:
     """Train by ``config``; returns the folder of the trained model.
 
     ``config.output_dir`` gets ``config.yaml``, ``metrics.jsonl``, ``samples/``, ``samples.html``,
@@ -53,14 +52,19 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
 
     Args:
         config: the run.
-        resume: a checkpoint, or a run whose newest checkpoint to continue from.
+        resume: a checkpoint, or a run whose newest checkpoint to continue from; ``"auto"`` for the
+            newest intact one in ``output_dir``, or from the beginning without any.
 
     Raises:
         CheckpointError: ``resume`` is damaged, or not of a run with this configuration; or
             ``output_dir`` has another run's checkpoints.
+        EmptyRunError: for ``max_empty_steps`` steps there was nothing to update on.
+        LostProcessError: another process died or froze.
         NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
+        NotOursError: ``output_dir`` has something else where the run would write.
         OSError: ``output_dir`` or the warm-start cache cannot be written, or a disk is too full.
         RewardError: a reward function failed, and ``task.on_reward_error`` is ``raise``.
+        RunLockedError: another run goes on in ``output_dir``, or the folder is gone.
         ValueError: data, model and configuration do not fit together.
     """
     return Trainer(config, resume=resume).run()
@@ -69,33 +73,52 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> Path:
 class Trainer:
     """A run whose parts are built, ready to go; see :func:`train`."""
 
-    def __init__(self, config: TrainConfig, *, resume: Path | None = None) -> None:
+    def __init__(self, config: TrainConfig, *, resume: Resume = None) -> None:
         self.output = Path(config.output_dir)
         launch = launched(config)
         self.config = launch.config
         self.accelerator, self.processes = launch.accelerator, launch.processes
-        check_writable(self.output, 0)
-        check_shared(self.output, self.processes)
-        self.origin = origin(self.config, resume)
-        parts = assemble(launch, self.origin)
+        with self.processes.collective():
+            self._lock = occupy(self.output, self.processes)
+            try:
+                self.origin = origin(self.config, resume)
+                parts = assemble(launch, self.origin)
+            except BaseException:
+                self._release()
+                raise
         self.data, self.denoiser, self.reference = parts.data, parts.denoiser, parts.reference
-        self.engine, self.state = parts.engine, parts.state
+        self.engine, self.state, self._identity = parts.engine, parts.state, parts.identity
         self.iteration = Iteration(
             self.config, self.data, self.denoiser, self.engine, self.processes
         )
         self.pipeline = Pipeline(self.config, self.iteration, self._work)
         self.completed = self.origin.step
         self.best = self._best_so_far()
+        config = self.config
+        self.empty = EmptySteps(
+            config.max_empty_steps,
+            config.prompts_per_step * config.algorithm.group_size,
+            made_before(self.origin),
+        )
         self._between_steps = True
         self._table: SampleTable | None = None  # of the main process, once the trackers are there
 
     def run(self) -> Path:
         """Train to ``config.steps``; on an error or interrupt the intact state is saved first."""
+        with self.processes.collective():
+            try:
+                return self._run()
+            finally:
+                self._release()
+
+    def _run(self) -> Path:
         main, start = self.processes.is_main, self.completed
         writer = self._open()
         try:
             with (
-                RunProgress(self.config.steps, "EGSPO", start=start, enabled=main) as progress,
+                RunProgress(
+                    self.config.steps, "EGSPO", start=start, enabled=main, gpus=self._gpus
+                ) as progress,
                 Termination(deferred=self.engine.sharded) as termination,
                 closing(self.pipeline),
             ):
@@ -104,8 +127,10 @@ class Trainer:
                 for step in range(start + 1, self.config.steps + 1):
                     if self._is_hopeless():
                         break
-                    improved = self._log(self._step(step), writer, progress)
+                    record = self._step(step)
+                    improved = self._log(record, writer, progress)
                     self._complete(step, improved)
+                    self.empty.check(step, record)
                     if self.engine.sharded and self.processes.any(termination.requested):
                         self._save()
                         raise SystemExit(128 + signal.SIGTERM)
@@ -114,35 +139,56 @@ class Trainer:
             raise
         return self._finish()
 
+    @property
+    def _gpus(self) -> int:
+        return self.processes.count if self.denoiser.device.type == "cuda" else 0
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _check_lock(self) -> None:
+        """Before anything is written: the folder is there, and still this run's."""
+        if self._lock is not None:
+            self._lock.check()
+
     def _best_so_far(self) -> BestSoFar:
-        run = self.origin.run
-        if run is None or not (run / "metrics.jsonl").exists():
+        checkpoint, run = self.origin.checkpoint, self.origin.run
+        if checkpoint is None or run is None:
             return BestSoFar()
-        return BestSoFar.of(r for r in read_metrics(run) if r["step"] <= self.completed)
+        saved = saved_best(checkpoint)
+        if saved is not None:
+            return BestSoFar(**saved)
+        return BestSoFar.of(made_before(self.origin))
 
     def _open(self) -> MetricsWriter:
         """Make the folder of the run ready, and what reports of it."""
         main, resumed = self.processes.is_main, self.origin.run
         if main:
-            remove_partial(self.output)
-            remove_partial(self._checkpoints)
             remove_later(self._checkpoints, self.completed)
             save_config(self.config, self.output / "config.yaml")
+            save_data_identity(self.output, self._identity)
         options = flat(config_to_dict(self.config))
         self.accelerator.init_trackers(
             "egspo",
             config={k: v if isinstance(v, int | float) else str(v) for k, v in options.items()},
+            init_kwargs=tracker_options(self.output, resumed)
+            if main and "wandb" in self.config.trackers
+            else {},
         )
         if main:
             if resumed is not None:
                 carry_samples(resumed, self.output, self.completed)
+            set_damaged_aside(self.output, self.completed)
             trackers = self.accelerator.trackers
             self._table = SampleTable(self.output, trackers, completed=self.completed)
-        return MetricsWriter(
+        writer = MetricsWriter(
             self.output / "metrics.jsonl" if main else None,
             resume_after=self.completed if resumed else None,
             history=resumed and resumed / "metrics.jsonl",
         )
+        writer.warn_of_missing(range(1, self.completed + 1))
+        return writer
 
     def _complete(self, step: int, improved: bool) -> None:
         """All of ``step`` is done; save where that is due."""
@@ -166,7 +212,7 @@ class Trainer:
         elif self.completed and self._between_steps and not self.iteration.updated:
             try:
                 self._save()
-            except (OSError, NonFiniteError) as error:  # must not hide what ended the run
+            except (OSError, NonFiniteError, RunLockedError) as error:  # must not hide the cause
                 logger.error("step %d could not be saved: %s", self.completed, error)
 
     def _step(self, step: int) -> Metrics:
@@ -174,14 +220,17 @@ class Trainer:
         config = self.config
         start = time.perf_counter()
         metrics = self.pipeline.step(step)
+        updated = self.iteration.updated  # of all processes, or of none
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
         advance(self.state.scheduler)
         self.reference.after(step)
         self.processes.enter(f"the end of step {step}")
         metrics = merge(self.processes.gather(metrics))
+        self.empty.after(step, metrics, updated=updated)
         if config.evaluates_at(step):
             if self._table is not None and self.iteration.group:
+                self._check_lock()
                 write_group(self.output, step, self.iteration.group)
                 self._table.add(step, self.iteration.group)
             self.processes.enter(f"the evaluation of step {step}")
@@ -230,6 +279,7 @@ class Trainer:
 
     def _log(self, record: Metrics, writer: MetricsWriter, progress: RunProgress) -> bool:
         """Record a step; whether its held-out reward is the best so far."""
+        self._check_lock()
         writer.write(record)
         scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         self.accelerator.log(scalars, step=record["step"])
@@ -255,6 +305,7 @@ class Trainer:
         main, options = self.processes.is_main, self.config.checkpoint
         if not main and not self.engine.sharded:
             return None
+        self._check_lock()
         self.processes.enter(f"saving step {self.completed}")
         self.reference.collect(self.completed, main=main)
         return self.state.save(
@@ -263,6 +314,7 @@ class Trainer:
             keep_last=options.keep_last,
             keep=self.best.step if options.keep_best else None,
             main=main,
+            best=asdict(self.best),
         )
 
     def _finish(self) -> Path:

@@ -17,17 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from egspo.config import CheckpointConfig, GenerationConfig, TrainConfig
 from egspo.config.recipe import save_config
-from egspo.files import CheckpointError
+from egspo.engines.processes import Processes
+from egspo.files import CheckpointError, remove_partial
 from egspo.rollouts.denoiser import Denoiser
-from egspo.runs.checkpoint import (
-    CHECKPOINTS,
-    check_unclaimed,
-    check_writable,
-    find_checkpoint,
-    publish,
-    remove_partial,
-    verify_checkpoint,
-)
+from egspo.runs.checkpoint import check_writable
+from egspo.runs.lock import RunLock
+from egspo.runs.published import publish, verify_published
 from egspo.serving.named_model import save_generation_config
 from egspo.tasks import Example
 from egspo.tasks.prompts import Data, build_data, supervised_examples
@@ -39,7 +34,9 @@ from egspo.training.build import (
     plain_denoiser,
     trainable_model,
 )
-from egspo.training.continuation import check_continuation
+from egspo.training.continuation import Resume, chosen_checkpoint
+from egspo.training.data_identity import check_same_data, data_identity, save_data_identity
+from egspo.training.occupation import occupy
 from egspo.training.sft import SupervisedData, train_supervised
 from egspo.training.state import WEIGHTS, save_weights, trained_bytes
 
@@ -48,6 +45,8 @@ logger = logging.getLogger("egspo")
 BASE = "base"
 """Folder of a run, for the model that its adapter or its KL goes with; see :func:`kept_base`."""
 
+# Seconds after which nobody is writing any more to what is half-written in the cache.
+_ABANDONED = 24 * 3600.0
 # Changes when the procedure does, so that cached warm starts of an older one are not used.
 _PROCEDURE = 3
 
@@ -84,16 +83,18 @@ def warm_start(
     if not _is_complete(cached):
         model_config = replace(config.model, dtype="float32")
         model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)
-        check_data(config, data, getattr(model.config, "max_sequence_length", None))
+        check_data(config, data, model.config)
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         check_writable(cached.parent, needed, name="the warm-start cache (EGSPO_CACHE)")
         denoiser = plain_denoiser(config, model, data.tokenizer, device)
         _train(config, data, examples, denoiser, Path(config.output_dir) / "warm_start")
-        # Another run may have been faster, and be reading its own.
-        if not _is_complete(cached):
-            publish(
-                cached, lambda folder: save_model(model, data.tokenizer, config.generation, folder)
-            )
+        remove_partial(cached.parent, older_than=_ABANDONED)
+        # Another run may have been faster, and be reading its own, or be just about to.
+        publish(
+            cached,
+            lambda folder: save_model(model, data.tokenizer, config.generation, folder),
+            replace=False,
+        )
     return cached / "model"
 
 
@@ -122,7 +123,7 @@ def kept_base(
     target = output / BASE
     earlier = None if resumed is None else resumed / BASE
     if main and earlier is not None and earlier.is_dir():
-        verify_checkpoint(earlier)
+        verify_published(earlier)
         if earlier.resolve() != target.resolve():
             publish(target, lambda path: shutil.copytree(earlier / WEIGHTS, path / WEIGHTS))
     elif main:
@@ -132,7 +133,7 @@ def kept_base(
 
 def _is_complete(cached: Path) -> bool:
     try:
-        verify_checkpoint(cached)
+        verify_published(cached)
     except CheckpointError as error:
         if cached.exists():
             logger.warning("the cached warm start is made anew: %s", error)
@@ -141,7 +142,7 @@ def _is_complete(cached: Path) -> bool:
     return True
 
 
-def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
+def run_sft(config: TrainConfig, *, resume: Resume = None) -> Path:
     """Supervised training by ``config.sft``; returns the folder of the trained model.
 
     ``config.output_dir`` gets ``config.yaml``, ``sft_metrics.jsonl``, ``checkpoints/`` (every
@@ -149,12 +150,14 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
 
     Args:
         config: with an ``sft`` section.
-        resume: a checkpoint, or a run whose newest one to continue from.
+        resume: as :func:`egspo.training.trainer.train`.
 
     Raises:
         CheckpointError: ``resume`` is damaged, or not of a run with this configuration.
         NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
+        NotOursError: ``output_dir`` has something else where the run would write.
         OSError: ``output_dir`` cannot be written, or its disk is too full.
+        RunLockedError: another run goes on in ``output_dir``, or the folder is gone.
         ValueError: there is no ``sft`` section, more than one process, or a bad input.
     """
     if config.sft is None:
@@ -162,14 +165,21 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("egspo sft trains on one process: start it without accelerate or torchrun")
     output = Path(config.output_dir)
-    check_writable(output, 0)
-    checkpoint = None if resume is None else find_checkpoint(resume)
-    check_unclaimed(output / CHECKPOINTS, checkpoint)
-    if checkpoint is not None:
-        check_continuation(config, checkpoint.parent.parent, "sft")
+    lock = occupy(output, Processes(alone=True))
+    assert lock is not None
+    with lock:
+        return _run_sft(config, output, chosen_checkpoint(config, resume, "sft"), lock)
+
+
+def _run_sft(config: TrainConfig, output: Path, checkpoint: Path | None, lock: RunLock) -> Path:
+    """In a folder that is this run's; goes on from ``checkpoint``."""
+    assert config.sft is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_data(config)
     examples = supervised_examples(config, data)
+    identity = data_identity(data.task, examples)
+    if checkpoint is not None:
+        check_same_data(config, identity, checkpoint.parent.parent)
     if config.model.path is None:
         base = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
         if config.model.has_adapter:
@@ -182,15 +192,21 @@ def run_sft(config: TrainConfig, *, resume: Path | None = None) -> Path:
             base = base_model(config.model, str(folder), device)
     else:
         base = base_model(config.model, config.model.path, device)
-    check_data(config, data, getattr(base.config, "max_sequence_length", None))
+    check_data(config, data, base.config)
     model = trainable_model(config.model, base, config.sft.seed)
     denoiser = plain_denoiser(config, model, data.tokenizer, device)
     check_writable(output, trained_bytes(model, config.checkpoint.keep_last + 2))
-    remove_partial(output)
-    remove_partial(output / CHECKPOINTS)
     save_config(config, output / "config.yaml")
+    save_data_identity(output, identity)
     _train(
-        config, data, examples, denoiser, output, resume=checkpoint, checkpoint=config.checkpoint
+        config,
+        data,
+        examples,
+        denoiser,
+        output,
+        resume=checkpoint,
+        checkpoint=config.checkpoint,
+        check=lock.check,
     )
     final = output / "final"
     publish(final, lambda folder: save_model(model, data.tokenizer, config.generation, folder))
@@ -222,6 +238,7 @@ def _train(
     *,
     resume: Path | None = None,
     checkpoint: CheckpointConfig | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     assert config.sft is not None
     supervised = SupervisedData.encode(
@@ -237,6 +254,7 @@ def _train(
         ),
         resume=resume,
         checkpoint=checkpoint,
+        check=check,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 
 from egspo.config import DistributedConfig
 from egspo.engines.processes import Processes
-from egspo.runs.checkpoint import list_checkpoints, verify_checkpoint
+from egspo.runs.checkpoint import list_checkpoints
 from egspo.runs.metrics import deterministic, read_metrics
+from egspo.runs.published import verify_published
 from tests.helpers import runs
 from tests.helpers.runs import Strike, start
 
@@ -126,7 +128,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_engine(
     assert start(run, 3, FSDP2, *changes, resume=run) == [0, 0, 0]
     assert_same_weights(tmp_path / "whole", run)
     for checkpoint in list_checkpoints(run / "checkpoints"):
-        verify_checkpoint(checkpoint)
+        verify_published(checkpoint)
     # And back to one process, from a checkpoint of three.
     assert start(run, 1, *changes, {"steps": 5}, resume=run) == [0]
     assert read_metrics(run)[-1]["step"] == 5
@@ -168,7 +170,7 @@ def test_a_process_that_is_killed_ends_the_others(engine: str, phase: str, tmp_p
         assert f"process {victim} is in '" in message or "ended in the same phase" in message
     made = list_checkpoints(run / "checkpoints")
     for checkpoint in made:
-        verify_checkpoint(checkpoint)
+        verify_published(checkpoint)
     assert made or phase in ("evaluation", "saving")
     if phase == "update":  # and it goes on from there
         assert start(run, 2, changes, resume=run) == [0, 0]
@@ -181,6 +183,31 @@ def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
     message = (tmp_path / "run.lost-0").read_text()
     assert "at most 3 s (distributed.timeout)" in message
     assert "process 1 is in 'select of step 2'" in message
+
+
+FROZEN = {
+    "base": "egspo.training.setup._base",
+    **{name: PHASES[name] for name in ("rollout", "update", "end", "evaluation", "saving")},
+    "final": "egspo.training.trainer.publish",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+@pytest.mark.parametrize("phase", FROZEN)
+def test_the_main_process_is_not_waited_for_when_it_is_frozen(
+    phase: str, engine: str, tmp_path: Path
+) -> None:
+    """Nor is its list of phases, which does not answer either."""
+    call = {"base": 1, "evaluation": 2, "update": 5, "saving": 1, "final": 1}.get(phase, 3)
+    blow = Strike(0, FROZEN[phase], call, int(signal.SIGSTOP))
+    changes = {"distributed": {"engine": engine, "timeout": 6.0}}
+    start_time = time.monotonic()
+    codes = start(tmp_path / "run", 2, changes, blow=blow, seconds=60)
+    assert codes == [None, runs.LOST]
+    assert time.monotonic() - start_time < 55
+    message = (tmp_path / "run.lost-1").read_text()
+    assert "process 0, which knows the phase of each, does not answer" in message
 
 
 @pytest.mark.parametrize("engine", ["replicated", "fsdp2"])

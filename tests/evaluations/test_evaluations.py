@@ -19,7 +19,7 @@ from egspo.evaluations.records import SampleFile
 from egspo.files import CheckpointError
 from egspo.models import new_model
 from egspo.runs.metrics import read_metrics
-from egspo.tasks.sudoku_task import cell_accuracy
+from egspo.tasks.sudoku_answers import GridRewards, grid_in
 from egspo.training.trainer import train
 from tests.helpers import runs
 from tests.helpers.chatml import EOS, MASK, write_tokenizer
@@ -133,7 +133,8 @@ def test_samples_say_what_was_asked_answered_and_paid(trained: Path, tmp_path: P
         example = examples[record["index"]]
         assert record["prompt"] == example.prompt
         columns = {name: [value] for name, value in example.columns.items()}
-        scores = cell_accuracy(prompts=[], completions=[record["completion"]], **columns)
+        rewards = GridRewards(grid_in, "strict")
+        scores = rewards.cell_accuracy([record["completion"]], **columns)
         assert [record["rewards"]["cell_accuracy"]] == scores
 
 

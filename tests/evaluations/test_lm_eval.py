@@ -132,6 +132,11 @@ def request(context: str, **options: Any) -> SimpleNamespace:
     return SimpleNamespace(args=(context, options))
 
 
+@pytest.mark.parametrize("size", ["auto", "auto:4", None])
+def test_an_automatic_batch_size_is_the_one_trained_with(trained: Path, size: str | None) -> None:
+    assert "batch_size" not in EgspoLM(str(trained), batch_size=size).given
+
+
 def test_what_tasks_may_ask_for(trained: Path) -> None:
     lm = EgspoLM(str(trained), max_new_tokens=20, steps=20, batch_size=2)
     prompts = ["12", "4321", "2"]
@@ -152,7 +157,7 @@ def test_what_tasks_may_ask_for(trained: Path) -> None:
     [
         ({"temperature": 1.0}, "temperature is the task's"),
         ({"mc_samples": 0}, "mc_samples must be a whole number >= 1, got 0"),
-        ({"batch_size": "auto"}, "batch_size must be a whole number, got 'auto'"),
+        ({"batch_size": "many"}, "batch_size must be a whole number or auto, got 'many'"),
         ({"blok_length": 8}, "blok_length: unknown key; did you mean block_length"),
         ({"policy": "best"}, "policy: expected one of"),
         ({"adapter": "RUN"}, "has no adapter but the model"),

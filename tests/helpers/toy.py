@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -60,6 +60,13 @@ def reward(tokens: Tensor) -> Tensor:
     return torch.sin((tokens * place).sum(-1) * 1.7) + (tokens == 1).double().mean(-1)
 
 
+def with_policy(config: GenerationConfig, policy: str, *, bound: float = 1e-9) -> GenerationConfig:
+    """``config`` with another order; ``bound`` is of the entropy, where it has one: by default so
+    small that every step reveals its quota."""
+    threshold = bound if policy == "entropy_bounded" else config.threshold
+    return replace(config, policy=policy, threshold=threshold)  # type: ignore[arg-type]
+
+
 @dataclass
 class Enumeration:
     """Every trajectory of a policy with its probability (differentiable in the table)."""
@@ -72,17 +79,25 @@ def enumerate_trajectories(
     denoiser: Denoiser,
     config: GenerationConfig,
     logits_of: Callable[[list[int], int], Tensor] | None = None,
+    prompt: tuple[int, ...] = PROMPT,
+    causal: bool = False,
 ) -> Enumeration:
     """All trajectories of an unmasking policy, by its definition and not by the rollout.
 
     Args:
         denoiser: only its special tokens, where ``logits_of`` is given.
-        config: of the generation, early exit apart; a threshold with policy max_prob only.
+        config: of the generation, early exit apart; a threshold with the policies max_prob and
+            entropy_bounded only.
         logits_of: (canvas, first position of the active block) -> [L, V]; by default those of the
             tabular model.
+        prompt: of all.
+        causal: whether blocks are counted from the first token of the prompt.
     """
     length, steps, width = config.max_new_tokens, config.steps, config.block_length
     plan = schedule(width, steps * width // length, width)
+    plans = {width: plan}
+    for count in range(1, width):
+        plans[count] = schedule(count, -(-count * len(plan) // width), count)
     leaves: list[tuple[list[int], list[int], Tensor, list[float]]] = []
 
     def extend(
@@ -94,9 +109,11 @@ def enumerate_trajectories(
         entropies: list[float],
     ) -> None:
         start, within = place
-        if MASK not in canvas[start : start + width]:
+        inside = range(max(start, 0), min(start + width, length))
+        if all(canvas[i] != MASK for i in inside):
             start, within = start + width, 0
-        if start == length:
+            inside = range(max(start, 0), min(start + width, length))
+        if start >= length:
             leaves.append((canvas, when, probability, entropies))
             return
         if logits_of is None:
@@ -107,10 +124,14 @@ def enumerate_trajectories(
         probs = (logits / config.temperature).softmax(1)
         plain = logits.softmax(1)
         entropy = -torch.where(plain > 0, plain * plain.clamp(min=1e-300).log(), 0.0).sum(1)
-        masked = [i for i in range(start, start + width) if canvas[i] == MASK]
-        quota = plan[within].quota
+        masked = [i for i in inside if canvas[i] == MASK]
+        quota = plans[len(inside)][within].quota
         if config.threshold is not None:
-            sure = sum(float(plain[i].max()) >= config.threshold for i in masked)
+            if config.policy == "entropy_bounded":
+                losses = sorted(float(entropy[i].detach()) for i in masked)
+                sure = sum(total < config.threshold for total in itertools.accumulate(losses))
+            else:
+                sure = sum(float(plain[i].max()) >= config.threshold for i in masked)
             most = config.max_tokens_per_step or width
             quota = min(max(quota, min(sure, most)), len(masked))
         for tokens, chosen, weight in outcomes(config.policy, probs, plain, entropy, masked, quota):
@@ -128,11 +149,13 @@ def enumerate_trajectories(
             )
 
     begin = torch.ones((), dtype=torch.float64)
-    extend([MASK] * length, [-1] * length, (0, 0), 0, begin, [])
+    first = -(len(prompt) % width) if causal else 0
+    extend([MASK] * length, [-1] * length, (first, 0), 0, begin, [])
     taken = [len(leaf[3]) for leaf in leaves]
+    steps = max(steps, *taken)
     tokens = torch.tensor([leaf[0] for leaf in leaves])
     trajectory = Trajectory(
-        prompts=PromptBatch.from_lists([PROMPT] * len(leaves), 0),
+        prompts=PromptBatch.from_lists([prompt] * len(leaves), 0),
         tokens=tokens,
         unmask_step=torch.tensor([leaf[1] for leaf in leaves], dtype=torch.int16),
         entropy=torch.tensor(
@@ -166,6 +189,8 @@ def outcomes(
         "max_prob": lambda i: float(top[i, 0]),
         "margin": lambda i: float(top[i, 0] - top[i, 1]),
         "entropy": lambda i: -float(entropy[i].detach()),
+        "entropy_bounded": lambda i: -float(entropy[i].detach()),
+        "sequential": lambda i: 0.0,
     }
     if policy == "random":
         subsets = [list(subset) for subset in itertools.combinations(masked, quota)]

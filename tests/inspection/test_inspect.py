@@ -130,7 +130,7 @@ def test_a_resumed_run_keeps_the_same(
         train(runs.config(output, runs.LETTERS, changes))
     undo()
     assert list(list_samples(output)) == [2, 4]
-    (output / "samples" / ".partial-step-000005.jsonl-1").write_text("{")  # of a kill
+    (output / "samples" / ".egspo-partial-step-000005.jsonl-1").write_text("{")  # of a kill
     train(runs.config(output, runs.LETTERS, changes), resume=output)
     kept = {step: file.read_bytes() for step, file in list_samples(output).items()}
     assert kept == {s: f.read_bytes() for s, f in list_samples(trained["stepwise"]).items()}

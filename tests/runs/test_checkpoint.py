@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from egspo.files import CheckpointError
+from egspo.files import CheckpointError, remove_partial
 from egspo.runs.checkpoint import (
     check_writable,
     find_checkpoint,
     list_checkpoints,
-    publish,
-    remove_partial,
     save_checkpoint,
-    verify_checkpoint,
 )
+from egspo.runs.published import publish, verify_published
 
 
 def write(folder: Path) -> None:
@@ -52,7 +50,7 @@ def test_a_failed_write_leaves_the_old_ones(tmp_path: Path) -> None:
 
 def test_left_over_partials_are_ignored_and_removed(tmp_path: Path) -> None:
     run = run_with(tmp_path, [1])
-    partial = run / "checkpoints" / ".partial-step-000002-77"
+    partial = run / "checkpoints" / ".egspo-partial-step-000002-77"
     partial.mkdir()
     assert find_checkpoint(run).name == "step-000001"
     remove_partial(run / "checkpoints")
@@ -75,7 +73,7 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         find_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="manifest"):
-        verify_checkpoint(tmp_path)
+        verify_published(tmp_path)
 
 
 def test_publish_replaces(tmp_path: Path) -> None:

@@ -91,7 +91,10 @@ def test_every_number_exactly_once(expression: str, uses: bool) -> None:
     [
         ("<answer>3*7+5</answer>", 1.0),
         ("<answer>3*7+5 = 26</answer>", 1.0),
-        ("\\boxed{3 \\times 7 + 5}", 1.0),
+        ("<answer>\\boxed{3 \\times 7 + 5}</answer>", 1.0),
+        # Answers are in closed tags; a box is no substitute.
+        ("\\boxed{3 \\times 7 + 5}", 0.0),
+        ("<answer>3*7+5", 0.0),
         ("<answer>7×3+5</answer>", 1.0),
         ("<answer>(5 − (0 - 7))*3</answer>", 0.0),
         ("<answer>3*7-5</answer>", 0.1),
@@ -99,7 +102,22 @@ def test_every_number_exactly_once(expression: str, uses: bool) -> None:
         ("<answer>3/(7-7)</answer>", 0.0),
         ("<answer>26</answer>", 0.0),
         ("<answer>3*7+5</answer> <answer>26</answer>", 0.0),
-        ("<answer>26=3*7+5</answer>", 0.0),
+        # What an equation states must be true, on every side.
+        ("<answer>26=3*7+5</answer>", 1.0),
+        ("<answer>3*7+5 = 21+5 = 26</answer>", 1.0),
+        ("<answer>3*7+5 = 27</answer>", 0.1),
+        ("<answer>27 = 3*7+5</answer>", 0.1),
+        ("<answer>3*7+5 = 21+6 = 26</answer>", 0.1),
+        ("<answer>3*7-5 = 26</answer>", 0.1),
+        ("<answer>3*7+5 = 26 apples</answer>", 0.0),
+        ("<answer>3*7+5 =</answer>", 0.0),
+        ("<answer>26 = 26</answer>", 0.0),
+        # No power, no implicit product, no list, no prose.
+        ("<answer>3 ** 7 + 5</answer>", 0.0),
+        ("<answer>3(7)+5</answer>", 0.0),
+        ("<answer>[3, 7, 5]</answer>", 0.0),
+        ("<answer>The expression is 3*7+5</answer>", 0.0),
+        ("<answer>3*7+5 or 5+3*7</answer>", 0.0),
         ("3*7+5", 0.0),
         ("", 0.0),
     ],
@@ -110,6 +128,53 @@ def test_the_published_values(completion: str, value: float) -> None:
     assert task.rewards[0].function(**sample) == [value]
     assert task.solved is not None
     assert task.solved(**sample) == [float(value == 1)]
+
+
+OPERATORS = {
+    "+": ["+", " + ", "\uff0b"],
+    "-": ["-", " - ", "\u2212", "\u2013"],
+    "*": ["*", " \\times ", "\\cdot ", " \u00d7 ", "\u00b7", "x", " x ", "X", "\u22c5"],
+    "/": ["/", " \\div ", "\u00f7", " / "],
+}
+BRACKETS = [("(", ")"), ("[", "]"), ("\\left( ", " \\right)"), ("\\left[", "\\right]"), ("{", "}")]
+WRAPPERS = ["{}", " {}\n", "`{}`", "```\n{}\n```", "**{}**", "${}$", "$$ {} $$", "\\( {} \\)"]
+WRAPPERS += ["\\[{}\\]", "\\boxed{{{}}}", "{}.", '"{}"']
+
+
+@st.composite
+def spelled(draw: st.DrawFn, nums: list[int]) -> tuple[str, Fraction | None]:
+    """An expression of all numbers, and its value: each operation and bracket spelled anyhow."""
+    terms = [(str(number), Fraction(number)) for number in draw(st.permutations(nums))]
+    while len(terms) > 1:
+        (left, a), (right, b) = terms.pop(), terms.pop()
+        operator = draw(st.sampled_from("+-*/"))
+        if operator == "/" and b == 0:
+            return "1/0", None
+        value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else a}[operator]
+        if operator == "/" and draw(st.booleans()):
+            text = f"\\{draw(st.sampled_from(['frac', 'dfrac']))}{{{left}}}{{{right}}}"
+        else:
+            text = f"{left}{draw(st.sampled_from(OPERATORS[operator]))}{right}"
+        opened, closed = draw(st.sampled_from(BRACKETS))
+        terms.insert(0, (f"{opened}{text}{closed}", value))
+    return terms[0]
+
+
+@given(st.data(), st.lists(st.integers(1, 99), min_size=2, max_size=4))
+def test_every_spelling_of_an_expression_is_read(data: st.DataObject, nums: list[int]) -> None:
+    text, value = data.draw(spelled(nums))
+    if value is None or value.denominator != 1:
+        return
+    target = int(value)
+    wrapper = data.draw(st.sampled_from(WRAPPERS))
+    whole = data.draw(st.sampled_from(["{}", "{} = {v}", "{v} = {}", "{}={v}+0={v}"]))
+    stated = wrapper.format(whole.format(text, v=target))
+    assert score(extract_expression(f"<answer>{stated}</answer>"), nums, target) == 1.0
+    assert score(extract_expression(f"<answer>{stated}</answer>"), nums, target + 1) == 0.1
+    assert score(extract_expression(f"<answer>{stated}</answer>"), [*nums, 1], target) == 0.0
+    assert score(extract_expression(f"<answer>{stated}"), nums, target) == 0.0
+    false = wrapper.format(f"{text} = {target + 1}")
+    assert score(extract_expression(f"<answer>{false}</answer>"), nums, target) == 0.1
 
 
 def test_division_by_zero_is_a_wrong_value() -> None:
@@ -194,7 +259,7 @@ def test_digits_are_in_the_alphabet_and_solve_themselves() -> None:
         )
     assert set(values) == {0.1, 1.0}
     assert 15 < values.count(1.0) < 45
-    assert task.extract is not None and task.extract("3+4=7") == "3+4"
+    assert task.extract is not None and task.extract("3+4=7") == "3+4=7"
 
 
 def test_problems_of_a_source(tmp_path: Path) -> None:
@@ -215,6 +280,37 @@ def test_problems_of_a_source(tmp_path: Path) -> None:
         build_task("countdown", train=str(file), numbers=5)
 
 
+def test_the_common_test_file_is_a_test_set(tmp_path: Path) -> None:
+    rows = [{"input": "30,100,93", "output": "23"}, {"input": "[3 5 7]", "output": "26"}]
+    rows += [{"input": "1,2", "output": "3"}]
+    file = tmp_path / "countdown_cd3_test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    easy: dict[str, Any] = {"largest": 9, "targets": [26, 26], "validation_examples": 5}
+    made = build_task("countdown", test=str(file), train_examples=50, **easy)
+    assert [e.columns for e in made.test] == [
+        {"nums": [30, 100, 93], "target": 23},
+        {"nums": [3, 5, 7], "target": 26},
+    ]
+    taken = set(keys(made.test))
+    assert not taken & set(keys(made.train)) and not taken & set(keys(made.validation))
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"numbers": [i, 5, 7], "goal": 26}) + "\n" for i in range(1, 9))
+    )
+    names = {"nums": "numbers", "target": "goal"}
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"nums": "30,100,93", "target": 23}\n{"nums": "7, 5, 3", "target": 26}\n')
+    options: dict[str, Any] = {"train": str(tmp_path / "train.jsonl"), "validation_examples": 1}
+    read = build_task("countdown", test=str(test), columns=names, **options)
+    assert (len(read.train), len(read.validation), len(read.test)) == (6, 1, 2)
+    with pytest.raises(ValueError, match=r"lacks the columns 'nums', 'target'; it has \['numbers'"):
+        build_task("countdown", test=str(test), **options)
+    test.write_text('{"nums": "30,many,1", "target": 23}\n{"nums": "7,5,3", "target": 26}\n')
+    with pytest.raises(ValueError, match=r"row 0: .*'30,many,1', expected whole.* 1 of 2 rows"):
+        build_task("countdown", test=str(test))
+    skipping = build_task("countdown", test=str(test), skip_bad_rows=0.5, train_examples=9)
+    assert len(skipping.test) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -231,7 +327,6 @@ def test_problems_of_a_source(tmp_path: Path) -> None:
         ({"targets": []}, "targets must be"),
         ({"targets": [5000, 6000], "largest": 3}, r"found no problem .* target in \[5000, 6000\]"),
         ({"largest": 2, "numbers": 2}, "found only . of 256 test problems of 2 numbers up to 2"),
-        ({"test": "a.jsonl"}, "test needs train"),
         ({"train": "a.jsonl", "careless": 0.5}, "careless is of made problems"),
         ({"train": "a.jsonl", "largest": 9}, "largest is of made problems"),
         ({"train": "a.jsonl", "targets": [1, 9]}, "targets is of made problems"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
-import time
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from egspo.tasks.sudoku import (
     split_grids,
     write_csv,
 )
-from egspo.tasks.sudoku_task import cell_accuracy, extract_digits, solved
 
 GRID = "1234341221434321"
 PUZZLE = "1030040220404001"
@@ -224,110 +224,46 @@ def test_csv_files_that_cannot_be_read(tmp_path: Path, text: bytes, message: str
         read_csv(tmp_path / "bad.csv")
 
 
+def test_wrong_lines_are_counted_and_left_out_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text(f"Puzzle,Solution\n{ROW}\n{'0' * 16},{GRID}\n{ROW}\nx,y\n{ROW}\n")
+    count = r"2 of 5 rows are wrong \(lines 3, 5\)"
+    with pytest.raises(ValueError, match=rf"line 3: .*several solutions.* {count}; skip_bad_rows"):
+        read_csv(file)
+    with pytest.raises(ValueError, match=rf"{count}; skip_bad_rows allows a share of 0\.3"):
+        read_csv(file, skip_bad_rows=0.3)
+    with caplog.at_level(logging.WARNING, "egspo"):
+        assert read_csv(file, skip_bad_rows=0.4) == [ONE_SOLUTION] * 3
+    assert re.search(f"{count} are left out: .*line 3", caplog.text)
+    file.write_text(f"Puzzle,Solution\nx,{GRID}\n")
+    with pytest.raises(ValueError, match="1 of 1 rows are wrong"):
+        read_csv(file, skip_bad_rows=1.0)
+
+
+def test_other_column_names(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    puzzles = make_puzzles(GRIDS, 200, (4, 8), 0, "csv")
+    lines = "".join(f"{p.puzzle},{p.solution}\n" for p in puzzles)
+    file.write_text(f"quizzes,solutions\n{lines}")
+    names = {"Puzzle": "quizzes", "Solution": "solutions"}
+    task = sudoku(path=str(file), columns=names, train_examples=999, test_examples=999)
+    assert len(task.train) + len(task.test) == 200
+    with pytest.raises(ValueError, match=r"lacks the columns \['Puzzle', 'Solution'\]; it has"):
+        sudoku(path=str(file))
+    with pytest.raises(ValueError, match="no data has the column 'grid', which 'Puzzle' stands"):
+        sudoku(columns={"Puzzle": "grid"})
+    with pytest.raises(ValueError, match="no column 'puzzle', did you mean 'Puzzle'"):
+        sudoku(path=str(file), columns={"puzzle": "quizzes"})
+    for wrong in (["quizzes"], {"Puzzle": 1}):
+        with pytest.raises(ValueError, match=r"columns must map names of \['Puzzle', 'Solution'\]"):
+            sudoku(columns=wrong)
+
+
 def test_csv_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none"):
         read_csv(tmp_path / "none.csv")
-
-
-# --- Reward
-
-
-def answer(text: str) -> str:
-    return f"<answer>{text}</answer>"
-
-
-WRONG = "".join("2341"[int(digit) - 1] for digit in GRID)
-
-
-@pytest.mark.parametrize(
-    ("completion", "digits"),
-    [
-        ("", ""),
-        (GRID, GRID),
-        ("12 34\n3412", "12343412"),
-        (answer(GRID), GRID),
-        (f"4x4, so 1 and 2: {answer(GRID)} 99", GRID),
-        (answer("1111") + answer(GRID), GRID),
-        (answer(GRID) + answer(""), ""),
-        (f"<answer>12<answer>{GRID}</answer></answer>", GRID),
-        (f"12 <answer>{GRID}", GRID),
-        (f"{GRID}</answer>", GRID),
-        ("</answer>12<answer>34", "34"),
-        ("<answer>", ""),
-        ("١٢٣٤", ""),
-        ("１２３４", ""),
-        ("²①Ⅳ", ""),
-        ("решение: 12 — 四34", "1234"),
-    ],
-)
-def test_extract_digits(completion: str, digits: str) -> None:
-    assert extract_digits(completion) == digits
-
-
-def score(completion: str, puzzle: str = PUZZLE, solution: str = GRID) -> tuple[float, float]:
-    columns = {"puzzle": [puzzle], "solution": [solution]}
-    (accuracy,) = cell_accuracy([[]], [completion], **columns)
-    (whole,) = solved([[]], [completion], **columns)
-    return accuracy, whole
-
-
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        (GRID, (1.0, 1.0)),
-        (answer("\n".join(GRID[i : i + 4] for i in range(0, 16, 4))), (1.0, 1.0)),
-        (WRONG, (0.0, 0.0)),
-        ("", (0.0, 0.0)),
-        ("no answer", (0.0, 0.0)),
-        (PUZZLE, (0.0, 0.0)),
-        (GRID + "1", (1.0, 0.0)),
-        (GRID * 2, (1.0, 0.0)),
-        ("0" + GRID, (0.0, 0.0)),
-        (GRID[:15], (1.0, 0.0)),
-        (GRID[:8], (4 / 8, 0.0)),
-        ("1" * 16, (2 / 8, 0.0)),
-        ("1234" * 4, (2 / 8, 0.0)),
-        (f"{GRID} {answer('')}", (0.0, 0.0)),
-        ("１２３４" * 4, (0.0, 0.0)),
-    ],
-)
-def test_scores(completion: str, expected: tuple[float, float]) -> None:
-    accuracy, whole = score(completion)
-    assert accuracy == pytest.approx(expected[0])
-    assert whole == expected[1]
-
-
-@given(st.text("0123456789", min_size=16, max_size=16))
-def test_given_cells_pay_nothing(completion: str) -> None:
-    given_right = "".join(c if p == "0" else p for c, p in zip(completion, PUZZLE, strict=True))
-    right = sum(completion[i] == GRID[i] for i in range(16) if PUZZLE[i] == "0")
-    assert score(completion)[0] == score(given_right)[0] == pytest.approx(right / 8)
-
-
-@given(st.text())
-def test_scores_of_any_text_are_in_range(completion: str) -> None:
-    accuracy, whole = score(completion)
-    assert 0.0 <= accuracy <= 1.0
-    assert whole in (0.0, 1.0)
-    assert whole <= accuracy
-
-
-@pytest.mark.parametrize("text", ["1", "<answer>", "</answer>", "<answer>1", "é", "<"])
-def test_a_megabyte_is_scored_in_linear_time(text: str) -> None:
-    completion = text * (10**6 // len(text))
-    start = time.process_time()
-    accuracy, whole = score(completion)
-    # About 0.1 s; anything quadratic takes minutes.
-    assert time.process_time() - start < 1.0
-    assert accuracy < 1.0
-    assert whole == 0.0
-
-
-def test_scores_follow_the_batch() -> None:
-    columns = {"puzzle": [PUZZLE] * 3, "solution": [GRID] * 3}
-    assert cell_accuracy([], [GRID, WRONG, GRID], **columns, other=[1, 2, 3]) == [1.0, 0.0, 1.0]
-    assert solved([], [GRID, WRONG, ""], **columns, other=[1, 2, 3]) == [1.0, 0.0, 0.0]
-    assert cell_accuracy([], [], [], []) == solved([], [], []) == []
 
 
 # --- Task
@@ -365,8 +301,37 @@ def test_csv_splits_share_no_solution(tmp_path: Path) -> None:
     task = sudoku(path=str(tmp_path / "p.csv"), train_examples=1000, test_examples=1000)
     assert len(task.train) + len(task.test) == 300
     assert not answers(task.train) & answers(task.test)
+    # Which ones are taken does not depend on the order of the file, and spreads over all grids.
+    write_csv(
+        tmp_path / "sorted.csv", sorted(read_csv(tmp_path / "p.csv"), key=lambda p: p.solution)
+    )
+    shown = [
+        sudoku(path=str(tmp_path / name), train_examples=20, test_examples=20)
+        for name in ("p.csv", "sorted.csv")
+    ]
+    assert shown[0].test == shown[1].test and shown[0].train == shown[1].train
+    assert len(answers(shown[0].test)) > 12
     # The same grids are held out from a file and from made puzzles: results compare.
     assert answers(task.test) <= set(split_grids(48, 0)[1])
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_test_set_keeps_its_grids(from_file: bool, tmp_path: Path) -> None:
+    held_out = make_puzzles(GRIDS[::4], 60, (4, 8), 1, "test")
+    write_csv(tmp_path / "test.csv", held_out)
+    write_csv(tmp_path / "p.csv", make_puzzles(GRIDS, 300, (1, 10), 3, "file"))
+    options = {"path": str(tmp_path / "p.csv")} if from_file else {}
+    task = sudoku(test=str(tmp_path / "test.csv"), validation_grids=20, **options)
+    assert {e.columns["puzzle"] for e in task.test} <= {p.puzzle for p in held_out}
+    assert len(task.test) == 20
+    kept = {p.solution for p in held_out}
+    assert not answers(task.train) & kept and not answers(task.validation) & kept
+    assert not answers(task.train) & answers(task.validation)
+    whole = sudoku(test=str(tmp_path / "test.csv"), **{**options, "test_examples": 999})
+    assert len(whole.test) == 60
+    write_csv(tmp_path / "test.csv", make_puzzles(GRIDS, 5000, (4, 4), 1, "test"))
+    with pytest.raises(ValueError, match=r"^test: the puzzles of .* use all of the 288"):
+        sudoku(test=str(tmp_path / "test.csv"))
 
 
 @pytest.mark.parametrize("from_file", [False, True])
@@ -394,7 +359,7 @@ def test_a_file_without_validation_puzzles_is_refused(tmp_path: Path) -> None:
     held_out = set(split_grids(40, 0)[1])
     rest = split_grids(40, 0)[0][30:]
     write_csv(tmp_path / "a.csv", make_puzzles([*rest, *held_out], 400, (6, 8), 3, "file"))
-    with pytest.raises(ValueError, match=r"validation_grids=30, .* 0 puzzles for validation"):
+    with pytest.raises(ValueError, match=r"none has one of the 30 of the 288 .* for validation"):
         build_task("sudoku", path=str(tmp_path / "a.csv"), test_grids=40, validation_grids=30)
 
 
@@ -415,9 +380,11 @@ def test_solved_grids_of_a_file_are_no_puzzles(tmp_path: Path) -> None:
 
 def test_csv_in_one_split_is_a_clear_error(tmp_path: Path) -> None:
     train, test = split_grids(48, 0)
-    for grids, counts in ((train, "9 are for training and 0"), (test, "0 are for training and 9")):
+    for grids, lacking in ((train, "48 .* for testing"), (test, "240 .* for training")):
         write_csv(tmp_path / "p.csv", make_puzzles(grids, 9, (4, 4), 0, "file"))
-        with pytest.raises(ValueError, match=rf"^path: .*p\.csv .*{counts} .*test_grids"):
+        with pytest.raises(
+            ValueError, match=rf"^path: of the 9 .*p\.csv .*{lacking}: .*test_grids"
+        ):
             sudoku(path=str(tmp_path / "p.csv"))
     write_csv(tmp_path / "p.csv", [])
     with pytest.raises(ValueError, match=r"^path: of the 0 puzzles in .*p\.csv"):
@@ -447,6 +414,9 @@ def test_csv_in_one_split_is_a_clear_error(tmp_path: Path) -> None:
         {"empty_cells": 8.0},
         {"empty_cells": True},
         {"prompt_style": "digit"},
+        {"reward": "published"},
+        {"skip_bad_rows": 1.5},
+        {"skip_bad_rows": True},
     ],
     ids=str,
 )
@@ -480,8 +450,8 @@ def test_prompts_hold_the_puzzle_and_targets_solve_it(style: str) -> None:
         assert example.columns["solution"] not in message["content"].replace("\n", "")
         columns = {name: [value] for name, value in example.columns.items()}
         assert example.target is not None
-        assert task.solved([example.prompt], [example.target], **columns) == [1.0]
-        assert task.rewards[0].function([example.prompt], [example.target], **columns) == [1.0]
+        sample = {"prompts": [example.prompt], "completions": [example.target], **columns}
+        assert task.solved(**sample) == task.rewards[0].function(**sample) == [1.0]
 
 
 def test_careless_targets_are_the_share_asked_for() -> None:

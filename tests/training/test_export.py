@@ -17,7 +17,7 @@ from egspo.config import GenerationConfig
 from egspo.files import CheckpointError
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.tokenization import character_tokenizer
-from egspo.runs.checkpoint import verify_checkpoint
+from egspo.runs.published import verify_published
 from egspo.serving.named_model import GENERATION_FILE, save_generation_config
 from egspo.training.export import ExportError, export
 from egspo.training.trainer import train
@@ -105,7 +105,7 @@ def test_a_merged_adapter(kind: str, dtype: torch.dtype, tmp_path: Path) -> None
     assert set(index["weight_map"]) == official  # nothing of PEFT is left in a name
     assert load_tokenizer(output).get_vocab() == TOKENIZER.get_vocab()
     assert json.loads((output / GENERATION_FILE).read_text())["cache"] == "dual"
-    verify_checkpoint(output)
+    verify_published(output)
     assert str(tmp_path) not in (output / "config.json").read_text()
 
 

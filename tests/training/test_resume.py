@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from egspo.cli import main
 from egspo.config import TrainConfig
 from egspo.config.recipe import save_config
 from egspo.files import CheckpointError
-from egspo.runs.checkpoint import find_checkpoint, list_checkpoints, publish
+from egspo.runs.checkpoint import find_checkpoint, list_checkpoints
 from egspo.runs.metrics import read_metrics
+from egspo.runs.published import publish
+from egspo.training.best import BestSoFar
 from egspo.training.trainer import train
 from egspo.training.warm_start import run_sft
 from tests.helpers import runs
@@ -94,8 +97,8 @@ def signalled(
         ("egspo.engines.whole.WholeModel.step", 6, 2),  # between two updates of one step
         ("egspo.runs.metrics._append", 5, 2),  # before the record of a step is written,
         ("egspo.training.state.save_checkpoint", 2, 2),  # and after, before its checkpoint
-        ("egspo.runs.checkpoint._digest", 18, 2),  # in the middle of a checkpoint
-        ("egspo.runs.checkpoint._delete", 1, 4),  # the new one is there, the old one too
+        ("egspo.runs.published._digest", 18, 2),  # in the middle of a checkpoint
+        ("egspo.runs.published.delete_published", 1, 4),  # the new one is there, the old one too
         ("egspo.training.trainer.plot_run", 1, 6),
     ],
 )
@@ -113,7 +116,7 @@ def test_killed_and_resumed_is_bit_identical(
     train(config, resume=tmp_path)
     assert outcome(tmp_path) == outcome(uninterrupted)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000006"]
-    assert not list(tmp_path.glob(".partial*"))
+    assert not list(tmp_path.glob(".egspo-partial*"))
 
 
 def test_killed_before_the_base_is_kept(
@@ -121,11 +124,11 @@ def test_killed_before_the_base_is_kept(
 ) -> None:
     """The model that the KL goes with appears whole or not at all; nothing was trained yet."""
     config = runs.config(tmp_path, STATEFUL)
-    assert signalled(processes, config, "egspo.runs.checkpoint._digest", 4) == -SIGKILL
-    assert not (tmp_path / "base").exists() and list(tmp_path.glob(".partial*"))
+    assert signalled(processes, config, "egspo.runs.published._digest", 4) == -SIGKILL
+    assert not (tmp_path / "base").exists() and list(tmp_path.glob(".egspo-partial*"))
     train(config)
     assert outcome(tmp_path) == outcome(uninterrupted)
-    assert not list(tmp_path.glob(".partial*"))
+    assert not list(tmp_path.glob(".egspo-partial*"))
 
 
 def test_killed_again_and_again(
@@ -407,4 +410,6 @@ def test_a_supervised_run_may_be_longer_than_planned(tmp_path: Path) -> None:
 
 def test_checkpoints_say_what_they_are_of(uninterrupted: Path) -> None:
     state = json.loads((find_checkpoint(uninterrupted) / "state.json").read_text())
-    assert state == {"command": "train", "step": 6}
+    best = BestSoFar.of(read_metrics(uninterrupted))
+    assert state == {"command": "train", "step": 6, "best": asdict(best)}
+    assert best.step is not None

@@ -51,6 +51,7 @@ class StepwiseObjective:
                 ModelCost.of(denoiser.model),
                 prompt_tokens,
                 denoiser.prediction_shift,
+                causal=denoiser.block_size is not None,
             )
             == "rollout"
         )
@@ -64,7 +65,7 @@ class StepwiseObjective:
         *,
         on_completions: OnCompletions = lambda index, completions: None,
     ) -> Scores:
-        ranks = None if self._joint else states.ranks
+        ranks = self.config.algorithm.update_ranks(states.ranks)
         made = None
         if self.completes_in_rollout:
             made = states.trajectory.one_step_completions(states.row, states.step)
@@ -87,7 +88,9 @@ class StepwiseObjective:
 
     @property
     def share(self) -> float:
-        return 1.0 / self.config.ranks if self._joint else 1.0
+        algorithm, ranks = self.config.algorithm, self.config.ranks
+        joint = algorithm.schedule == "joint"
+        return 1.0 / (ranks if joint else min(algorithm.ranks_per_update, ranks))
 
     def loss(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float
@@ -104,10 +107,6 @@ class StepwiseObjective:
         scorer = replace(self.scorer, algorithm=algorithm)
         unscored = Scores(none, none, None, None, None, [])
         return scorer.surrogate(states, zero, unscored, none, 0.0).loss
-
-    @property
-    def _joint(self) -> bool:
-        return self.config.algorithm.schedule == "joint"
 
 
 def state_advantages(

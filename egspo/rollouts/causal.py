@@ -1,0 +1,344 @@
+"""Denoising with block-causal models: finished blocks are cached exactly, a step sees one block.
+
+Blocks are counted from the first token of the prompt. A prompt of P tokens leaves ``P % B`` of them
+in the first block to denoise, so the blocks of a completion begin at ``-(P % B)`` and then every B
+positions, and the last one ends where the completion does.
+
+A step of a block is a function of the tokens of the blocks before it and of its own canvas. Hence
+
+* the rollout keeps the keys and values of finished blocks, and computes the columns of one block a
+  step; the clean pass of a finished block rides with the first step of the next one;
+* replay and update have *all* selected states of a trajectory in one pass: the clean columns, and
+  behind them a copy of the block of each state (:mod:`egspo.models.blocks`).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from egspo.models.cache import KeyValueCache
+from egspo.rollouts.decoder import Sequences, Window
+from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.trajectory import PromptBatch
+from egspo_kernels import linear_token_stats
+
+
+@dataclass
+class Steps:
+    """What the steps of a block have in common; made by :meth:`CausalDecoder.begin`.
+
+    The S columns are B of room, the prompt, the completion, and B of room again.
+    """
+
+    prompt_ids: Tensor
+    """int64 [B, P], padded on the left."""
+    attention_mask: Tensor
+    """bool [B, high - low]."""
+    start: Tensor
+    """int64 [B], first position of the block."""
+    cache: KeyValueCache
+    """Of the columns [``low``, ``high``)."""
+    low: int
+    riding: bool
+    """Whether the next pass also computes the block before this one, which is clean now."""
+
+    def take(self, rows: Tensor) -> Steps:
+        """The sequences at int64 ``rows``, which may repeat."""
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            start=self.start[rows],
+            cache=self.cache.take(rows),
+        )
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What replay keeps of a pass for the one-step completions of its M states."""
+
+    prompts: PromptBatch
+    """Of the R trajectories."""
+    cache: KeyValueCache
+    """Of the prompts and of what is clean behind them."""
+    place: Tensor
+    """int64 [M], which of the trajectories each state is of."""
+    start: Tensor
+    """int64 [M], first position of the block of each state."""
+
+
+@dataclass(frozen=True)
+class CausalDecoder:
+    """Hidden states of completions in blocks of ``block_length``, the model's own.
+
+    Args:
+        denoiser: a block-causal model.
+        block_length: B, positions of a block.
+    """
+
+    denoiser: Denoiser
+    block_length: int
+
+    def begin(self, batch: Sequences) -> Steps:
+        """Prepare for the steps of a block, which may be another one in every sequence."""
+        assert batch.cache is not None
+        return self._steps(batch.prompts, batch.canvas, batch.starts, batch.cache)
+
+    def _steps(
+        self, prompts: PromptBatch, canvas: Tensor, starts: list[int], cache: KeyValueCache
+    ) -> Steps:
+        size = self.block_length
+        mask = F.pad(prompts.mask, (size, 0), value=False)
+        mask = F.pad(mask, (0, canvas.shape[1]), value=True)
+        mask = F.pad(mask, (0, size), value=False)
+        first = size + prompts.ids.shape[1]
+        low, high = 0, cache.length
+        if not self.denoiser.replaying:  # a graph is of one shape
+            padding = int((~prompts.mask).sum(1).min())
+            low = min(size + padding, first + min(starts) - size)
+            high = first + max(starts) + size
+        return Steps(
+            prompts.ids,
+            mask[:, low:high],
+            torch.tensor(starts, device=canvas.device),
+            cache.narrow(low, high),
+            low,
+            # Whoever is at the first block has what is before it from the prompt.
+            riding=max(starts) > 0,
+        )
+
+    def window(self, context: Steps, canvas: Tensor) -> Window:
+        """Hidden states of the active block.
+
+        Args:
+            context: of the block.
+            canvas: int64 [B, L], completions before the step.
+        """
+        size, riding = self.block_length, context.riding
+        room = canvas.new_full((canvas.shape[0], size), self.denoiser.mask_id)
+        every = torch.cat([room, context.prompt_ids, canvas, room], dim=1)
+        offsets = torch.arange(-size if riding else 0, size, device=canvas.device)
+        columns = size + context.prompt_ids.shape[1] + context.start[:, None] + offsets
+        with self.denoiser.eagerly() if riding else nullcontext():
+            hidden = self.denoiser.cached_hidden_states(
+                every.gather(1, columns),
+                context.attention_mask,
+                context.cache,
+                columns - context.low,
+                None,
+            )
+        context.riding = False
+        return Window(hidden[:, -size:], context.start)
+
+    def states(
+        self,
+        prompts: PromptBatch,
+        tokens: Tensor,
+        place: Tensor,
+        start: Tensor,
+        canvas: Tensor,
+        *,
+        keep: bool = False,
+    ) -> tuple[Window, Replayed | None]:
+        """Hidden states [M, B, D] of the blocks of M states, by one pass over R trajectories.
+
+        Args:
+            prompts: of the R trajectories.
+            tokens: int64 [R, L], their completions.
+            place: int64 [M], trajectory of each state.
+            start: int64 [M], first position of the block of each state.
+            canvas: int64 [M, L], completions before the steps.
+            keep: also return what :meth:`completions` needs.
+        """
+        size, width, device = self.block_length, prompts.ids.shape[1], tokens.device
+        count, trajectories = place.shape[0], tokens.shape[0]
+        # Blocks before the last one that is needed; the rest of a sequence need not exist.
+        clean = width + int(start.max())
+        lengths = prompts.mask.sum(1)
+        # The number of each state among those of its trajectory.
+        order = place.argsort(stable=True)
+        sizes = torch.bincount(place, minlength=trajectories)
+        number = torch.empty_like(place)
+        before = (sizes.cumsum(0) - sizes)[place[order]]
+        number[order] = torch.arange(count, device=device) - before
+        copies = int(sizes.max())
+
+        offsets = torch.arange(size, device=device)
+        whole = torch.cat([prompts.ids[place], canvas], dim=1)
+        positions = start[:, None] + offsets
+        columns = (width + positions).clamp(max=whole.shape[1] - 1)
+        ids = tokens.new_full((trajectories, copies, size), self.denoiser.mask_id)
+        ids[place, number] = whole.gather(1, columns)
+        there = torch.zeros_like(ids, dtype=torch.bool)
+        there[place, number] = positions < canvas.shape[1]
+        where = torch.zeros_like(ids)
+        where[place, number] = lengths[place][:, None] + positions
+        stream = torch.arange(1, copies + 1, device=device).repeat_interleave(size)
+
+        sequence = torch.cat([prompts.ids, tokens], dim=1)[:, :clean]
+        mask = F.pad(prompts.mask, (0, tokens.shape[1]), value=True)[:, :clean]
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden, cache = self.denoiser.stream_hidden_states(
+            torch.cat([sequence, ids.flatten(1)], dim=1),
+            torch.cat([mask, there.flatten(1)], dim=1),
+            torch.cat([position, where.flatten(1)], dim=1),
+            F.pad(stream, (clean, 0)).expand(trajectories, -1),
+            keep=keep,
+        )
+        drawn = hidden[:, clean:]
+        rows = drawn.reshape(len(drawn), copies, size, -1)[place, number]
+        if cache is None:
+            return Window(rows, start), None
+        return Window(rows, start), Replayed(prompts, cache.narrow(0, clean), place, start)
+
+    @torch.no_grad()
+    def completions(self, replayed: Replayed, canvas: Tensor, *, later: bool) -> Tensor:
+        """One-step completions int64 [M, L] of states whose blocks have been filled greedily.
+
+        Args:
+            replayed: of the states.
+            canvas: int64 [M, L], with tokens at every position of the states' blocks.
+            later: fill each later block too, greedily in one step behind what is then known, up
+                to the end or the first EOS; otherwise the completions end with those blocks.
+        """
+        size, length, eos = self.block_length, canvas.shape[1], self.denoiser.eos_id
+        every = torch.arange(length, device=canvas.device)
+        starts: list[int] = replayed.start.tolist()
+        canvas = canvas.masked_fill(every >= (replayed.start + size)[:, None], eos)
+        if not later:
+            return canvas
+        width = replayed.prompts.ids.shape[1]
+        prompts = PromptBatch(
+            replayed.prompts.ids[replayed.place], replayed.prompts.mask[replayed.place]
+        )
+        alive = torch.arange(canvas.shape[0], device=canvas.device)
+        cache = replayed.cache.room(len(alive), width + length + 2 * size)
+        cache.put(alive, size, replayed.cache, replayed.place)
+        while True:
+            begun = torch.tensor([s + size for s in starts], device=canvas.device)
+            ended = ((canvas[alive] == eos) & (every < begun[:, None])).any(1)
+            keep = (~ended & (begun < length)).nonzero()[:, 0]
+            if not len(keep):
+                return canvas
+            if len(keep) < len(alive):
+                alive, cache = alive[keep], cache.take(keep)
+                prompts = PromptBatch(prompts.ids[keep], prompts.mask[keep])
+            starts = begun[keep].tolist()
+            canvas[alive] = self._filled(prompts, canvas[alive], starts, cache)
+
+    def _filled(
+        self, prompts: PromptBatch, canvas: Tensor, starts: list[int], cache: KeyValueCache
+    ) -> Tensor:
+        """``canvas`` with the blocks at ``starts`` filled greedily in one step."""
+        steps = self._steps(prompts, canvas, starts, cache)
+        steps.riding = True
+        positions = steps.start[:, None] + torch.arange(self.block_length, device=canvas.device)
+        row, offset = (positions < canvas.shape[1]).nonzero(as_tuple=True)
+        masked = canvas.index_put(
+            (row, positions[row, offset]), canvas.new_tensor(self.denoiser.mask_id)
+        )
+        hidden = self.window(steps, masked).hidden[row, offset]
+        self.denoiser.work.head_rows += len(row)
+        best = linear_token_stats(
+            hidden,
+            self.denoiser.head_weight,
+            None,
+            bias=self.denoiser.head_bias,
+            banned_token=self.denoiser.mask_id,
+        ).argmax
+        return masked.index_put((row, positions[row, offset]), best)
+
+
+class RunningCaches:
+    """The caches of the sequences that are being denoised, in the order of the last batch.
+
+    A prompt is computed once for all sequences that answer it. What was dropped is computed again
+    from the tokens.
+    """
+
+    def __init__(self, decoder: CausalDecoder, prompts: PromptBatch, length: int) -> None:
+        self.decoder, self.prompts, self.length = decoder, prompts, length
+        ids, mask = prompts.ids.tolist(), prompts.mask.tolist()
+        self.keys = [
+            tuple(t for t, real in zip(*row, strict=True) if real)
+            for row in zip(ids, mask, strict=True)
+        ]
+        self.rows: list[int] = []
+        self.cache: KeyValueCache | None = None
+        self.prefilled: dict[tuple[int, ...], tuple[KeyValueCache, int]] = {}
+        """By prompt that others wait to answer: one sequence, and its first column."""
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.rows, self.cache, self.prefilled = [], None, {}
+
+    def of(
+        self, rows: list[int], tokens: Tensor, starts: list[int], waiting: list[int]
+    ) -> KeyValueCache:
+        """Of the sequences ``rows``, each at a block that begins at its ``starts``.
+
+        Args:
+            rows: of all sequences.
+            tokens: int64 [N, L], all completions.
+            starts: by sequence, of all.
+            waiting: sequences not begun.
+        """
+        if self.cache is not None and rows == self.rows:
+            return self.cache
+        size = self.decoder.block_length
+        known = set(self.rows)
+        kept = [i for i in rows if i in known]
+        fresh = [i for i in rows if i not in known and starts[i] <= 0]
+        lost = [i for i in rows if i not in known and starts[i] > 0]
+        self._prefill([i for i in fresh if self.keys[i] not in self.prefilled])
+        parts: list[tuple[list[int], int, KeyValueCache, list[int]]] = []
+        if kept:
+            assert self.cache is not None
+            parts.append((kept, 0, self.cache, [self.rows.index(i) for i in kept]))
+        for i in fresh:
+            cache, first = self.prefilled[self.keys[i]]
+            parts.append(([i], first, cache, [0]))
+        for i in lost:
+            parts.append(([i], *self._again(i, tokens[i], starts[i]), [0]))
+        width = self.prompts.ids.shape[1] + self.length + 2 * size
+        result = parts[0][2].room(len(rows), width)
+        place = {i: n for n, i in enumerate(rows)}
+        for those, first, cache, source in parts:
+            device = self.prompts.ids.device
+            to = torch.tensor([place[i] for i in those], device=device)
+            result.put(to, first, cache, torch.tensor(source, device=device))
+        wanted = {self.keys[i] for i in waiting}
+        self.prefilled = {k: v for k, v in self.prefilled.items() if k in wanted}
+        self.rows, self.cache = list(rows), result
+        return result
+
+    def _prefill(self, rows: list[int]) -> None:
+        """Compute the prompts of ``rows``, each once."""
+        unique = list({self.keys[i]: i for i in reversed(rows)}.values())
+        if not unique:
+            return
+        index = torch.tensor(unique, device=self.prompts.ids.device)
+        batch = PromptBatch(self.prompts.ids[index], self.prompts.mask[index])[:]
+        first = self.decoder.block_length + self.prompts.ids.shape[1] - batch.ids.shape[1]
+        cache = self._clean(batch)
+        for n, i in enumerate(unique):
+            self.prefilled[self.keys[i]] = cache.take(torch.tensor([n])), first
+
+    def _again(self, row: int, tokens: Tensor, start: int) -> tuple[int, KeyValueCache]:
+        """First column and cache of a sequence whose blocks before ``start`` are finished."""
+        prompt = self.prompts.ids[row][self.prompts.mask[row]]
+        ids = torch.cat([prompt, tokens[:start]])[None]
+        first = self.decoder.block_length + self.prompts.ids.shape[1] - len(prompt)
+        return first, self._clean(PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
+
+    def _clean(self, batch: PromptBatch) -> KeyValueCache:
+        """The last block of a sequence, where it is a part, is computed to be overwritten."""
+        denoiser = self.decoder.denoiser
+        mask = None if bool(batch.mask.all()) else batch.mask
+        with denoiser.autocast(), denoiser.eagerly():
+            return denoiser.hidden_states_and_cache(batch.ids, mask)[1]

@@ -1,0 +1,56 @@
+"""The folder of a run, before anything is written there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from egspo.engines.processes import Processes
+from egspo.files import PARTIAL, remove_partial
+from egspo.runs.checkpoint import CHECKPOINTS, check_writable
+from egspo.runs.folder import claim
+from egspo.runs.lock import RunLock
+
+
+def occupy(output: Path, processes: Processes) -> RunLock | None:
+    """Make ``output`` ready for one run alone; the lock is the main process's, None elsewhere.
+
+    Raises:
+        NotOursError: the folder has something else where the run would write.
+        OSError: it cannot be written, or is not the same folder in all processes.
+        RunLockedError: another run goes there.
+    """
+    taken: list[RunLock] = []
+
+    def take() -> None:
+        check_writable(output, 0)
+        taken.append(RunLock(output))
+        claim(output)
+        for folder in (output, output / CHECKPOINTS):
+            remove_partial(folder)
+
+    try:
+        processes.on_main(take)
+        check_writable(output, 0)
+        _check_shared(output, processes)
+    except BaseException:
+        for lock in taken:
+            lock.release()
+        raise
+    return taken[0] if taken else None
+
+
+def _check_shared(output: Path, processes: Processes) -> None:
+    """What one process writes, those on other machines must find; raises OSError."""
+    probe = output / f"{PARTIAL}shared"
+    if processes.is_main:
+        probe.touch()
+    processes.gather(None)
+    seen = processes.gather(probe.exists())
+    if processes.is_main:
+        probe.unlink()
+    blind = [rank for rank, found in enumerate(seen) if not found]
+    if blind:
+        raise OSError(
+            f"output_dir {output} is not the same folder in all processes: {blind} do not "
+            "see what process 0 wrote; put it on a shared file system"
+        )
