@@ -82,8 +82,16 @@ def test_a_new_model_from_warm_start_to_text(
     assert load_model(model).config.model_type == FAMILIES[family]["model_type"]
     capsys.readouterr()
     main(
-        ["generate", "--model", str(tmp_path / "run"), "--prompt", "12", "--format", "jsonl"]
-        + ["--step-map"]
+        [
+            "generate",
+            "--model",
+            str(tmp_path / "run"),
+            "--prompt",
+            "12",
+            "--format",
+            "jsonl",
+            "--step-map",
+        ]
     )
     answer = json.loads(capsys.readouterr().out.splitlines()[0])
     assert answer["index"] == 0 and answer["step_map"]
