@@ -84,6 +84,13 @@ class Columns:
         """Columns of the same."""
         return self.work(index).tokens
 
+    def split(self, index: list[int], size: int | None, tokens: int | None) -> list[list[int]]:
+        """``index`` in micro-batches of at most ``tokens`` columns, or ``size`` states."""
+        if tokens is not None:
+            return self.packed(index, tokens)
+        assert size is not None
+        return [index[begin : begin + size] for begin in range(0, len(index), size)]
+
     def packed(self, index: Sequence[int], most: int) -> list[list[int]]:
         """``index``, in its order, in micro-batches of at most ``most`` columns or one state."""
         micro_batches: list[list[int]] = []
@@ -123,12 +130,14 @@ class MicroBatches:
         self.generation, self.prediction_shift = generation, prediction_shift
         self.causal = causal
 
-    def plan(self, states: States, *, ranks: int | None) -> list[list[Tensor]]:
+    def plan(
+        self, states: States, *, ranks: int | Sequence[Sequence[int]] | None
+    ) -> list[list[Tensor]]:
         """Groups of micro-batches of M states; one optimizer step per group.
 
         Args:
             states: M states.
-            ranks: None for a single group; otherwise one group per rank in [0, ranks).
+            ranks: of the groups, as :meth:`egspo.algorithm.states.States.groups` has them.
 
         Returns:
             int64 [m] indices of states, by group and micro-batch. States with long prompts come

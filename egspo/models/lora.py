@@ -116,9 +116,9 @@ def load_adapter(
 
 
 def add_reference_adapter(model: PeftModel) -> None:
-    """Put a second adapter beside the one of ``model``, frozen and not active.
+    """Put a second adapter beside the one of ``model``, frozen and not active: a copy of it.
 
-    Its first factors are those of the other, its second ones zero: it changes nothing yet.
+    Of a new adapter it changes nothing, as its second factors are zero.
     """
     config = copy.deepcopy(model.peft_config[POLICY_ADAPTER])
     config.inference_mode = True
@@ -130,10 +130,7 @@ def add_reference_adapter(model: PeftModel) -> None:
     policy, reference = reference_factors(model)
     for name, factor in reference.items():
         factor.requires_grad_(False)
-        if ".lora_B." in name:
-            factor.detach().zero_()
-        else:
-            factor.detach().copy_(policy[name])
+        factor.detach().copy_(policy[name])
 
 
 def reference_factors(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from egspo.config import TrainConfig
+from egspo.models.experts import Experts
 from egspo.models.lora import is_of_reference
 from egspo.planning.memory_items import MemoryItem
 from egspo.planning.memory_sharded import SHARDED, sharded_weights
@@ -79,7 +80,9 @@ class Sizes:
     trainable_weights: int
     """Weights of all layers, and of those that are trained."""
     projections: int
-    """Weights of the layers' projections, adapters left out."""
+    """Weights of the layers' linear projections, adapters left out."""
+    blocks: int | None = None
+    """Block size of a block-causal model."""
 
     @classmethod
     def of(cls, model: Any, compute: int) -> Sizes:
@@ -97,7 +100,7 @@ class Sizes:
         return cls(
             layers=len(layers),
             width=config.hidden_size,
-            mlp=config.intermediate_size,
+            mlp=_gated_width(layers[-1], config.intermediate_size),
             query=config.num_attention_heads * config.head_dim,
             key=config.num_key_value_heads * config.head_dim,
             vocabulary=base.get_output_embeddings().weight.shape[0],
@@ -114,6 +117,7 @@ class Sizes:
                 for name, module in layer.named_modules()
                 if isinstance(module, nn.Linear) and "lora_" not in name
             ),
+            blocks=getattr(config, "block_size", None),
         )
 
     def saved_per_token(self) -> int:
@@ -147,6 +151,16 @@ class Sizes:
         return self.compute * (copied + self.trainable_weights * trained_differ)
 
 
+def _gated_width(layer: nn.Module, dense: int) -> int:
+    """Summed widths of the gated MLPs that a token goes through."""
+    experts = [m for m in layer.modules() if isinstance(m, Experts)]
+    if not experts:
+        return dense
+    config = experts[0].config
+    each = config.moe_intermediate_size
+    return int(each * (config.num_experts_per_tok + getattr(config, "num_shared_experts", 0)))
+
+
 def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[MemoryItem]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(
@@ -169,7 +183,8 @@ def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[Memory
     items.append(MemoryItem(name, trained, "their number x their bytes", "always"))
     if config.algorithm.beta > 0 and not sizes.adapters:
         items.append(MemoryItem("reference policy", frozen + trained, "a frozen copy", "always"))
-    if config.algorithm.reference_every is not None and sizes.adapters:
+    second = config.continues_from_reference or config.algorithm.reference_every is not None
+    if second and sizes.adapters:
         text = "a second adapter, frozen"
         items.append(MemoryItem("reference adapter", trained, text, "always"))
     items.append(_optimizer(config, sum(p.numel() for p in trainable), trained))
@@ -190,7 +205,7 @@ def micro_batch_states(config: TrainConfig, columns: int) -> int:
     """States in a micro-batch, each of which has ``columns`` to compute."""
     algorithm = config.algorithm
     existing = config.prompts_per_step * algorithm.group_size
-    existing *= 1 if algorithm.schedule == "per_step" else config.ranks
+    existing *= max(map(len, algorithm.update_ranks(config.ranks)))
     if config.micro_batch_tokens is not None:
         return min(existing, max(1, config.micro_batch_tokens // columns))
     assert config.micro_batch_size is not None
@@ -201,6 +216,8 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
     generation = config.generation
     columns = prompt_tokens + generation.max_new_tokens
     text = f"{columns} columns"
+    if sizes.blocks is not None:
+        return _update_items(config, sizes, *_by_trajectory(config, columns, sizes.blocks))
     if generation.cache != "none":  # a pass for the cache, and one for what a step recomputes
         again = generation.max_new_tokens
         again = generation.block_length if generation.cache == "dual" else again
@@ -209,7 +226,27 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
     if generation.guidance:
         columns, text = 2 * columns, f"2 passes x {text}"
     states = micro_batch_states(config, columns)
-    tokens, text = states * columns, f"{states} states x {text}"
+    return _update_items(config, sizes, states, states * columns, f"{states} states x {text}")
+
+
+def _by_trajectory(config: TrainConfig, columns: int, size: int) -> tuple[int, int, str]:
+    """States, columns and words of a micro-batch whose states share the pass of a trajectory."""
+    ranks = 1 if config.algorithm.schedule == "per_step" else config.ranks
+    whole = columns + ranks * size
+    count = config.prompts_per_step * config.algorithm.group_size
+    if config.micro_batch_tokens is not None:
+        trajectories = min(count, max(1, config.micro_batch_tokens // whole))
+    else:
+        assert config.micro_batch_size is not None
+        trajectories = min(count, max(1, -(-config.micro_batch_size // ranks)))
+    text = f"{trajectories} trajectories x ({columns} columns + {ranks} blocks of {size})"
+    return trajectories * ranks, trajectories * whole, text
+
+
+def _update_items(
+    config: TrainConfig, sizes: Sizes, states: int, tokens: int, text: str
+) -> list[MemoryItem]:
+    generation = config.generation
     rows = states * generation.max_new_tokens
     workspace = min(DEFAULT_WORKSPACE_BYTES, rows * sizes.vocabulary * _STATISTICS_BYTES)
     items = [
@@ -266,12 +303,15 @@ def _rollout(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memo
     count = config.prompts_per_step * config.algorithm.group_size
     sequences = copies * min(generation.batch_size, count)
     columns = prompt_tokens + generation.max_new_tokens
-    per_token = sizes.working_per_token()
+    per_token, computed = sizes.working_per_token(), columns
+    if sizes.blocks is not None:  # a block and the one before it; or the prompts of new groups
+        groups = -(-sequences // config.algorithm.group_size)
+        computed = max(2 * sizes.blocks, -(-prompt_tokens * groups // sequences))
     items = [
         MemoryItem(
             "rollout activations",
-            sequences * columns * per_token,
-            f"{sequences} sequences x {columns} columns x {per_token} B",
+            sequences * computed * per_token,
+            f"{sequences} sequences x {computed} columns x {per_token} B",
             "rollout",
         )
     ]
@@ -286,7 +326,7 @@ def _rollout(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memo
             "rollout",
         )
     )
-    if generation.cache != "none":
+    if generation.cache != "none" or sizes.blocks is not None:
         per_column = 2 * sizes.layers * sizes.key * sizes.compute
         items.append(
             MemoryItem(

@@ -128,10 +128,11 @@ class Planner:
         steps = _STEPS * self.gpus if len(set(lengths)) > 1 else 1
         total = dict.fromkeys(PHASES, 0)
         shift = int(getattr(model.config, "prediction_shift", 0))
+        block_size = getattr(model.config, "block_size", None)
         for step in range(steps):
             count = each.prompts_per_step
             prompts = [lengths[i] for i in data_order(each.seed, len(lengths), step * count, count)]
-            work = expected_work(each, prompts, shift)
+            work = expected_work(each, prompts, shift, cost, block_size)
             for phase in PHASES:
                 counted = cost.training if phase == "update" else cost.forward
                 total[phase] += counted(work[phase])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from egspo.models.experts import Experts, Router
 from egspo.models.lora import is_of_reference
 
 
@@ -26,6 +27,8 @@ class Work:
     """Pairs of a query and a key."""
     head_rows: int = 0
     """Rows multiplied by the LM head."""
+    scored_rows: int = 0
+    """Those that were without gradients, in a pass that has them."""
     cache_bytes: int = 0
     """Keys and values stored."""
     logits_bytes: int = 0
@@ -58,7 +61,8 @@ class ModelCost:
     """
 
     per_token: int
-    """Of the linear layers forward, adapters included and the head left out."""
+    """Of the linear layers forward, adapters included and the head left out; of experts, those
+    that a token goes through."""
     per_token_backward: int
     """Of the same: gradients of inputs, and of the weights that are trained."""
     per_pair: int
@@ -89,10 +93,17 @@ class ModelCost:
                 backward += product * (2 if module.weight.requires_grad else 1)
                 down = module.in_features > width and module.out_features == width
                 last += product if down else 0
+            elif isinstance(module, Router | Experts):
+                product = 2 * module.active_parameters
+                trained = any(p.requires_grad for p in module.parameters(recurse=False))
+                forward += product
+                backward += product * (2 if trained else 1)
+        heads = model.config.num_attention_heads
+        inner = heads * getattr(config, "head_dim", width // heads)
         return cls(
             per_token=forward,
             per_token_backward=backward,
-            per_pair=4 * width * layers,
+            per_pair=4 * inner * layers,
             per_head_row=2 * width * vocabulary,
             head_trained=head.weight.requires_grad,
             checkpointed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
@@ -104,7 +115,7 @@ class ModelCost:
         return (
             work.tokens * self.per_token
             + work.pairs * self.per_pair
-            + work.head_rows * self.per_head_row
+            + (work.head_rows + work.scored_rows) * self.per_head_row
         )
 
     def training(self, work: Work) -> int:
@@ -116,6 +127,7 @@ class ModelCost:
             work.tokens * (self.per_token + self.per_token_backward)
             + attention * 7 // 2
             + head * (4 if self.head_trained else 3)
+            + self.per_head_row * work.scored_rows
         )
         if self.checkpointed:
             flops += work.tokens * self.per_token_again + attention

@@ -101,7 +101,9 @@ class RunLock:
         """Raises :class:`RunLockedError` as soon as the holder is known to live."""
         own = _identity(os.getpid())
         if holder.get("machine") == own["machine"] and own["machine"] is not None:
-            if _identity(holder.get("process")).get("started") == holder.get("started"):
+            # What this process holds is of a run that it has given up, or notices at its next step.
+            alive = _identity(holder.get("process"))["started"] == holder.get("started")
+            if alive and holder.get("process") != os.getpid():
                 raise self._held_by(holder)
             return
         logger.info(

@@ -151,7 +151,11 @@ def read_trajectories(file: Path) -> list[TrajectoryRecord]:
         ValueError: a line is not a trajectory, which says why.
     """
     records = []
-    for number, line in enumerate(file.read_text("utf-8").split("\n"), start=1):
+    try:
+        lines = file.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             records.append(_parse(line, f"{file}, line {number}"))
     if not records:
@@ -162,7 +166,7 @@ def read_trajectories(file: Path) -> list[TrajectoryRecord]:
 def _parse(line: str, where: str) -> TrajectoryRecord:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(record, dict) or "step_map" not in record:
         raise ValueError(

@@ -6,13 +6,14 @@ For a completion x of L tokens after a prompt q,
 
 with k uniform in 1..L and M a uniform set of k masked positions, whose logits are of the canvas
 that shows all others (LLaDA, arXiv 2502.09992, equation 6). For L = 1 it is no bound but the exact
-log-probability.
+log-probability. With a block-causal model it is the sum of that over the blocks, each behind the
+tokens of the blocks before it and with nothing behind it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ class _State:
     """Prompt and canvas."""
     masked: list[int]
     """Places of the masks in ``tokens``, ascending."""
+    size: int
+    """Tokens of the completion, or of the block of it, that the masks are of."""
 
 
 @torch.no_grad()
@@ -77,9 +80,8 @@ def likelihood_bounds(
         while len(waiting) >= batch_size or (last and waiting):
             batch, waiting = waiting[:batch_size], waiting[batch_size:]
             for state, value in zip(batch, _log_probs(denoiser, requests, batch), strict=True):
-                length = len(requests[state.request][1])
-                count = 1 if length == 1 else samples
-                bounds[state.request] += length / len(state.masked) * value / count
+                count = 1 if state.size == 1 else samples
+                bounds[state.request] += state.size / len(state.masked) * value / count
         if on_done is not None:
             on_done(1)
     return bounds
@@ -91,16 +93,16 @@ def greedily_decoded(
 ) -> list[bool]:
     """Whether greedy decoding of a canvas of that length gives the completion.
 
-    Token by token, each time where the most likely token is the most probable, in one block: what
-    a rollout does at temperature 0 with ``steps = block_length = max_new_tokens`` and the policy
-    ``max_prob``. A request is given up at its first wrong token, mostly after one pass.
+    Token by token, each time where the most likely token is the most probable, in one block or
+    in those of a block-causal model: what a rollout does at temperature 0 with ``steps =
+    max_new_tokens`` and the policy ``max_prob``. A request is given up at its first wrong token, mostly after one pass.
     """
     _check(requests)
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
     greedy = [False] * len(requests)
     for first in range(0, len(order), batch_size):
         running = [
-            _masked(denoiser, requests, number, range(len(requests[number][1])))
+            _masked(denoiser, requests, number, next(_spans(denoiser, *requests[number])))
             for number in order[first : first + batch_size]
         ]
         while running:
@@ -111,6 +113,10 @@ def greedily_decoded(
                 if token != completion[place - len(prompt)]:
                     continue
                 left = [i - len(prompt) for i in state.masked if i != place]
+                if not left:  # of the block: the next one's
+                    done = len(state.tokens) - len(prompt)
+                    spans = _spans(denoiser, prompt, completion)
+                    left = next((list(span) for span in spans if span.start >= done), [])
                 if left:
                     following.append(_masked(denoiser, requests, state.request, left))
                 else:
@@ -131,30 +137,42 @@ def _states(
 ) -> list[_State]:
     """The canvases of a request."""
     prompt, completion = requests[number]
-    length = len(completion)
-    if length == 1:
-        return [_masked(denoiser, requests, number, [0])]
     key = hashlib.blake2b(f"{seed} {list(prompt)} {list(completion)}".encode(), digest_size=8)
     generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "big") >> 1)
-    offset = float(torch.rand((), generator=generator, dtype=torch.float64))
     states = []
-    for sample in range(samples):
-        masked = 1 + int(length * (((offset + sample) / samples) % 1.0))
-        places = torch.randperm(length, generator=generator)[:masked]
-        states.append(_masked(denoiser, requests, number, sorted(places.tolist())))
+    for span in _spans(denoiser, prompt, completion):
+        length = len(span)
+        if length == 1:
+            states.append(_masked(denoiser, requests, number, span))
+            continue
+        offset = float(torch.rand((), generator=generator, dtype=torch.float64))
+        for sample in range(samples):
+            masked = 1 + int(length * (((offset + sample) / samples) % 1.0))
+            places = torch.randperm(length, generator=generator)[:masked] + span.start
+            states.append(_masked(denoiser, requests, number, sorted(places.tolist())))
     return states
+
+
+def _spans(denoiser: Denoiser, prompt: Sequence[int], completion: Sequence[int]) -> Iterator[range]:
+    """The completion, or the blocks of it with a block-causal model."""
+    size = denoiser.block_size or len(prompt) + len(completion)
+    first = 0 if denoiser.block_size is None else -(len(prompt) % size)
+    for start in range(first, len(completion), size):
+        yield range(max(start, 0), min(start + size, len(completion)))
 
 
 def _masked(
     denoiser: Denoiser, requests: Sequence[Request], number: int, places: Sequence[int]
 ) -> _State:
-    """The canvas of a request with masks at ``places`` of the completion, ascending."""
+    """The canvas of a request with masks at ``places`` of the completion, ascending, all of one
+    block: where there are later ones, they are left out."""
     prompt, completion = requests[number]
-    tokens = [*prompt, *completion]
+    span = next(s for s in _spans(denoiser, prompt, completion) if places[0] in s)
+    tokens = [*prompt, *completion[: span.stop]]
     masked = [len(prompt) + place for place in places]
     for place in masked:
         tokens[place] = denoiser.mask_id
-    return _State(number, tokens, masked)
+    return _State(number, tokens, masked, len(span))
 
 
 def _log_probs(

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -167,12 +169,15 @@ class TrainingState:
                 )
 
 
+_MISFITS = (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError)
+
+
 @contextmanager
 def _fitting(folder: Path, file: str) -> Iterator[None]:
     """Inside, an error of reading ``file`` of a checkpoint says which, and what to go back to."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, EOFError) as error:
+    except (*_MISFITS, SafetensorError, UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(
             f"{folder} does not fit this run: {file}: {reason}{intact_hint(folder)}"

@@ -35,6 +35,7 @@ from egspo.training.build import (
     trainable_model,
 )
 from egspo.training.continuation import Resume, chosen_checkpoint
+from egspo.training.data_identity import check_same_data, data_identity, save_data_identity
 from egspo.training.occupation import occupy
 from egspo.training.sft import SupervisedData, train_supervised
 from egspo.training.state import WEIGHTS, save_weights, trained_bytes
@@ -82,7 +83,7 @@ def warm_start(
     if not _is_complete(cached):
         model_config = replace(config.model, dtype="float32")
         model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)
-        check_data(config, data, getattr(model.config, "max_sequence_length", None))
+        check_data(config, data, model.config)
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         check_writable(cached.parent, needed, name="the warm-start cache (EGSPO_CACHE)")
         denoiser = plain_denoiser(config, model, data.tokenizer, device)
@@ -176,6 +177,9 @@ def _run_sft(config: TrainConfig, output: Path, checkpoint: Path | None, lock: R
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_data(config)
     examples = supervised_examples(config, data)
+    identity = data_identity(data.task, examples)
+    if checkpoint is not None:
+        check_same_data(config, identity, checkpoint.parent.parent)
     if config.model.path is None:
         base = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
         if config.model.has_adapter:
@@ -188,11 +192,12 @@ def _run_sft(config: TrainConfig, output: Path, checkpoint: Path | None, lock: R
             base = base_model(config.model, str(folder), device)
     else:
         base = base_model(config.model, config.model.path, device)
-    check_data(config, data, getattr(base.config, "max_sequence_length", None))
+    check_data(config, data, base.config)
     model = trainable_model(config.model, base, config.sft.seed)
     denoiser = plain_denoiser(config, model, data.tokenizer, device)
     check_writable(output, trained_bytes(model, config.checkpoint.keep_last + 2))
     save_config(config, output / "config.yaml")
+    save_data_identity(output, identity)
     _train(
         config,
         data,

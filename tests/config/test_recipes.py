@@ -12,19 +12,33 @@ import pytest
 
 import egspo
 from egspo.config.recipe import load_config
-from egspo.models import DreamConfig, LLaDAConfig
+from egspo.models.published import published_config
 from egspo.planning.dry_run import dry_run
 from tests.helpers.chatml import EOS, MASK, write_tokenizer
 from tests.sandbox.conftest import require_bubblewrap
 
 FOLDER = Path(egspo.__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-LARGE = [path for path in RECIPES if "_8b_" in path.name or "_7b_" in path.name]
 HUB = {
     "llada_8b": "GSAI-ML/LLaDA-8B-Instruct",
     "dream_7b": "Dream-org/Dream-v0-Instruct-7B",
+    "sdar_1.7b": "JetLM/SDAR-1.7B-Chat",
+    "sdar_4b": "JetLM/SDAR-4B-Chat",
+    "sdar_8b": "JetLM/SDAR-8B-Chat",
+    "sdar_30b_a3b": "JetLM/SDAR-30B-A3B-Chat",
+    "llada2_mini": "inclusionAI/LLaDA2.0-mini",
 }
-PARAMETERS = {"llada_8b": 8_015_581_184, "dream_7b": 7_615_616_512}
+LARGE = [path for path in RECIPES if path.name.startswith(tuple(f"{name}_" for name in HUB))]
+# Parameters, and modules that adapters are on.
+SIZES = {
+    "llada_8b": (8_015_581_184, 7 * 32),
+    "dream_7b": (7_615_616_512, 7 * 28),
+    "sdar_1.7b": (2_031_739_904, 7 * 28),
+    "sdar_4b": (4_411_424_256, 7 * 36),
+    "sdar_8b": (8_190_735_360, 7 * 36),
+    "sdar_30b_a3b": (30_532_122_624, 4 * 48),
+    "llada2_mini": (16_255_638_528, 5 * 20),
+}
 TASKS = ("code", "countdown", "gsm8k", "math500", "sudoku")
 
 # arXiv 2603.12554 and its code, for LLaDA-8B-Instruct.
@@ -32,7 +46,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "generation": {
         "max_new_tokens": 256,
         "steps": 128,
-        "block_length": 32,
         "temperature": 0.9,
     },
     "algorithm": {
@@ -56,6 +69,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
+def model_of(path: Path) -> str:
+    return path.stem.rpartition("_")[0]
+
+
 def test_every_model_has_a_recipe_for_every_task() -> None:
     expected = {f"{model}_{task}.yaml" for model in HUB for task in TASKS}
     assert {path.name for path in LARGE} == expected
@@ -73,7 +90,9 @@ def test_the_published_settings(path: Path) -> None:
     found = asdict(config)
     for section, settings in PUBLISHED.items():
         assert {name: found[section][name] for name in settings} == settings
-    assert config.model.path == HUB[path.stem[:8]]
+    assert config.model.path == HUB[model_of(path)]
+    blocks = getattr(published_config(HUB[model_of(path)]), "block_size", 32)
+    assert config.generation.block_length == blocks
     lora = config.model.lora
     assert lora is not None and lora.target_modules is None
     assert (lora.rank, lora.alpha, lora.dropout) == (128, 64, 0.05)
@@ -84,9 +103,9 @@ def test_models_differ_in_nothing_but_the_model(task: str) -> None:
     trees = []
     for model in HUB:
         tree = asdict(load_config(FOLDER / f"{model}_{task}.yaml"))
-        del tree["model"]["path"], tree["output_dir"]
+        del tree["model"]["path"], tree["output_dir"], tree["generation"]["block_length"]
         trees.append(tree)
-    assert trees[0] == trees[1]
+    assert all(tree == trees[0] for tree in trees[1:])
 
 
 # --- Dry runs: models of the published sizes by their config.json, data in the published format
@@ -94,9 +113,10 @@ def test_models_differ_in_nothing_but_the_model(task: str) -> None:
 
 def model_folder(folder: Path, model: str) -> Path:
     """The model's sizes, with the ids of a tokenizer that is small enough to be made here."""
-    kind = LLaDAConfig if model == "llada_8b" else DreamConfig
-    tokens = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": EOS}
-    kind(**tokens).save_pretrained(folder)
+    config = published_config(HUB[model])
+    assert config is not None
+    config.update({"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": EOS})
+    config.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 
@@ -162,20 +182,19 @@ DATA: dict[str, Callable[[Path], list[str]]] = {
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_recipes_dry_run(path: Path, tmp_path: Path) -> None:
-    model, _, task = path.stem.partition("b_")
-    model = f"{model}b"
+    model, task = model_of(path), path.stem.rpartition("_")[2]
     folder = model_folder(tmp_path / "model", model)
     overrides = [f"model.path={folder}", *DATA[task](tmp_path)]
     report = dry_run(load_config(path, overrides))
     assert [(check.name, check.status) for check in report.checks if check.status != "ok"] == []
     (weights,) = [check.detail for check in report.checks if check.name == "weights"]
-    assert f"{PARAMETERS[model]:,} parameters in bfloat16" in weights
-    layers = 32 if model == "llada_8b" else 28
-    assert f"adapters on {7 * layers} modules" in weights
+    parameters, modules = SIZES[model]
+    assert f"{parameters:,} parameters in bfloat16" in weights
+    assert f"adapters on {modules} modules" in weights
     assert {item.name for item in report.memory} >= {"frozen weights", "adapters", "activations"}
 
 
-@pytest.mark.parametrize("name", ["countdown_tiny", "sudoku_tiny"])
+@pytest.mark.parametrize("name", ["countdown_tiny", "sudoku_blocks_tiny", "sudoku_tiny"])
 def test_the_small_recipes_dry_run(name: str) -> None:
     report = dry_run(load_config(FOLDER / f"{name}.yaml", ["task.options.train_examples=50"]))
     assert {check.status for check in report.checks} == {"ok"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_two_gpus_do_what_one_does(engine: str, changes: Mapping[str, Any], tmp_
 
 def test_a_group_without_spread_leaves_a_process_without_work(tmp_path: Path) -> None:
     assert start(tmp_path / "two", 2, FSDP2) == [0, 0]
-    assert 1 in {record.get("skipped/groups") for record in read_metrics(tmp_path / "two")}
+    assert 1 in {record.get("reward/equal_groups") for record in read_metrics(tmp_path / "two")}
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -182,6 +183,31 @@ def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
     message = (tmp_path / "run.lost-0").read_text()
     assert "at most 3 s (distributed.timeout)" in message
     assert "process 1 is in 'select of step 2'" in message
+
+
+FROZEN = {
+    "base": "egspo.training.setup._base",
+    **{name: PHASES[name] for name in ("rollout", "update", "end", "evaluation", "saving")},
+    "final": "egspo.training.trainer.publish",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
+@pytest.mark.parametrize("phase", FROZEN)
+def test_the_main_process_is_not_waited_for_when_it_is_frozen(
+    phase: str, engine: str, tmp_path: Path
+) -> None:
+    """Nor is its list of phases, which does not answer either."""
+    call = {"base": 1, "evaluation": 2, "update": 5, "saving": 1, "final": 1}.get(phase, 3)
+    blow = Strike(0, FROZEN[phase], call, int(signal.SIGSTOP))
+    changes = {"distributed": {"engine": engine, "timeout": 6.0}}
+    start_time = time.monotonic()
+    codes = start(tmp_path / "run", 2, changes, blow=blow, seconds=60)
+    assert codes == [None, runs.LOST]
+    assert time.monotonic() - start_time < 55
+    message = (tmp_path / "run.lost-1").read_text()
+    assert "process 0, which knows the phase of each, does not answer" in message
 
 
 @pytest.mark.parametrize("engine", ["replicated", "fsdp2"])

@@ -254,11 +254,13 @@ def start(
     ]
     for process in processes:
         process.start()
-    codes: list[int | None] = []
-    for process in processes:
-        process.join(seconds)
-        codes.append(process.exitcode)
-        process.kill()
+    codes: list[int | None] = [None] * world_size
+    # One that was struck may be frozen: nobody waits for it but the others.
+    for rank in sorted(range(world_size), key=lambda rank: blow is not None and rank == blow.rank):
+        frozen = blow is not None and rank == blow.rank and blow.signal == signal.SIGSTOP
+        processes[rank].join(0 if frozen else seconds)
+        codes[rank] = processes[rank].exitcode
+        processes[rank].kill()
     return codes
 
 

@@ -96,13 +96,21 @@ def test_every_truncation_is_readable_and_resumable(tmp_path: Path) -> None:
         assert [record["step"] for record in read_metrics(path)] == [*range(complete), 9]
 
 
-def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+def test_a_damaged_line_in_the_middle_is_an_error_to_read_and_set_aside_to_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"ste\n{"step": 2}\n')
-    for read in (read_metrics, MetricsWriter, plot_run_beside):
+    for read in (read_metrics, plot_run_beside):
         with pytest.raises(ValueError, match="line 2 is not a record"):
             read(path)
     assert path.read_text().count("\n") == 3
+    writer = MetricsWriter(path, resume_after=3)
+    assert "line 2 is damaged and set aside" in caplog.text
+    assert [record["step"] for record in read_metrics(path)] == [0, 2]
+    assert path.with_suffix(".dropped.jsonl").read_text() == '{"ste\n'
+    writer.warn_of_missing(range(1, 4))
+    assert "no record of 2 earlier steps (the first is 1, the last 3)" in caplog.text
 
 
 def plot_run_beside(path: Path) -> Path:

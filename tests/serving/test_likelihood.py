@@ -13,6 +13,7 @@ from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.engine import rollout
 from egspo.rollouts.trajectory import PromptBatch
 from egspo.serving.likelihood import Request, greedily_decoded, likelihood_bounds
+from tests.families import make
 from tests.helpers.runs import MODEL
 from tests.helpers.toy import MASK, PROMPT, toy_denoiser
 
@@ -108,3 +109,66 @@ def test_bad_requests(denoiser: Denoiser) -> None:
                 call(denoiser, [([3], [4]), request], batch_size=2, **options)  # type: ignore
     with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
         likelihood_bounds(denoiser, [([3], [4])], samples=0, seed=0, batch_size=1)
+
+
+# --- Block-causal models
+
+
+def block_denoiser() -> Denoiser:
+    model = make("sdar", initializer_range=0.5).double()
+    return Denoiser(model, mask_id=5, eos_id=1, pad_id=1)
+
+
+@pytest.mark.parametrize("prompt", [2, 4, 7])
+def test_the_bound_of_a_block_causal_model_is_the_sum_over_its_blocks(prompt: int) -> None:
+    """With blocks of one token it is the exact log-probability, whatever the samples."""
+    denoiser = block_denoiser()
+    denoiser.model.config.block_size = 1
+    ids = torch.randint(6, 60, (prompt + 5,), generator=torch.Generator().manual_seed(0))
+    request = (ids[:prompt].tolist(), ids[prompt:].tolist())
+    (bound,) = likelihood_bounds(denoiser, [request], samples=3, seed=0, batch_size=4)
+    expected = 0.0
+    for i in range(prompt, len(ids)):
+        with torch.no_grad():
+            logits = denoiser.model(torch.cat([ids[:i], torch.tensor([5])])[None]).logits[0, i]
+        logits[5] = -torch.inf
+        expected += float(logits.log_softmax(0)[ids[i]])
+    assert bound == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_bound_of_blocks_estimates_what_it_should() -> None:
+    """Against all masks of each block, for a prompt that leaves part of a block."""
+    denoiser, generator = block_denoiser(), torch.Generator().manual_seed(0)
+    ids = torch.randint(6, 60, (8,), generator=generator)
+    prompt, completion = ids[:3], ids[3:]  # blocks of 1 and 4
+    expected = 0.0
+    for start, end in ((0, 1), (1, 5)):
+        size = end - start
+        for k in range(1, size + 1):
+            sets = list(itertools.combinations(range(start, end), k))
+            for masked in sets:
+                tokens = ids[: 3 + end].clone()
+                tokens[[3 + i for i in masked]] = 5
+                with torch.no_grad():
+                    logits = denoiser.model(tokens[None]).logits[0]
+                logits[:, 5] = -torch.inf
+                found = logits.log_softmax(1)
+                total = sum(float(found[3 + i, completion[i]]) for i in masked)
+                expected += total * size / k / size / len(sets)
+    request = (prompt.tolist(), completion.tolist())
+    (bound,) = likelihood_bounds(denoiser, [request], samples=400, seed=0, batch_size=100)
+    assert bound == pytest.approx(expected, abs=0.25)  # a mean of 400 canvases
+
+
+@pytest.mark.parametrize("prompt", [3, 4])
+def test_greedy_decoding_goes_block_by_block(prompt: int) -> None:
+    denoiser = block_denoiser()
+    ids = [7, 9, 11, 13][:prompt]
+    config = GenerationConfig(
+        max_new_tokens=8, steps=8, block_length=4, temperature=0.0, early_exit=False
+    )
+    prompts = PromptBatch.from_lists([ids], 1)
+    sampled = rollout(denoiser, prompts, config, seed=0, sequence_ids=torch.arange(1))
+    right = sampled.tokens[0].tolist()
+    wrong = [*right[:6], 6 + (right[6] - 5) % 50, right[7]]
+    assert greedily_decoded(denoiser, [(ids, right), (ids, wrong)], batch_size=2) == [True, False]

