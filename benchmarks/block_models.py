@@ -1,4 +1,4 @@
-"""Columns and FLOPs of an iteration, counted from published sizes: block-causal beside full attention.
+"""Columns and FLOPs of an iteration, counted: block-causal models beside full attention.
 
     python -m benchmarks.block_models
 
