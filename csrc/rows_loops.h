@@ -156,20 +156,41 @@ Sums sums(const void* x, int64_t n, Affine affine) {
   return {sum_of(total), sum_of(moment)};
 }
 
+// Floats that add up to the mass of a block of 8 columns: sums of pairs of neighbours for bfloat16.
+template <typename T>
+constexpr int64_t kBlockLanes = 8;
+template <>
+inline constexpr int64_t kBlockLanes<BFloat16> = 4;
+
+// Adds the weights of a pair of vectors to `masses`, and returns what follows.
+template <typename T>
+EGSPO_INLINE float* add_masses(float* masses, Vec a, Vec b) {
+  if constexpr (kBlockLanes<T> == 4) {
+    store(masses, load<Vec>(masses) + (a + b));
+    return masses + kLanes;
+  } else {
+    store(masses, load<Vec>(masses) + a);
+    store(masses + kLanes, load<Vec>(masses + kLanes) + b);
+    return masses + kPair;
+  }
+}
+
 template <typename T, bool kOwnSampling, EntropyOf kEntropy>
-SampleSums sample_sums_of(const T* x, int64_t n, const SampleAffines& affines) {
+SampleSums sample_sums_of(const T* x, int64_t n, const SampleAffines& affines, float* masses) {
   struct {
-    Vec plain{}, sampling{}, entropy{}, moment{};
+    Vec plain{}, entropy{}, moment{};
   } all, part;
+  // The weight at the sampling temperature.
   const auto add = [&](Vec a) {
     Vec y = apply(affines.plain, a), e = exp2_of(y);
+    Vec weight = e;
     part.plain += e;
     if constexpr (kOwnSampling) {
-      const Vec ys = apply(affines.sampling, a), es = exp2_of(ys);
-      part.sampling += es;
+      const Vec ys = apply(affines.sampling, a);
+      weight = exp2_of(ys);
       if constexpr (kEntropy == EntropyOf::kSampling) {
         y = ys;
-        e = es;
+        e = weight;
       }
     }
     if constexpr (kEntropy == EntropyOf::kOwn) {
@@ -178,21 +199,20 @@ SampleSums sample_sums_of(const T* x, int64_t n, const SampleAffines& affines) {
     }
     if constexpr (kEntropy != EntropyOf::kPlain) part.entropy += e;
     part.moment = e * floored(y) + part.moment;
+    return weight;
   };
   for (int64_t start = 0; start < n; start += kStretch) {
     part = {};
     each_pair(x + start, stretch(n, start), [&](Vec a, Vec b) {
-      add(a);
-      add(b);
+      const Vec first = add(a), second = add(b);
+      masses = add_masses<T>(masses, first, second);
     });
     all.plain += part.plain;
-    all.sampling += part.sampling;
     all.entropy += part.entropy;
     all.moment += part.moment;
   }
   SampleSums result;
   result.plain = sum_of(all.plain);
-  result.sampling = kOwnSampling ? sum_of(all.sampling) : result.plain;
   result.entropy = kEntropy == EntropyOf::kPlain ? result.plain : sum_of(all.entropy);
   result.moment = sum_of(all.moment);
   return result;
@@ -200,20 +220,20 @@ SampleSums sample_sums_of(const T* x, int64_t n, const SampleAffines& affines) {
 
 template <typename T>
 SampleSums sample_sums(const void* x, int64_t n, const SampleAffines& affines, bool own_sampling,
-                       EntropyOf entropy) {
+                       EntropyOf entropy, float* masses) {
   const T* columns = static_cast<const T*>(x);
   if (!own_sampling) {
     return entropy == EntropyOf::kOwn
-               ? sample_sums_of<T, false, EntropyOf::kOwn>(columns, n, affines)
-               : sample_sums_of<T, false, EntropyOf::kPlain>(columns, n, affines);
+               ? sample_sums_of<T, false, EntropyOf::kOwn>(columns, n, affines, masses)
+               : sample_sums_of<T, false, EntropyOf::kPlain>(columns, n, affines, masses);
   }
   switch (entropy) {
     case EntropyOf::kPlain:
-      return sample_sums_of<T, true, EntropyOf::kPlain>(columns, n, affines);
+      return sample_sums_of<T, true, EntropyOf::kPlain>(columns, n, affines, masses);
     case EntropyOf::kSampling:
-      return sample_sums_of<T, true, EntropyOf::kSampling>(columns, n, affines);
+      return sample_sums_of<T, true, EntropyOf::kSampling>(columns, n, affines, masses);
     default:
-      return sample_sums_of<T, true, EntropyOf::kOwn>(columns, n, affines);
+      return sample_sums_of<T, true, EntropyOf::kOwn>(columns, n, affines, masses);
   }
 }
 
@@ -347,7 +367,7 @@ void scores(const float* x, const float* noise, int64_t n, Affine affine, float*
 template <typename T>
 constexpr egspo::TypedLoops typed_loops() {
   return {maximum<T>,     find<T>,        to_float<T>,  from_float<T>,
-          sums<T>,        sample_sums<T>, pair_sums<T>, gradient<T>};
+          sums<T>,        sample_sums<T>, pair_sums<T>, gradient<T>, kBlockLanes<T>};
 }
 
 constexpr egspo::RowLoops row_loops(const char* name) {

@@ -6,10 +6,8 @@
 namespace egspo {
 namespace {
 
-constexpr int64_t kBlocks = kSegment / kBlock;
-
-// Partials of a segment: its largest logit, then sums below that, then the sum at the sampling
-// temperature of each of its blocks.
+// Partials of a segment: its largest logit, then sums below that, then what it has of the mass of
+// each block, at the sampling temperature.
 enum { kMaximum, kPlain, kEntropy, kMoment, kMasses, kFields = kMasses + kBlocks };
 
 // Temperatures of a sample, and whose exponentials serve for which.
@@ -22,7 +20,6 @@ struct Sampler {
   bool own_sampling;
   EntropyOf entropy;
   int64_t segments;
-  int64_t blocks;
 
   Sampler(const egspo_rows& r, int64_t key, int64_t s, double t)
       : rows(r), seed(static_cast<uint64_t>(key)), step(static_cast<uint32_t>(s)),
@@ -31,7 +28,7 @@ struct Sampler {
         entropy(t == 1 ? EntropyOf::kPlain
                        : own_sampling && t == r.temperature ? EntropyOf::kSampling
                                                             : EntropyOf::kOwn),
-        segments((r.vocab + kSegment - 1) / kSegment), blocks((r.vocab + kBlock - 1) / kBlock) {}
+        segments((r.vocab + kSegment - 1) / kSegment) {}
 
   double temperature() const { return greedy ? 1.0 : rows.temperature; }
 
@@ -45,14 +42,18 @@ struct Sampler {
     std::fill_n(partial, kFields, 0.0f);
     partial[kMaximum] = maximum;
     const int64_t size = x.loops == &row_loops().of[EGSPO_FLOAT32] ? 4 : 2;
-    for (int64_t start = 0; start < x.count; start += kBlock) {
+    float masses[kTile + kNoiseRoom] = {};
+    for (int64_t start = 0; start < x.count; start += kTile) {
       const SampleSums sums = x.loops->sample_sums(
-          static_cast<const char*>(x.data) + start * size, least(kBlock, x.count - start), affines,
-          own_sampling, entropy);
+          static_cast<const char*>(x.data) + start * size, least(kTile, x.count - start), affines,
+          own_sampling, entropy, masses);
       partial[kPlain] += sums.plain;
       partial[kEntropy] += sums.entropy;
       partial[kMoment] += sums.moment;
-      partial[kMasses + start / kBlock] = sums.sampling;
+    }
+    const int64_t lanes = x.loops->block_lanes;
+    for (int64_t block = 0; block < kBlocks; ++block) {
+      for (int64_t i = 0; i < lanes; ++i) partial[kMasses + block] += masses[block * lanes + i];
     }
   }
 
@@ -85,36 +86,46 @@ struct Sampler {
     float best = -1;
     int64_t winner = 0;
     *total = 0;
-    for (int64_t start = 0; start < blocks; start += kBlock) {
-      float noise[kBlock + kNoiseRoom];
-      const int64_t n = least(kBlock, blocks - start);
-      if (blocks > 1) {
-        const uint32_t group = 0x80000000u + static_cast<uint32_t>(start / 4);
-        row_loops().noise(seed, step, row_id, group, n, noise);
+    for (int64_t first = 0; first * kSegment < rows.vocab; first += kBlockSegment / kSegment) {
+      double masses[kBlocks] = {};
+      for (int64_t s = first; s < least(segments, first + kBlockSegment / kSegment); ++s) {
+        const float* const partial = partials + s * kFields;
+        const double weight = std::exp2(shift_of(partial[kMaximum], maximum, temperature()));
+        for (int64_t i = 0; i < kBlocks; ++i) masses[i] += weight * partial[kMasses + i];
       }
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t block = start + i;
-        const float* const partial = partials + block / kBlocks * kFields;
-        const double mass = partial[kMasses + block % kBlocks] *
-                            std::exp2(shift_of(partial[kMaximum], maximum, temperature()));
-        *total += mass;
-        const float score = blocks > 1 ? static_cast<float>(mass) / noise[i] : 0.0f;
+      float noise[kBlocks + kNoiseRoom];
+      const int64_t block = first * kSegment / kBlockSegment * kBlocks;
+      const uint32_t group = 0x80000000u + static_cast<uint32_t>(block / 4);
+      row_loops().noise(seed, step, row_id, group, kBlocks, noise);
+      for (int64_t i = 0; i < kBlocks; ++i) {
+        *total += masses[i];
+        const float score = static_cast<float>(masses[i]) / noise[i];
         if (score > best) {
           best = score;
-          winner = block;
+          winner = block + i;
         }
       }
     }
-    const int64_t first = winner * kBlock, n = least(kBlock, rows.vocab - first);
-    Columns x;
-    x.read(rows, row, first, n, true);
-    float noise[kBlock + kNoiseRoom], scores[kBlock];
-    row_loops().noise(seed, step, row_id, static_cast<uint32_t>(first / 4), n, noise);
-    const float top = partials[winner / kBlocks * kFields + kMaximum];
-    row_loops().scores(static_cast<const float*>(x.data), noise, n, below(top, temperature()),
-                       scores);
+    return draw_column(row, row_id, winner, maximum);
+  }
+
+  // The column that wins the race of a block.
+  int64_t draw_column(int64_t row, uint64_t row_id, int64_t block, float maximum) const {
+    int64_t columns[kBlockColumns], n = 0;
+    float logits[kBlockColumns], noise[kBlockColumns + kNoiseRoom], scores[kBlockColumns];
+    for (int64_t tile = 0; tile < kBlockSegment; tile += kTile) {
+      const int64_t first = block / kBlocks * kBlockSegment + tile + block % kBlocks * kGroup;
+      const int64_t count = least(kGroup, rows.vocab - first);
+      if (count <= 0) break;
+      row_loops().noise(seed, step, row_id, static_cast<uint32_t>(first / 4), count, noise + n);
+      for (int64_t i = 0; i < count; ++i, ++n) {
+        columns[n] = first + i;
+        logits[n] = column(rows, row, first + i);
+      }
+    }
+    row_loops().scores(logits, noise, n, below(maximum, temperature()), scores);
     const TypedLoops& floats = row_loops().of[EGSPO_FLOAT32];
-    return first + least(n - 1, floats.find(scores, n, floats.maximum(scores, n)));
+    return columns[least(n - 1, floats.find(scores, n, floats.maximum(scores, n)))];
   }
 };
 

@@ -16,7 +16,13 @@
 namespace egspo {
 
 constexpr int64_t kSegment = 4096;  // columns: two rows of floats stay in the first-level cache
-constexpr int64_t kBlock = 1024;    // SAMPLING_BLOCK of egspo_kernels/reference/sampling.py
+
+// Blocks of a sample, as egspo_kernels/reference/sampling.py has them: groups of kGroup columns,
+// kTile apart, of kBlockSegment columns.
+constexpr int64_t kGroup = 8, kTile = 1024, kBlockSegment = 16384;
+constexpr int64_t kBlocks = kTile / kGroup, kBlockColumns = kBlockSegment / kBlocks;
+static_assert(kBlockSegment % kSegment == 0 && kSegment % kTile == 0);
+
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 

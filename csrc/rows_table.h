@@ -18,10 +18,9 @@ struct Sums {
   float moment;
 };
 
-// Of the sums of a sample: at temperature 1, at the sampling and at the entropy temperature.
+// Of the sums of a sample: at temperature 1 and at the entropy temperature.
 struct SampleSums {
   float plain;
-  float sampling;
   float entropy;
   float moment;
 };
@@ -57,11 +56,14 @@ struct TypedLoops {
   void (*to_float)(const void* x, int64_t n, float* out);
   void (*from_float)(const float* x, int64_t n, void* out);
   Sums (*sums)(const void* x, int64_t n, Affine affine);
+  // Also adds the weights at the sampling temperature to the masses of blocks of 8 columns, each of
+  // `block_lanes` floats; there must be room for n rounded up to kNoiseRoom.
   SampleSums (*sample_sums)(const void* x, int64_t n, const SampleAffines& affines,
-                            bool own_sampling, EntropyOf entropy);
+                            bool own_sampling, EntropyOf entropy, float* masses);
   PairSums (*pair_sums)(const void* x, const void* y, int64_t n, Affine affine,
                         Affine reference_affine);
   void (*gradient)(const void* x, const void* y, int64_t n, const GradientTerms& terms, void* out);
+  int64_t block_lanes;
 };
 
 struct RowLoops {

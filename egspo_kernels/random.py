@@ -58,7 +58,8 @@ def counter_uniform(seed: int, step: int, row_ids: Tensor, columns: int) -> Tens
     Returns:
         float32 [N, columns]. Full 32-bit resolution near 0, never 0 and never 1.
     """
-    return _uniform(seed, step, row_ids, columns, 0)
+    groups = torch.arange(-(-columns // 4), device=row_ids.device)[None, :]
+    return _uniform(seed, step, row_ids, groups)[:, :columns]
 
 
 def counter_gumbel(seed: int, step: int, row_ids: Tensor, columns: int) -> Tensor:
@@ -67,33 +68,27 @@ def counter_gumbel(seed: int, step: int, row_ids: Tensor, columns: int) -> Tenso
     ``-log(-log1p(-u))`` keeps the large values, which decide the maximum, at full resolution: they
     come from ``u`` near 0, where float32 is finest.
     """
-    return -torch.log(counter_exponential(seed, step, row_ids, columns))
+    return -torch.log(-torch.log1p(-counter_uniform(seed, step, row_ids, columns)))
 
 
-def counter_exponential(
-    seed: int, step: int, row_ids: Tensor, columns: int, first_group: Tensor | int = 0
-) -> Tensor:
-    """Standard exponential noise, float32 [N, columns]; the smallest values at full resolution.
+def group_exponential(seed: int, step: int, row_ids: Tensor, groups: Tensor) -> Tensor:
+    """Standard exponential noise, float32 [N, 4 G]; the smallest values at full resolution.
 
     Args:
-        seed, step, row_ids, columns: as :func:`counter_uniform`.
-        first_group: counter of the first four columns, int64 [N] or one for all rows. Column ``c``
-            of a row is word ``c % 4`` of the counter ``first_group + c // 4``.
+        seed, step, row_ids: as :func:`counter_uniform`.
+        groups: int64 [N, G], or [1, G] for all rows, of counters in [0, 2**32). A column ``c`` has
+            word ``c % 4`` of the counter ``c // 4``.
     """
-    return -torch.log1p(-_uniform(seed, step, row_ids, columns, first_group))
+    return -torch.log1p(-_uniform(seed, step, row_ids, groups))
 
 
-def _uniform(
-    seed: int, step: int, row_ids: Tensor, columns: int, first_group: Tensor | int
-) -> Tensor:
+def _uniform(seed: int, step: int, row_ids: Tensor, groups: Tensor) -> Tensor:
     check_step(step)
     if row_ids.ndim != 1 or row_ids.dtype != torch.int64:
         raise ValueError(
             f"row_ids must be an int64 vector, got {row_ids.dtype} {tuple(row_ids.shape)}"
         )
-    groups = torch.arange(-(-columns // 4), device=row_ids.device)[None, :]
-    groups = groups + (first_group[:, None] if isinstance(first_group, Tensor) else first_group)
     low, high = (row_ids & _LOW32)[:, None], ((row_ids >> 32) & _LOW32)[:, None]
     words = philox(seed, groups, low, high, torch.full_like(low, step))
-    uniform = (words.flatten(1)[:, :columns].double() + 0.5) * 2.0**-32
+    uniform = (words.flatten(1).double() + 0.5) * 2.0**-32
     return uniform.float().clamp_(max=1 - 2.0**-24)

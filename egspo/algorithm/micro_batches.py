@@ -130,12 +130,14 @@ class MicroBatches:
         self.generation, self.prediction_shift = generation, prediction_shift
         self.causal = causal
 
-    def plan(self, states: States, *, ranks: int | None) -> list[list[Tensor]]:
+    def plan(
+        self, states: States, *, ranks: int | Sequence[Sequence[int]] | None
+    ) -> list[list[Tensor]]:
         """Groups of micro-batches of M states; one optimizer step per group.
 
         Args:
             states: M states.
-            ranks: None for a single group; otherwise one group per rank in [0, ranks).
+            ranks: of the groups, as :meth:`egspo.algorithm.states.States.groups` has them.
 
         Returns:
             int64 [m] indices of states, by group and micro-batch. States with long prompts come

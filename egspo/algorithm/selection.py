@@ -35,6 +35,7 @@ def select(
     entropy_share: float | None = None,
     seed: int = 0,
     sequence_ids: Tensor | None = None,
+    step_id: int = 0,
 ) -> Tensor:
     """Choose up to ``k`` steps of every trajectory.
 
@@ -42,11 +43,15 @@ def select(
         trajectory: B trajectories of T steps.
         strategy: ``high_entropy``: the k steps of largest entropy, largest first (EGSPO);
             ``uniform``: evenly spaced, the last candidate always in; ``random``: the last
-            candidate and k - 1 others; ``all``: every candidate (k is ignored).
+            candidate and k - 1 others; ``all``: every candidate (k is ignored). The published
+            code's: ``uniform_reference``, see :func:`_spread`; ``random_reference``: k - 1 of the
+            other candidates, with replacement, the same for all trajectories of a training step,
+            and the last.
         k: in [1, T].
         limits: int64 [B], see :func:`candidate_limits`.
         entropy_share: of ``high_entropy``, see :func:`select_share`.
         seed, sequence_ids: key of the noise of ``random``.
+        step_id: instead of ``sequence_ids``, that of ``random_reference``.
 
     Returns:
         int64 [B, K], -1 where a trajectory has fewer candidates than K.
@@ -65,6 +70,10 @@ def select(
         return index.where(index < limits[:, None], -1)
     if strategy == "uniform":
         return _uniform(limits, k)
+    if strategy == "uniform_reference":
+        return _spread(limits, k)
+    if strategy == "random_reference":
+        return _shared(limits, k, seed ^ _SELECTION_STREAM, step_id)
     if strategy == "random":
         if sequence_ids is None:
             raise ValueError("strategy 'random' needs sequence_ids, the key of its noise")
@@ -102,6 +111,32 @@ def _uniform(limits: Tensor, k: int) -> Tensor:
     index = torch.arange(k, device=limits.device)[None, :]
     step = (index + 1) * limits[:, None] // count.clamp(min=1) - 1
     return step.where(index < count, -1)
+
+
+def _spread(limits: Tensor, k: int) -> Tensor:
+    """The last candidate, and before it ``k - 1`` evenly spaced ones from the first to the last
+    but one, rounded down; every candidate of a row with at most ``k``. Ascending."""
+    rows = limits.new_full((len(limits), k), -1)
+    for limit in sorted(set(limits.tolist())):
+        steps = torch.arange(min(limit, k))
+        if limit > k:
+            # In float32, as published: another rounding could choose another step.
+            spaced = torch.linspace(0, limit - 2, k - 1).long()
+            steps = torch.cat([spaced, torch.tensor([limit - 1])])
+        rows[limits == limit, : len(steps)] = steps.to(rows)
+    return rows
+
+
+def _shared(limits: Tensor, k: int, seed: int, step_id: int) -> Tensor:
+    """``k - 1`` candidates before the last, with replacement and the same for rows of the same
+    limit, and the last."""
+    last = limits[:, None] - 1  # also how many there are before it
+    if k == 1:
+        return last
+    key = torch.tensor([step_id], device=limits.device)
+    draws = counter_uniform(seed, 0, key, k - 1).double()
+    others = (draws * last).long().minimum(last - 1)
+    return torch.cat([others.where(last > 0, -1), last], dim=1)
 
 
 def histogram(selected: Tensor, num_steps: int) -> Tensor:

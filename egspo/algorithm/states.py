@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +53,14 @@ class States:
             self.trajectory, self.row[index], self.rank[index], self.step[index], self.ranks
         )
 
-    def groups(self, ranks: int | None, *, by_trajectory: bool = False) -> list[Tensor]:
+    def groups(
+        self, ranks: int | Sequence[Sequence[int]] | None, *, by_trajectory: bool = False
+    ) -> list[Tensor]:
         """State indices int64 [m] in the order of replay; one optimizer step per group.
 
         Args:
-            ranks: None for a single group; otherwise one group per rank in [0, ranks).
+            ranks: None for a single group; the ranks of each group; or a number, for one group per
+                rank below it.
             by_trajectory: keep the states of a trajectory together, in the order of their steps,
                 so that those of a block share the pass that makes its cache.
 
@@ -67,10 +71,18 @@ class States:
             index = (self.row * self.trajectory.num_steps + self.step).argsort()
         lengths = self.prompt_lengths()[index]
         index = index[lengths.argsort(descending=True, stable=True)]
-        return [index] if ranks is None else [index[self.rank[index] == r] for r in range(ranks)]
+        if ranks is None:
+            return [index]
+        groups = [[rank] for rank in range(ranks)] if isinstance(ranks, int) else ranks
+        of = self.rank[index]
+        return [index[torch.isin(of, of.new_tensor(list(group)))] for group in groups]
 
     def micro_batches(
-        self, size: int, *, ranks: int | None, by_trajectory: bool = False
+        self,
+        size: int,
+        *,
+        ranks: int | Sequence[Sequence[int]] | None,
+        by_trajectory: bool = False,
     ) -> list[list[Tensor]]:
         """:meth:`groups` in micro-batches of at most ``size`` states."""
         groups = self.groups(ranks, by_trajectory=by_trajectory)

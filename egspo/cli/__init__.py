@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files, 3 ``egspo plan``: the recipe does not fit, 4 another process was lost, 130 interrupted,
     143 terminated (SIGTERM) after saving.
     """
+    sleep_while_waiting()
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     _take_overrides(parser, args, rest)
@@ -60,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"egspo: error: {error}", file=sys.stderr)
         return code
     return code or 0
+
+
+def sleep_while_waiting() -> None:
+    """Has OpenMP threads sleep where they wait for each other, unless the environment says more.
+
+    By default they spin, for as long as another program keeps one of them from its processor. The
+    runtime reads the variable when torch loads it: afterwards nothing is changed. Processes started
+    from here inherit it.
+    """
+    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+    if "torch" not in sys.modules and not any(name in os.environ for name in chosen):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def build_parser() -> argparse.ArgumentParser:

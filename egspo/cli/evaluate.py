@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egspo.cli.common import AddCommand, configure_output
-from egspo.cli.model import add_adapter_argument, add_generation_arguments
+from egspo.cli.model import (
+    add_adapter_argument,
+    add_generation_arguments,
+    given_generation,
+)
 from egspo.files import set_aside
 
 if TYPE_CHECKING:
@@ -67,6 +71,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     configure_output()
     from egspo.engines.processes import process_state
+    from egspo.evaluations.metrics import metric_notes
     from egspo.evaluations.plan import EvaluationPlan, fingerprint, load_task
     from egspo.evaluations.run import run_evaluation
 
@@ -101,7 +106,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         notes=notes,
     )
     if state.is_main_process:
-        _show(rows, name, notes, plan.output)
+        _show(rows, name, [*metric_notes(list(tasks.values())), *notes], plan.output)
 
 
 def _run_of(where: str) -> Path | None:
@@ -186,7 +191,7 @@ def _generations(args: argparse.Namespace, folder: str) -> list[GenerationConfig
     trained = generation_config({}, folder)
     generations = []
     for length in args.lengths or [trained.max_new_tokens]:
-        given = {"temperature": 0.0, **vars(args), "max_new_tokens": length}
+        given = {"temperature": 0.0, **given_generation(args), "max_new_tokens": length}
         if "steps" not in given:
             steps, rest = divmod(length * trained.steps, trained.max_new_tokens)
             if rest:

@@ -196,14 +196,15 @@ def _sft(args: argparse.Namespace) -> None:
 
 def _print_outcome(output: Path, final: Path) -> None:
     """What training achieved on held-out prompts, and where everything is."""
-    from egspo.runs.metrics import read_metrics
+    import torch
 
-    records = read_metrics(output)
-    for name, label in (("eval/reward", "held-out reward"), ("eval/solved", "held-out solved")):
-        values = [record[name] for record in records if record.get(name) is not None]
-        if values:
-            print(f"{label}: {values[0]:.3f} -> {values[-1]:.3f}")
-    print(f"model: {final}\ncurves: {output / 'curves.png'}")
+    from egspo.engines.processes import world_size
+    from egspo.runs.metrics import read_metrics
+    from egspo.training.outcome import outcome
+
+    gpus = world_size() if torch.cuda.is_available() else 0
+    print("\n".join(outcome(output, final, read_metrics(output), gpus)))
+    print(f"curves: {output / 'curves.png'}")
 
 
 def _sweep(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from egspo.config.options.evaluation import EvalConfig
 from egspo.config.options.generation import BlockCache, GenerationConfig, Policy
 from egspo.config.options.model import LoraConfig, ModelConfig
 from egspo.config.options.optimizer import OptimizerConfig
-from egspo.config.options.run import TrainConfig
+from egspo.config.options.run import Protocol, TrainConfig
 from egspo.config.options.sft import SFTConfig
 from egspo.config.options.task import TaskConfig
 from egspo.config.presets import PRESETS
@@ -34,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "Policy",
     "Preset",
+    "Protocol",
     "SFTConfig",
     "Strategy",
     "TaskConfig",

@@ -21,6 +21,7 @@ import yaml
 
 from egspo.config.options.run import TrainConfig
 from egspo.config.presets import PRESETS
+from egspo.config.protocol import fill_protocol
 from egspo.files import replacing
 
 T = TypeVar("T")
@@ -49,8 +50,8 @@ class ConfigError(ValueError):
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of the recipe at ``path``.
 
-    Overrides win over the recipe, and both over ``algorithm.preset``, which only fills what they
-    leave out.
+    Overrides win over the recipe, and both over ``algorithm.preset`` and ``protocol``, which only
+    fill what they leave out; but ``protocol`` as an override wins over the recipe.
 
     Args:
         path: YAML file.
@@ -70,8 +71,8 @@ def load_with_origins(
     """As :func:`load_config`, and what values came from.
 
     Returns:
-        The configuration, and by dotted path ``recipe``, ``preset NAME`` or ``override``; paths
-        below one of these share its origin, and what is left out is a default.
+        The configuration, and by dotted path ``recipe``, ``preset NAME``, ``protocol NAME`` or
+        ``override``; paths below one of these share its origin, and what is left out is a default.
     """
     path = Path(path)
     tree = read_yaml(path)
@@ -80,6 +81,9 @@ def load_with_origins(
     problems: list[str] = []
     overridden = {_override(tree, text, problems) for text in overrides}
     origins |= dict.fromkeys(overridden, "override")
+    forced = "protocol" in overridden
+    published = fill_protocol(tree, overridden, forced=forced, problems=problems)
+    origins |= dict.fromkeys(published, f"protocol {tree.get('protocol')}")
     filled = _fill_preset(tree, None if recipe_preset == _preset(tree) else overridden, problems)
     origins |= dict.fromkeys(filled, f"preset {_preset(tree)}")
     return from_mapping(TrainConfig, tree, str(path), problems), origins

@@ -200,7 +200,8 @@ def _prompts_digest(examples: Sequence[Example]) -> str:
     """Of the whole split, whatever the limit: prompts, and the columns that decide the score."""
     state = hashlib.sha256()
     for example in examples:
-        content = [example.prompt, example.columns]
+        content: list[Any] = [example.prompt, example.columns]
+        content += [example.prefill] if example.prefill else []
         text = json.dumps(content, sort_keys=True, default=lambda value: type(value).__name__)
         state.update(text.encode())
     return f"{len(examples)} prompts, {state.hexdigest()[:16]}"

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from egspo.config import GenerationConfig
+from egspo.evaluations.metrics import metric_means, metric_notes
 from egspo.evaluations.plan import EvaluationPlan, check_same, examples_of, identity, save_identity
 from egspo.evaluations.records import Record, SampleFile
 from egspo.evaluations.summary import SummaryRow, summarise, write_summary
-from egspo.models.tokenization import encode_prompts
 from egspo.rollouts.completion import Completion, completions_of
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.engine import RolloutBlock, check_context, rollout_blocks
 from egspo.rollouts.trajectory import PromptBatch
 from egspo.tasks import Task
-from egspo.tasks.prompts import PromptSet
+from egspo.tasks.prompts import PromptSet, prompt_set
 from egspo.training.evaluation import score
 from egspo.training.progress import RunProgress
 
@@ -115,7 +115,7 @@ def run_evaluation(
     state.wait_for_everyone()
     rows = [_summary(cell, plan) for cell in cells]
     if state.is_main_process:
-        write_summary(plan.output, rows, name, notes)
+        write_summary(plan.output, rows, name, [*metric_notes(list(tasks.values())), *notes])
     return rows
 
 
@@ -132,10 +132,9 @@ def _cells(
             raise ValueError(f"task {name!r} cannot be the name of a file")
         examples = examples_of(task, plan.split)[: plan.limit]
         try:
-            tokens = encode_prompts(tokenizer, [example.prompt for example in examples])
-            prompts = PromptSet(examples, tokens)
+            prompts = prompt_set(examples, tokenizer)
             for generation in plan.generations:
-                check_context(tokens, generation, context)
+                check_context(prompts.token_ids, generation, context)
                 file = SampleFile(plan.output / SAMPLES, f"{name}-{generation.max_new_tokens}")
                 cells.append(Cell(task, prompts, generation, file))
         except ValueError as error:
@@ -163,9 +162,10 @@ def _summary(cell: Cell, plan: EvaluationPlan) -> SummaryRow:
         if record["index"] < len(cell.prompts) and record["sample"] < plan.samples
     ]
     generation = cell.generation
-    return summarise(
+    row = summarise(
         cell.task.name, cell.metric, generation.max_new_tokens, generation.steps, records
     )
+    return replace(row, metrics=metric_means(cell.task, cell.prompts, records))
 
 
 class _Evaluator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ class SummaryRow:
     """Completions without an end of text."""
     unscored: int
     """Completions left out of the score, as a reward failed or none applies."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means of the task's other metrics, by name: how others count."""
 
 
 def summarise(
@@ -97,13 +99,14 @@ def write_summary(
 
 def to_markdown(rows: Sequence[SummaryRow], model: str, notes: Sequence[str]) -> str:
     """The table, with what it is of above and what it means below."""
-    header = ["Task", *_COLUMNS]
+    others = _others(rows)
+    header = ["Task", *_COLUMNS, *others]
     lines = [
         f"{model}",
         "",
         f"| {' | '.join(header)} |",
-        f"|---{'|--:' * len(_COLUMNS)}|",
-        *(f"| {' | '.join(cells(row))} |" for row in rows),
+        f"|---{'|--:' * (len(header) - 1)}|",
+        *(f"| {' | '.join([*cells(row), *_metrics(row, others)])} |" for row in rows),
         "",
         *(f"{line}\n" for line in (*footnotes(rows), *notes)),
     ]
@@ -117,11 +120,20 @@ def to_table(rows: Sequence[SummaryRow], model: str) -> Table:
 
     table = Table(title=model, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("Task", no_wrap=True)
-    for name in _COLUMNS:
+    others = _others(rows)
+    for name in (*_COLUMNS, *others):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*cells(row), *_metrics(row, others))
     return table
+
+
+def _others(rows: Sequence[SummaryRow]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def _metrics(row: SummaryRow, names: Sequence[str]) -> list[str]:
+    return [f"{100 * row.metrics[n]:.1f} %" if n in row.metrics else "-" for n in names]
 
 
 _COLUMNS = ("Length", "Prompts", "Score", "95 %", "Reward", "Tokens", "Steps")

@@ -51,9 +51,16 @@ def character_tokenizer(characters: str = SUDOKU_CHARACTERS) -> PreTrainedTokeni
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[dict[str, str]]]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[dict[str, str]]],
+    prefills: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Tokens of chat prompts, ready to be answered.
+
+    Args:
+        tokenizer: with a chat template.
+        prompts: chat messages.
+        prefills: how the answer to each prompt begins; None for nothing.
 
     Text in a message that spells a special token becomes that token, as always with chat templates
     of transformers: strip it from prompts you do not trust. (A mask token in a prompt is not
@@ -77,6 +84,8 @@ def encode_prompts(
         str(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
         for prompt in prompts
     ]
+    if prefills is not None:
+        texts = [text + prefill for text, prefill in zip(texts, prefills, strict=True)]
     if not texts:
         return []
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -116,9 +116,8 @@ def _training(
         start=[plan[step].start for _, _, step in states],
     )
     every = range(len(states))
-    groups = [list(every)]
-    if algorithm.schedule == "per_step":
-        groups = [[i for i in every if states[i][0] == rank] for rank in range(ranks)]
+    updates = algorithm.update_ranks(ranks)
+    groups = [[i for i in every if states[i][0] in together] for together in updates]
     passes = Work()
     for group in groups:
         for index in columns.split(group, config.micro_batch_size, config.micro_batch_tokens):

@@ -204,7 +204,7 @@ def micro_batch_states(config: TrainConfig, columns: int) -> int:
     """States in a micro-batch, each of which has ``columns`` to compute."""
     algorithm = config.algorithm
     existing = config.prompts_per_step * algorithm.group_size
-    existing *= 1 if algorithm.schedule == "per_step" else config.ranks
+    existing *= max(map(len, algorithm.update_ranks(config.ranks)))
     if config.micro_batch_tokens is not None:
         return min(existing, max(1, config.micro_batch_tokens // columns))
     assert config.micro_batch_size is not None

@@ -43,6 +43,11 @@ class Report:
         gpus = self.planner.gpus
         return {phase: plan.flops[phase] / gpus / self.rates[phase] for phase in PHASES}
 
+    def hours(self, plan: Plan) -> float | None:
+        """Of the whole run, on all GPUs at once."""
+        seconds = self.seconds(plan)
+        return None if seconds is None else self.planner.config.steps * sum(seconds.values()) / 3600
+
 
 def make_report(planner: Planner, available: int, rates: Mapping[str, float] | None) -> Report:
     """Of the planner's recipe, with suggestions where it does not fit ``available`` bytes."""
@@ -53,6 +58,7 @@ def make_report(planner: Planner, available: int, rates: Mapping[str, float] | N
 def as_json(report: Report) -> dict[str, Any]:
     """Everything that :func:`print_plan` shows, bytes and seconds in full."""
     planner, plan = report.planner, report.planner.plan
+    hours = report.hours(plan)
     return {
         "fits": report.fits,
         "gpu_memory": report.available,
@@ -61,6 +67,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "memory": [asdict(item) for item in plan.memory],
         "flops": plan.flops,
         "seconds": report.seconds(plan),
+        "steps": planner.config.steps,
+        "hours": hours,
+        "gpu_hours": None if hours is None else hours * planner.gpus,
         "prompt_tokens": planner.looked.prompt_tokens,
         "prompts_known": planner.looked.prompts_known,
         "notes": planner.looked.notes,
@@ -120,9 +129,14 @@ def _phases(report: Report) -> Group:
     table.add_section()
     row = ["sum", f"{total / 1e12:,.4g}", ""]
     table.add_row(*row, *([f"{sum(seconds.values()):,.4g}"] if seconds else []), style="bold")
-    if seconds is not None:
-        steps = planner.config.steps
-        table.caption = f"{steps} steps: {steps * sum(seconds.values()) / 3600:,.3g} hours"
+    steps, hours = planner.config.steps, report.hours(plan)
+    if hours is None:
+        table.caption = f"{steps} steps: {steps * total / 1e18:,.3g} EFLOP; --rates gives GPU-hours"
+    else:
+        table.caption = (
+            f"{steps} steps: {hours:,.3g} hours, {hours * planner.gpus:,.3g} GPU-hours on "
+            f"{planner.gpus} GPU(s)"
+        )
     return Group(title, table)
 
 

@@ -45,7 +45,7 @@ class TrainingRewards:
             return score_completions(
                 rewards,
                 [self.data.train.examples[i].prompt for i in prompts],
-                texts,
+                self.data.train.answers(prompts, texts),
                 self.data.train.columns(prompts),
                 on_error=self.config.on_reward_error,
             )

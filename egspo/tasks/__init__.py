@@ -1,6 +1,7 @@
 """Tasks by name; importing this module registers the built-in ones."""
 
 from egspo.tasks import (  # noqa: F401  (they register)
+    arithmetic_task,
     countdown_task,
     gsm8k,
     humaneval,

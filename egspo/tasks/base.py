@@ -30,6 +30,9 @@ class Example:
     """Passed to reward functions, as lists over the batch."""
     target: str | None = None
     """Reference completion, for supervised training."""
+    prefill: str = ""
+    """Beginning of the answer that the model is given: it goes on from there. Reward functions get
+    the answer with it."""
     question: str | None = None
     """What is asked, without instructions: what tells whether two splits overlap."""
 
@@ -56,6 +59,19 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """How somebody else counts, for comparison with their numbers; shown by ``egspo eval``."""
+
+    name: str
+    function: RewardFunction
+    """Of completions without their prefill."""
+    meaning: str
+    """What its mean is, and whose."""
+    weight: Callable[[dict[str, Any]], float] | None = None
+    """Of a sample in the mean, by its columns; None for 1."""
+
+
+@dataclass(frozen=True)
 class Task:
     """Training and held-out prompts, which must share no question, and how completions are scored.
 
@@ -75,6 +91,10 @@ class Task:
     """What training evaluates on, so that no checkpoint is chosen on ``test``; where there is
     none, ``test``."""
 
+    metrics: Sequence[Metric] = ()
+    """Besides ``solved``."""
+    protocol: str = "strict"
+    """``published`` where prompts and rewards are those of the paper's code."""
     characters: str | None = None
     """Alphabet of the character tokenizer of a new model; None for Sudoku's."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, Literal
 
 from egspo.tasks.answers import FORMAT, answer_in_tags
@@ -20,6 +21,8 @@ from egspo.tasks.countdown import (
     uses_numbers,
 )
 from egspo.tasks.data import Row
+from egspo.tasks.prompt_text import check_instruction
+from egspo.tasks.published import Protocol, under_protocol
 from egspo.tasks.rows import check_share, read_rows
 from egspo.tasks.spelling import sides
 from egspo.tasks.splits import load_splits, sample
@@ -92,6 +95,8 @@ def build_countdown(
     columns: dict[str, str] | None = None,
     skip_bad_rows: float = 0.0,
     prompt_style: Literal["digits", "instruct"] = "instruct",
+    instruction: str | None = None,
+    protocol: Protocol = "strict",
     careless: float = 0.0,
 ) -> Task:
     """Countdown, made here or read; no two splits share numbers (in any order) and target.
@@ -113,6 +118,9 @@ def build_countdown(
             and named. With 0, one stops the run.
         prompt_style: ``digits``: ``3,5,7=26`` in, ``3*7+5`` out, for models of single characters;
             ``instruct``: an instruction in English, the answer in tags.
+        instruction: of ``instruct``, instead of its own: a text with {nums} and {target}.
+        protocol: ``published`` has the prompts and rewards of the paper's code, see
+            ``docs/protocol.md``.
         careless: share of the targets of made training problems, for supervised training alone,
             that use the numbers without a look at the target.
 
@@ -121,6 +129,7 @@ def build_countdown(
         ValueError: naming the option, or the source and column, that is wrong.
     """
     _check(prompt_style, careless, numbers)
+    check_instruction(instruction, ("{nums}", "{target}"), prompt_style, every=True)
     reading: dict[str, Any] = {
         "names": ColumnNames(columns, _COLUMNS, _USUAL),
         "read": _numbers_read,
@@ -166,7 +175,18 @@ def build_countdown(
         parts = {
             name: [_example(row, prompt_style) for row in getattr(splits, name)] for name in SPLITS
         }
-    return _task(parts, prompt_style)
+    if instruction is not None:
+        parts = {name: [_asked(e, instruction) for e in part] for name, part in parts.items()}
+    made_for = None if prompt_style == "instruct" else prompt_style
+    task = _task(parts, prompt_style)
+    return under_protocol(task, protocol, instruction=instruction, prompt_style=made_for)
+
+
+def _asked(example: Example, instruction: str) -> Example:
+    """With another instruction."""
+    nums, target = str(example.columns["nums"]), str(example.columns["target"])
+    content = instruction.replace("{nums}", nums).replace("{target}", target)
+    return replace(example, prompt=[{"role": "user", "content": content}])
 
 
 def _row_key(row: Row) -> str:
@@ -214,7 +234,9 @@ def _task(parts: Mapping[str, Sequence[Example]], prompt_style: str) -> Task:
     extract = extract_expression if tagged else whole_expression
     return Task(
         name="countdown",
-        **parts,
+        train=parts["train"],
+        validation=parts["validation"],
+        test=parts["test"],
         rewards=[Reward("expression", _reward(extract), explain=_explain(extract))],
         solved=_solved(extract),
         extract=extract,

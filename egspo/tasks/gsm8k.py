@@ -25,6 +25,7 @@ from egspo.tasks.base import Example, Reward, Task, register_task
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
 from egspo.tasks.numbers import last_number, number
+from egspo.tasks.published import Protocol, under_protocol
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
@@ -88,6 +89,7 @@ def build_gsm8k(
     instruction: str = FORMAT,
     columns: dict[str, str] | None = None,
     skip_bad_rows: float = 0.0,
+    protocol: Protocol = "strict",
 ) -> Task:
     """GSM8K, or data in its format: ``question``, and ``answer`` that ends in ``#### 42``.
 
@@ -98,6 +100,8 @@ def build_gsm8k(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every question.
+        protocol: ``published`` has the prompts and rewards of the paper's code, see
+            ``docs/protocol.md``.
         columns: what columns are called in the files, by their names here.
         skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
             and named. With 0, one stops the run.
@@ -118,7 +122,7 @@ def build_gsm8k(
         test_examples=test_examples,
         seed=seed,
     )
-    return Task(
+    task = Task(
         name="gsm8k",
         train=[_example(row, instruction) for row in splits.train],
         validation=[_example(row, instruction) for row in splits.validation],
@@ -133,6 +137,8 @@ def build_gsm8k(
         solved=solved,
         extract=extract_answer,
     )
+    own = None if instruction == FORMAT else instruction
+    return under_protocol(task, protocol, instruction=own)
 
 
 def _example(row: Row, instruction: str) -> Example:

@@ -15,6 +15,7 @@ from egspo.tasks.base import SPLITS, Example, Reward, Task, register_task
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
 from egspo.tasks.equivalence import equivalent, require_math_verify, unreadable, verdicts
+from egspo.tasks.published import Protocol, under_protocol
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
@@ -80,6 +81,7 @@ def build_math500(
     instruction: str = INSTRUCTION,
     columns: dict[str, str] | None = None,
     skip_bad_rows: float = 0.0,
+    protocol: Protocol = "strict",
 ) -> Task:
     r"""MATH, or data in its format: ``problem``, and ``solution`` with ``\boxed{answer}``.
 
@@ -90,6 +92,8 @@ def build_math500(
         validation_examples: taken out of ``train``; training evaluates on them.
         seed: of the splits, independent of the training seed.
         instruction: stands before every problem.
+        protocol: ``published`` has the prompts and rewards of the paper's code, see
+            ``docs/protocol.md``.
         columns: what columns are called in the files, by their names here.
         skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
             and named. With 0, one stops the run.
@@ -114,7 +118,7 @@ def build_math500(
     )
     for name in SPLITS:
         _warn_of_golds(name, [str(boxed(row["solution"])) for row in getattr(splits, name)])
-    return Task(
+    task = Task(
         name="math500",
         train=[_example(row, instruction) for row in splits.train],
         validation=[_example(row, instruction) for row in splits.validation],
@@ -126,6 +130,8 @@ def build_math500(
         solved=correctness,
         extract=extract_answer,
     )
+    own = None if instruction == INSTRUCTION else instruction
+    return under_protocol(task, protocol, instruction=own)
 
 
 def _warn_of_golds(split: str, golds: Sequence[str]) -> None:

@@ -34,6 +34,11 @@ class PromptSet:
         names = self.examples[0].columns
         return {name: [self.examples[i].columns[name] for i in index] for name in names}
 
+    def answers(self, index: Sequence[int], completions: Sequence[str]) -> list[str]:
+        """Completions of the prompts at ``index``, with what the model was given of the answer."""
+        pairs = zip(index, completions, strict=True)
+        return [self.examples[i].prefill + completion for i, completion in pairs]
+
 
 # Taken in ``reward/NAME`` and ``eval/NAME``.
 _METRIC_NAMES = ("mean", "std", "reward", "solved", "skipped")
@@ -108,11 +113,17 @@ def configured_task(task: Task, config: TaskConfig) -> Task:
 def tokenised(config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> Data:
     """``task`` with its prompts as tokens."""
     held_out = task.validation or task.test
-    train, chosen = (
-        PromptSet(examples, encode_prompts(tokenizer, [example.prompt for example in examples]))
-        for examples in (task.train, held_out[: config.eval.examples])
-    )
-    return Data(task, tokenizer, train, chosen)
+    train = prompt_set(task.train, tokenizer)
+    most = config.task.max_prompt_tokens
+    if most is not None:
+        train = PromptSet(train.examples, [tokens[-most:] for tokens in train.token_ids])
+    return Data(task, tokenizer, train, prompt_set(held_out[: config.eval.examples], tokenizer))
+
+
+def prompt_set(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """``examples`` with their prompts as tokens; raises as ``encode_prompts``."""
+    prompts, prefills = ([e.prompt for e in examples], [e.prefill for e in examples])
+    return PromptSet(examples, encode_prompts(tokenizer, prompts, prefills))
 
 
 def supervised_examples(config: TrainConfig, data: Data) -> Sequence[Example]:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from egspo.tasks.base import Example, Reward, Task, register_task
 from egspo.tasks.columns import ColumnNames
+from egspo.tasks.prompt_text import check_instruction
+from egspo.tasks.published import Protocol, under_protocol
 from egspo.tasks.rows import check_share
 from egspo.tasks.splits import sample
 from egspo.tasks.sudoku import (
@@ -44,6 +46,8 @@ def build_sudoku(
     columns: dict[str, str] | None = None,
     skip_bad_rows: float = 0.0,
     prompt_style: Literal["digits", "instruct"] = "instruct",
+    instruction: str | None = None,
+    protocol: Protocol = "strict",
     reward: str = "strict",
     careless: float = 0.0,
 ) -> Task:
@@ -66,6 +70,10 @@ def build_sudoku(
             they are left out, counted and named. With 0, one stops the run.
         prompt_style: ``digits``: the 16 digits of the puzzle in, the 16 of the solution out;
             ``instruct``: an instruction in English, the answer in ``<answer>`` tags.
+        instruction: of ``instruct``, instead of its own: a text with {rows}, the grid in four
+            lines, or {puzzle}, its 16 digits. The answer is expected in ``<answer>`` tags.
+        protocol: ``published`` has the prompts and rewards of the paper's code, see
+            ``docs/protocol.md``.
         reward: ``strict``: a clue that is changed counts as a wrong cell; ``empty_cells``: the
             published one, to which clues do not matter.
         careless: share of the training targets, for supervised training alone, that are
@@ -77,6 +85,7 @@ def build_sudoku(
     """
     if prompt_style not in ("digits", "instruct"):
         raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    check_instruction(instruction, ("{rows}", "{puzzle}"), prompt_style)
     if reward not in CELL_REWARDS:
         raise ValueError(f"reward must be one of {list(CELL_REWARDS)}, got {reward!r}")
     if not 0.0 <= careless <= 1.0:
@@ -99,17 +108,25 @@ def build_sudoku(
     }
     reader.names.check_used()
     rewards = GridRewards(grid_in if prompt_style == "digits" else tagged_grid, reward)
-    return Task(
+    text = _INSTRUCTION if instruction is None else instruction
+    task = Task(
         name="sudoku",
         train=[
-            _example(puzzle, prompt_style, careless=_draw(seed, i) < careless)
+            _example(puzzle, prompt_style, text, careless=_draw(seed, i) < careless)
             for i, puzzle in enumerate(parts["train"])
         ],
-        validation=[_example(p, prompt_style) for p in parts.get("validation", ())],
-        test=[_example(p, prompt_style) for p in parts["test"]],
+        validation=[_example(p, prompt_style, text) for p in parts.get("validation", ())],
+        test=[_example(p, prompt_style, text) for p in parts["test"]],
         rewards=[Reward("cell_accuracy", rewards.cell_accuracy, explain=rewards.explain)],
         solved=rewards.solved,
         extract=rewards.extract,
+    )
+    return under_protocol(
+        task,
+        protocol,
+        instruction=instruction,
+        prompt_style=None if prompt_style == "instruct" else prompt_style,
+        reward=None if reward == "strict" else reward,
     )
 
 
@@ -201,13 +218,13 @@ def _draw(seed: int, number: int) -> float:
     return random.Random(f"{seed}-careless-{number}").random()
 
 
-def _example(puzzle: Puzzle, style: str, *, careless: bool = False) -> Example:
+def _example(puzzle: Puzzle, style: str, instruction: str, *, careless: bool = False) -> Example:
     answer = careless_solution(puzzle.puzzle) if careless else puzzle.solution
     if style == "digits":
         content, target = puzzle.puzzle, answer
     else:
         rows = "\n".join(puzzle.puzzle[i : i + 4] for i in range(0, 16, 4))
-        content = _INSTRUCTION.format(rows=rows)
+        content = instruction.replace("{rows}", rows).replace("{puzzle}", puzzle.puzzle)
         target = f"<answer>\n{answer}\n</answer>"
     return Example(
         prompt=[{"role": "user", "content": content}],

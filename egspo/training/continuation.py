@@ -30,6 +30,8 @@ _FREE = (
     "task.reward_timeout",
     "micro_batch_size",  # how the same gradient is summed
     "micro_batch_tokens",
+    "max_empty_steps",
+    "allow_changed_data",
 )
 _FREE_SFT = (
     *_FREE,

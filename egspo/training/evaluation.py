@@ -81,7 +81,7 @@ def score(
         RewardError: as :func:`evaluate`.
     """
     messages = [prompts.examples[i].prompt for i in index]
-    columns = prompts.columns(index)
+    columns, texts = prompts.columns(index), prompts.answers(index, texts)
     scored = score_completions(task.rewards, messages, texts, columns, on_error=on_error)
     skipped = scored.total.isnan().double()
     named = {"reward": scored.total, **scored.per_function, "skipped": skipped}

@@ -36,6 +36,7 @@ class RunProgress:
         description: what runs.
         start: steps made before, by the run that is resumed.
         enabled: False shows nothing (processes other than the main one).
+        gpus: that it runs on, for a forecast of GPU-hours; 0 for none.
         console: None for the shared one on standard error.
     """
 
@@ -46,12 +47,13 @@ class RunProgress:
         *,
         start: int = 0,
         enabled: bool = True,
+        gpus: int = 0,
         console: Console | None = None,
     ) -> None:
         if total < 1 or not 0 <= start <= total:
             raise ValueError(f"expected 0 <= start <= total and total >= 1, got {start}, {total}")
         self.total, self.description, self.start = total, description, start
-        self.enabled = enabled
+        self.enabled, self.gpus = enabled, gpus
         self._console = stderr_console() if console is None else console
         self._values: dict[str, float] = {}
         self._began = self._last_line = time.monotonic()
@@ -89,6 +91,9 @@ class RunProgress:
             return
         if self._bar is not None:
             shown = "  ".join(f"{name} [cyan]{value}[/]" for name, value in self._shown())
+            left = self._left(step)
+            if left is not None and self.gpus:
+                shown += f"  [cyan]{self._gpu_hours(left)}[/] left"
             self._bar.update(self._task, completed=step, values=shown)
         elif self._line_is_due(step, values):
             self._last_line = time.monotonic()
@@ -108,10 +113,21 @@ class RunProgress:
         parts += [f"{name} {value}" for name, value in self._shown()]
         elapsed = time.monotonic() - self._began
         parts.append(f"elapsed {_duration(elapsed)}")
-        if self.start < step < self.total:
-            left = elapsed / (step - self.start) * (self.total - step)
-            parts.append(f"left {_duration(left)}")
+        left = self._left(step)
+        if left is not None:
+            hours = f" ({self._gpu_hours(left)})" if self.gpus else ""
+            parts.append(f"left {_duration(left)}{hours}")
         return "  ".join(parts)
+
+    def _left(self, step: int) -> float | None:
+        """Seconds to the end, at the rate so far; None where there is none, or no rate."""
+        if not self.start < step < self.total:
+            return None
+        elapsed = time.monotonic() - self._began
+        return elapsed / (step - self.start) * (self.total - step)
+
+    def _gpu_hours(self, seconds: float) -> str:
+        return f"{self.gpus * seconds / 3600:.3g} GPU-hours"
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,8 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from egspo.algorithm.batch import Metrics
 from egspo.algorithm.reference import ReferenceRefresh
 from egspo.config import TrainConfig
+from egspo.config.protocol import deviations
 from egspo.engines import Engine, build_engine, choose_engine, with_accelerate_options
 from egspo.engines.build import Chosen
 from egspo.engines.optimization import build_scheduler
@@ -22,11 +25,15 @@ from egspo.models.quantization import check_quantization
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.graphs import check_device
 from egspo.runs.checkpoint import check_writable
+from egspo.runs.metrics import read_metrics
 from egspo.tasks.prompts import Data, build_data
 from egspo.training.build import base_model, build_denoiser, check_data, check_trackers, fresh_model
 from egspo.training.continuation import Resume, chosen_checkpoint
+from egspo.training.data_identity import Identity, check_same_data, data_identity
 from egspo.training.state import WEIGHTS, TrainingState, load_weights, resumed_step, trained_bytes
 from egspo.training.warm_start import kept_base, needs_base, save_model, warm_start
+
+logger = logging.getLogger("egspo")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Parts:
     launch: Launch
     origin: Origin
     data: Data
+    identity: Identity
     denoiser: Denoiser
     reference: ReferenceRefresh
     engine: Engine
@@ -92,6 +100,8 @@ def launched(config: TrainConfig) -> Launch:
     engine = choose_engine(config, accelerator)
     config = with_accelerate_options(config, accelerator)
     processes = Processes(config.distributed.timeout)
+    if config.protocol == "published" and processes.is_main:
+        logger.info("protocol: published, but for: %s", "; ".join(deviations(config)) or "nothing")
     _check_work(config, processes)
     check_quantization(config, accelerator.device)
     if config.generation.cuda_graphs:
@@ -111,6 +121,13 @@ def origin(config: TrainConfig, resume: Resume) -> Origin:
     return Origin(checkpoint, resumed_step(checkpoint, "train", "steps", config.steps))
 
 
+def made_before(origin: Origin) -> list[Metrics]:
+    """Metrics of the steps that were made before; empty where they are lost or there are none."""
+    if origin.run is None or not (origin.run / "metrics.jsonl").exists():
+        return []
+    return [record for record in read_metrics(origin.run) if record["step"] <= origin.step]
+
+
 def assemble(launch: Launch, origin: Origin) -> Parts:
     """Data, model, engine and optimizer, with the state of ``origin``.
 
@@ -121,6 +138,9 @@ def assemble(launch: Launch, origin: Origin) -> Parts:
     """
     config, output = launch.config, Path(launch.config.output_dir)
     data = build_data(config)
+    identity = data_identity(data.task)
+    if origin.run is not None:
+        check_same_data(config, identity, origin.run)
     with launch.processes.main_first():
         base = _base(launch, origin, data)
     check_data(config, data, base.config)
@@ -143,7 +163,7 @@ def assemble(launch: Launch, origin: Origin) -> Parts:
     state = TrainingState("train", denoiser.model, engine, scheduler, write)
     if origin.checkpoint is not None:
         state.load(origin.checkpoint)
-    return Parts(launch, origin, data, denoiser, reference, engine, state)
+    return Parts(launch, origin, data, identity, denoiser, reference, engine, state)
 
 
 def _check_work(config: TrainConfig, processes: Processes) -> None:

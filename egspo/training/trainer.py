@@ -20,16 +20,18 @@ from egspo.inspection.plotting import plot_run
 from egspo.inspection.sample_table import SampleTable
 from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, remove_later, step_of
 from egspo.runs.lock import RunLockedError
-from egspo.runs.metrics import MetricsWriter, read_metrics
+from egspo.runs.metrics import MetricsWriter
 from egspo.runs.published import publish
 from egspo.runs.samples import carry_samples, set_damaged_aside, write_group
 from egspo.training.best import BestSoFar
 from egspo.training.continuation import Resume, flat
+from egspo.training.data_identity import save_data_identity
 from egspo.training.data_order import data_order
+from egspo.training.empty_steps import EmptySteps
 from egspo.training.evaluation import average, evaluate
 from egspo.training.occupation import occupy
 from egspo.training.progress import RunProgress
-from egspo.training.setup import assemble, launched, origin
+from egspo.training.setup import assemble, launched, made_before, origin
 from egspo.training.state import Termination, copy_weights, saved_best
 from egspo.training.trackers import tracker_options
 
@@ -56,6 +58,7 @@ def train(config: TrainConfig, *, resume: Resume = None) -> Path:
     Raises:
         CheckpointError: ``resume`` is damaged, or not of a run with this configuration; or
             ``output_dir`` has another run's checkpoints.
+        EmptyRunError: for ``max_empty_steps`` steps there was nothing to update on.
         LostProcessError: another process died or froze.
         NonFiniteError: on a NaN or infinite loss or gradient, before the weights take it.
         NotOursError: ``output_dir`` has something else where the run would write.
@@ -84,13 +87,19 @@ class Trainer:
                 self._release()
                 raise
         self.data, self.denoiser, self.reference = parts.data, parts.denoiser, parts.reference
-        self.engine, self.state = parts.engine, parts.state
+        self.engine, self.state, self._identity = parts.engine, parts.state, parts.identity
         self.iteration = Iteration(
             self.config, self.data, self.denoiser, self.engine, self.processes
         )
         self.pipeline = Pipeline(self.config, self.iteration, self._work)
         self.completed = self.origin.step
         self.best = self._best_so_far()
+        config = self.config
+        self.empty = EmptySteps(
+            config.max_empty_steps,
+            config.prompts_per_step * config.algorithm.group_size,
+            made_before(self.origin),
+        )
         self._between_steps = True
         self._table: SampleTable | None = None  # of the main process, once the trackers are there
 
@@ -107,7 +116,9 @@ class Trainer:
         writer = self._open()
         try:
             with (
-                RunProgress(self.config.steps, "EGSPO", start=start, enabled=main) as progress,
+                RunProgress(
+                    self.config.steps, "EGSPO", start=start, enabled=main, gpus=self._gpus
+                ) as progress,
                 Termination(deferred=self.engine.sharded) as termination,
                 closing(self.pipeline),
             ):
@@ -116,8 +127,10 @@ class Trainer:
                 for step in range(start + 1, self.config.steps + 1):
                     if self._is_hopeless():
                         break
-                    improved = self._log(self._step(step), writer, progress)
+                    record = self._step(step)
+                    improved = self._log(record, writer, progress)
                     self._complete(step, improved)
+                    self.empty.check(step, record)
                     if self.engine.sharded and self.processes.any(termination.requested):
                         self._save()
                         raise SystemExit(128 + signal.SIGTERM)
@@ -125,6 +138,10 @@ class Trainer:
             self._rescue()
             raise
         return self._finish()
+
+    @property
+    def _gpus(self) -> int:
+        return self.processes.count if self.denoiser.device.type == "cuda" else 0
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -142,8 +159,7 @@ class Trainer:
         saved = saved_best(checkpoint)
         if saved is not None:
             return BestSoFar(**saved)
-        made = read_metrics(run) if (run / "metrics.jsonl").exists() else []
-        return BestSoFar.of(r for r in made if r["step"] <= self.completed)
+        return BestSoFar.of(made_before(self.origin))
 
     def _open(self) -> MetricsWriter:
         """Make the folder of the run ready, and what reports of it."""
@@ -151,6 +167,7 @@ class Trainer:
         if main:
             remove_later(self._checkpoints, self.completed)
             save_config(self.config, self.output / "config.yaml")
+            save_data_identity(self.output, self._identity)
         options = flat(config_to_dict(self.config))
         self.accelerator.init_trackers(
             "egspo",
@@ -203,12 +220,14 @@ class Trainer:
         config = self.config
         start = time.perf_counter()
         metrics = self.pipeline.step(step)
+        updated = self.iteration.updated  # of all processes, or of none
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
         self._between_steps = False
         advance(self.state.scheduler)
         self.reference.after(step)
         self.processes.enter(f"the end of step {step}")
         metrics = merge(self.processes.gather(metrics))
+        self.empty.after(step, metrics, updated=updated)
         if config.evaluates_at(step):
             if self._table is not None and self.iteration.group:
                 self._check_lock()

@@ -35,6 +35,7 @@ from egspo.training.build import (
     trainable_model,
 )
 from egspo.training.continuation import Resume, chosen_checkpoint
+from egspo.training.data_identity import check_same_data, data_identity, save_data_identity
 from egspo.training.occupation import occupy
 from egspo.training.sft import SupervisedData, train_supervised
 from egspo.training.state import WEIGHTS, save_weights, trained_bytes
@@ -176,6 +177,9 @@ def _run_sft(config: TrainConfig, output: Path, checkpoint: Path | None, lock: R
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = build_data(config)
     examples = supervised_examples(config, data)
+    identity = data_identity(data.task, examples)
+    if checkpoint is not None:
+        check_same_data(config, identity, checkpoint.parent.parent)
     if config.model.path is None:
         base = fresh_model(config.model, data.tokenizer, config.sft.seed, device)
         if config.model.has_adapter:
@@ -193,6 +197,7 @@ def _run_sft(config: TrainConfig, output: Path, checkpoint: Path | None, lock: R
     denoiser = plain_denoiser(config, model, data.tokenizer, device)
     check_writable(output, trained_bytes(model, config.checkpoint.keep_last + 2))
     save_config(config, output / "config.yaml")
+    save_data_identity(output, identity)
     _train(
         config,
         data,

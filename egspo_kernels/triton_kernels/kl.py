@@ -2,7 +2,8 @@
 
 With x the policy's logits and y the reference's, each less its largest and divided by the
 temperature, ``KL = E_p[x - y] - log(sum e^x / sum e^y)``. Both terms are as small as the policies
-are close, where the difference of two log-softmaxes would cancel.
+are close, where the difference of two log-softmaxes would cancel. For the same reason differences
+are taken of the logits themselves, less one number of the row: its first difference.
 """
 
 from __future__ import annotations
@@ -14,26 +15,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egspo_kernels.triton_kernels.normaliser import Normaliser, target_log_prob
-from egspo_kernels.triton_kernels.rows import (
-    LOG2_E,
+from egspo_kernels.triton_kernels.launch import (
     OPTIONS,
-    STATISTICS_BLOCK,
     alignment,
-    block_count,
-    finite_or_zero,
-    load_block,
-    merge_blocks,
+    is_aligned,
     on_device_of,
-    power_terms,
     prepare_logits,
-    row_partials,
+    row_options,
+    segment_count,
+)
+from egspo_kernels.triton_kernels.normaliser import Normaliser, target_logit
+from egspo_kernels.triton_kernels.rows import merge_segments, row_partials, statistics_arguments
+from egspo_kernels.triton_kernels.tiles import (
+    LOG2_E,
+    NO_LOGIT,
+    SEGMENT,
+    THREADS,
+    TILE,
+    exact_maximum,
+    finite_or_zero,
+    load_ragged,
+    load_whole,
+    power_terms,
     row_pointer,
-    statistics_arguments,
+    segment_bounds,
+    strange,
 )
 
 PARTIALS = 5
-"""float32 numbers that a block leaves behind."""
+"""float32 numbers that a segment leaves behind."""
 
 
 class Divergence(NamedTuple):
@@ -45,8 +55,48 @@ class Divergence(NamedTuple):
     """``E_p[x - y]``, x and y as above."""
 
 
+@triton.jit
+def accumulate_pair(x, y, offset, scale, maxima, references, sums):
+    """Maxima, references and the sums of both rows with those of a tile.
+
+    ``sums`` are ``sum p``, ``sum q`` and ``sum p ((x - offset) - y)``, p and q relative to the
+    threads' references; the arguments as in :func:`accumulate`.
+    """
+    maximum, ref_maximum = tl.maximum(maxima[0], tl.max(x, 1)), tl.maximum(maxima[1], tl.max(y, 1))
+    new, ref_new = tl.fma(maximum, scale, 0.0), tl.fma(ref_maximum, scale, 0.0)
+    ratio, ref_ratio = tl.exp2(references[0] - new), tl.exp2(references[1] - ref_new)
+    weight = tl.exp2(tl.fma(x, scale, -new[:, None]))
+    ref_weight = tl.exp2(tl.fma(y, scale, -ref_new[:, None]))
+    total = sums[0] * ratio + tl.sum(weight, 1)
+    ref_total = sums[1] * ref_ratio + tl.sum(ref_weight, 1)
+    difference = sums[2] * ratio + tl.sum(weight * ((x - offset) - y), 1)
+    return (maximum, ref_maximum), (new, ref_new), (total, ref_total, difference)
+
+
+@triton.jit
+def exact_pair(start, ref_start, begin, end, banned, scale):
+    """Maxima, ``sum p``, ``sum q`` and ``sum p (x - y)`` of a segment with logits of any kind.
+
+    Relative to the maxima, or to 0 where there is none.
+    """
+    top = exact_maximum(start, begin, end, banned)[0]
+    ref_top = exact_maximum(ref_start, begin, end, banned)[0]
+    total = tl.zeros((THREADS,), tl.float32)
+    ref_total = tl.zeros((THREADS,), tl.float32)
+    difference = tl.zeros((THREADS,), tl.float32)
+    for first in tl.range(begin, end, TILE):
+        x = load_ragged(start, first, end, banned, float("-inf")) - finite_or_zero(top)
+        y = load_ragged(ref_start, first, end, banned, float("-inf")) - finite_or_zero(ref_top)
+        weight, ref_weight = power_terms(x * scale)[0], power_terms(y * scale)[0]
+        total += tl.sum(weight, 1)
+        ref_total += tl.sum(ref_weight, 1)
+        # Not where the policy has no weight: there the difference may be infinite, or a NaN.
+        difference += tl.sum(tl.where(weight == 0, 0.0, weight * (x - y)), 1)
+    return top, ref_top, tl.sum(total, 0), tl.sum(ref_total, 0), tl.sum(difference, 0)
+
+
 @triton.jit(do_not_specialize=["row_stride", "ref_row_stride", "banned", "programs"])
-def block_kl_kernel(
+def segment_kl_kernel(
     logits,
     ref_logits,
     partials,
@@ -58,39 +108,60 @@ def block_kl_kernel(
     VOCAB: tl.constexpr,
     ALIGN: tl.constexpr,
     REF_ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """One block of one pair of rows into float32 ``partials`` [5, N * blocks].
+    """One segment of one pair of rows into float32 ``partials`` [5, N * segments].
 
     The five: largest logit and normaliser of the policy, its weighted sum of differences, largest
     logit and normaliser of the reference.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
-    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
-    row, first = program // blocks, program % blocks * BLOCK
-    x = load_block(row_pointer(logits, row, row_stride, ALIGN), first, VOCAB, banned, BLOCK)
+    segments: tl.constexpr = triton.cdiv(VOCAB, SEGMENT)
+    row = program // segments
+    start = row_pointer(logits, row, row_stride, ALIGN)
     ref_start = row_pointer(ref_logits, row, ref_row_stride, REF_ALIGN)
-    y = load_block(ref_start, first, VOCAB, banned, BLOCK)
-    maximum, ref_maximum = tl.max(x, 0), tl.max(y, 0)
-    x -= finite_or_zero(maximum)
-    y -= finite_or_zero(ref_maximum)
+    begin, pairs_end, end = segment_bounds(program % segments, VOCAB, banned)
     scale = inverse_temperature * LOG2_E
-    weight, _ = power_terms(x * scale)
-    ref_weight, _ = power_terms(y * scale)
-    # Not where the policy has no weight: there the difference may be infinite, or a NaN.
-    difference = tl.where(weight == 0, 0.0, weight * (x - y))
-    tl.store(partials + program, maximum)
-    tl.store(partials + programs + program, tl.sum(weight, 0))
-    tl.store(partials + 2 * programs + program, tl.sum(difference, 0) * inverse_temperature)
-    tl.store(partials + 3 * programs + program, ref_maximum)
-    tl.store(partials + 4 * programs + program, tl.sum(ref_weight, 0))
+    offset = tl.load(start + begin).to(tl.float32) - tl.load(ref_start + begin).to(tl.float32)
+    lowest = tl.full((THREADS,), NO_LOGIT, tl.float32)
+    zero = tl.zeros((THREADS,), tl.float32)
+    reference = tl.fma(lowest, scale, 0.0)
+    maxima, references, sums = (lowest, lowest), (reference, reference), (zero, zero, zero)
+    for first in tl.range(begin, pairs_end, TILE):
+        x = load_whole(start, first, end, ALIGNED)
+        y = load_whole(ref_start, first, end, ALIGNED)
+        maxima, references, sums = accumulate_pair(x, y, offset, scale, maxima, references, sums)
+    for first in tl.range(pairs_end, end, TILE):
+        x = load_ragged(start, first, end, banned, NO_LOGIT)
+        y = load_ragged(ref_start, first, end, banned, NO_LOGIT)
+        maxima, references, sums = accumulate_pair(x, y, offset, scale, maxima, references, sums)
+
+    top, ref_top = tl.max(maxima[0], 0), tl.max(maxima[1], 0)
+    ratio = tl.exp2(tl.fma(top, -scale, references[0]))
+    ref_ratio = tl.exp2(tl.fma(ref_top, -scale, references[1]))
+    total = tl.sum(sums[0] * ratio, 0)
+    ref_total = tl.sum(sums[1] * ref_ratio, 0)
+    difference = tl.sum(sums[2] * ratio, 0) + ((offset - top) + ref_top) * total
+    largest = tl.maximum(tl.abs(top), tl.abs(ref_top))
+    if strange(largest, scale, total + ref_total + difference):
+        top, ref_top, total, ref_total, difference = exact_pair(
+            start, ref_start, begin, end, banned, scale
+        )
+    tl.store(partials + program, top)
+    tl.store(partials + programs + program, total)
+    tl.store(partials + 2 * programs + program, difference * inverse_temperature)
+    tl.store(partials + 3 * programs + program, ref_top)
+    tl.store(partials + 4 * programs + program, ref_total)
 
 
 @triton.jit
 def merge_differences(
     maxima, sums, differences, maximum, ref_maxima, ref_maximum, inverse_temperature
 ):
-    """Sum of weighted differences of a row from those of its blocks, which had their own maxima."""
+    """Sum of weighted differences of a row from those of its segments, with their own maxima."""
     shift = (maxima - finite_or_zero(maximum)) * inverse_temperature
     ref_shift = (finite_or_zero(ref_maxima) - finite_or_zero(ref_maximum)) * inverse_temperature
     moved = tl.exp(shift) * (differences + sums * (shift - ref_shift))
@@ -124,27 +195,27 @@ def row_kl_kernel(
     inverse_temperature,
     banned: tl.int32,
     VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Combines the blocks of one pair of rows."""
+    """Combines the segments of one pair of rows."""
     n = tl.program_id(0)
-    _, inside, source = row_partials(partials, n, VOCAB, BLOCK)
+    x = target_logit(logits, targets, n, row_stride, banned, VOCAB)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    _, inside, source = row_partials(partials, n, VOCAB)
     maxima = tl.load(source, mask=inside, other=float("-inf"))
     sums = tl.load(source + programs, mask=inside, other=0.0)
     differences = tl.load(source + 2 * programs, mask=inside, other=0.0)
     ref_maxima = tl.load(source + 3 * programs, mask=inside, other=float("-inf"))
     ref_sums = tl.load(source + 4 * programs, mask=inside, other=0.0)
-    maximum, total, _ = merge_blocks(maxima, sums, sums, inverse_temperature)
-    ref_maximum, ref_total, _ = merge_blocks(ref_maxima, ref_sums, ref_sums, inverse_temperature)
+    maximum, total, _ = merge_segments(maxima, sums, sums, inverse_temperature)
+    ref_maximum, ref_total, _ = merge_segments(ref_maxima, ref_sums, ref_sums, inverse_temperature)
     difference = merge_differences(
         maxima, sums, differences, maximum, ref_maxima, ref_maximum, inverse_temperature
     )
     mean_difference = difference / total
     log_total = tl.log(total)
-    log_prob = target_log_prob(
-        logits, targets, n, row_stride, maximum, log_total, inverse_temperature, banned, VOCAB
-    )
-    tl.store(log_prob_out + n, log_prob)
+    tl.store(log_prob_out + n, (x - maximum) * inverse_temperature - log_total)
     tl.store(kl_out + n, mean_difference - tl.log(total / ref_total))
     tl.store(maximum_out + n, maximum)
     tl.store(log_total_out + n, log_total)
@@ -167,19 +238,20 @@ def exact_kl(
     """
     logits, ref_logits = prepare_logits(logits, None)[0], prepare_logits(ref_logits, None)[0]
     rows, vocab_size = logits.shape
-    programs = rows * block_count(vocab_size, STATISTICS_BLOCK)
+    programs = rows * segment_count(vocab_size)
     partials = logits.new_empty((PARTIALS, programs), dtype=torch.float32)
     outputs = [logits.new_empty(rows, dtype=torch.float32) for _ in range(6)]
     if rows:
-        scalars = statistics_arguments(logits, programs, temperature, banned_token)
         with on_device_of(logits):
-            block_kl_kernel[(programs,)](
+            scalars = statistics_arguments(logits, programs, temperature, banned_token)
+            segment_kl_kernel[(programs,)](
                 logits,
                 ref_logits,
                 partials,
                 ref_row_stride=ref_logits.stride(0),
                 ALIGN=alignment(logits),
                 REF_ALIGN=alignment(ref_logits),
+                ALIGNED=is_aligned(logits) and is_aligned(ref_logits),
                 **scalars,
                 **OPTIONS,
             )
@@ -189,7 +261,7 @@ def exact_kl(
                 partials,
                 *outputs,
                 **scalars,
-                **(OPTIONS | {"num_warps": 1}),
+                **row_options(scalars["DEPENDENT"]),
             )
     log_prob, kl, maximum, log_total, ref_maximum, mean_difference = outputs
     return (

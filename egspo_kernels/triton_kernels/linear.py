@@ -16,6 +16,7 @@ from torch.library import custom_op
 from egspo_kernels.shared.product import Settings, chunks, product
 from egspo_kernels.triton_kernels import rows as row_kernels
 from egspo_kernels.triton_kernels.kl import PARTIALS
+from egspo_kernels.triton_kernels.launch import segment_count
 from egspo_kernels.triton_kernels.normaliser import Normaliser
 from egspo_kernels.triton_kernels.row_gradient import Coefficients, row_gradient
 from egspo_kernels.types import TokenStats
@@ -46,9 +47,7 @@ def row_bytes(
     columns = logits_dtype.itemsize * (2 if with_reference else 1)
     if with_gradient and logits_dtype != dtype:
         columns += dtype.itemsize
-    return columns * vocab_size + 4 * PARTIALS * row_kernels.block_count(
-        vocab_size, row_kernels.STATISTICS_BLOCK
-    )
+    return columns * vocab_size + 4 * PARTIALS * segment_count(vocab_size)
 
 
 def logits_buffer(head: Head, settings: Settings) -> Tensor:

@@ -17,7 +17,7 @@ def uniform(word):
 
 @triton.jit
 def exponential(u):
-    """Standard exponential ``-log1p(-u)``, whose logarithm is the reference's negative Gumbel.
+    """Standard exponential ``-log1p(-u)``, whose logarithm is a negative Gumbel number.
 
     ``u - (1 - w)`` restores what rounding ``w = 1 - u`` lost: the sample is decided by the
     smallest values.
@@ -27,20 +27,20 @@ def exponential(u):
 
 
 @triton.jit
-def exponential_block(seed, step, row_id, block, BLOCK: tl.constexpr):
-    """float32 [BLOCK]: the exponentials of the columns of a block, four from each counter.
+def exponentials(seed, step, row_id, counter, word):
+    """float32 exponentials, one from a word (0 to 3) of each counter.
 
     Args:
         seed, step, row_id: int64, of which the low 64, 32 and 64 bits count.
+        counter: int32, read as 32 bits.
     """
-    group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    zero = group * 0
+    zero = counter * 0
     a, b, c, d = tl.philox(
         seed,
-        group,
+        counter,
         zero + row_id.to(tl.int32),
         zero + (row_id >> 32).to(tl.int32),
         zero + step.to(tl.int32),
     )
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # [.., j, i] is word j + 2 i
-    return exponential(uniform(tl.reshape(words, (BLOCK,))))
+    low, high = tl.where(word == 0, a, b), tl.where(word == 2, c, d)
+    return exponential(uniform(tl.where(word < 2, low, high)))

@@ -12,16 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from egspo_kernels.triton_kernels.rows import (
-    OPTIONS,
-    STATISTICS_BLOCK,
+from egspo_kernels.triton_kernels.launch import (
     alignment,
-    block_count,
-    block_statistics_kernel,
-    merge_blocks,
+    is_aligned,
     on_device_of,
     prepare_logits,
+    row_options,
+    segment_count,
+    segment_options,
+)
+from egspo_kernels.triton_kernels.rows import (
+    REGISTERS,
+    merge_segments,
     row_partials,
+    segment_statistics_kernel,
     statistics_arguments,
 )
 
@@ -38,16 +42,13 @@ class Normaliser(NamedTuple):
 
 
 @triton.jit
-def target_log_prob(
-    logits, targets, n, row_stride, maximum, log_total, inverse_temperature, banned, VOCAB
-):
-    """Log-probability of the target of row ``n``; NaN for a target out of range."""
+def target_logit(logits, targets, n, row_stride, banned, VOCAB):
+    """Logit of the target of row ``n``: -inf if it is banned, NaN if it is out of range."""
     target = tl.load(targets + n).to(tl.int64)
     valid = (target >= 0) & (target < VOCAB)
     offset = n.to(tl.int64) * row_stride + target
     x = tl.load(logits + offset, mask=valid, other=float("nan")).to(tl.float32)
-    x = tl.where(valid & (target == banned), float("-inf"), x)
-    return (x - maximum) * inverse_temperature - log_total
+    return tl.where(valid & (target == banned), float("-inf"), x)
 
 
 @triton.jit(
@@ -66,22 +67,21 @@ def row_normaliser_kernel(
     inverse_temperature,
     banned: tl.int32,
     VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Combines the blocks of one row, as ``row_statistics_kernel`` does."""
+    """Combines the segments of one row, as ``row_statistics_kernel`` does."""
     n = tl.program_id(0)
-    _, inside, source = row_partials(partials, n, VOCAB, BLOCK)
+    x = target_logit(logits, targets, n, row_stride, banned, VOCAB)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    _, inside, source = row_partials(partials, n, VOCAB)
     maxima = tl.load(source, mask=inside, other=float("-inf"))
     sums = tl.load(source + programs, mask=inside, other=0.0)
-    maximum, total, _ = merge_blocks(maxima, sums, sums, inverse_temperature)
+    maximum, total, _ = merge_segments(maxima, sums, sums, inverse_temperature)
     log_total = tl.log(total)
     tl.store(maximum_out + n, maximum)
     tl.store(log_total_out + n, log_total)
-    if targets is not None:
-        log_prob = target_log_prob(
-            logits, targets, n, row_stride, maximum, log_total, inverse_temperature, banned, VOCAB
-        )
-        tl.store(log_prob_out + n, log_prob)
+    tl.store(log_prob_out + n, (x - maximum) * inverse_temperature - log_total)
 
 
 def log_probs(
@@ -95,20 +95,21 @@ def log_probs(
     """
     logits, _ = prepare_logits(logits, None)
     rows, vocab_size = logits.shape
-    programs = rows * block_count(vocab_size, STATISTICS_BLOCK)
+    programs = rows * segment_count(vocab_size)
     partials = logits.new_empty((4, programs), dtype=torch.float32)
     log_prob, maximum, log_total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     if rows:
-        scalars = statistics_arguments(logits, programs, temperature, banned_token)
         with on_device_of(logits):
-            block_statistics_kernel[(programs,)](
+            scalars = statistics_arguments(logits, programs, temperature, banned_token)
+            segment_statistics_kernel[(programs,)](
                 logits,
                 None,
                 partials,
                 row_count=rows,
                 ALIGN=alignment(logits),
+                ALIGNED=is_aligned(logits),
                 **scalars,
-                **OPTIONS,
+                **segment_options(REGISTERS),
             )
             row_normaliser_kernel[(rows,)](
                 logits,
@@ -118,6 +119,6 @@ def log_probs(
                 maximum,
                 log_total,
                 **scalars,
-                **(OPTIONS | {"num_warps": 1}),
+                **row_options(scalars["DEPENDENT"]),
             )
     return log_prob, Normaliser(maximum, log_total)

@@ -14,27 +14,21 @@ A row whose coefficients are all zero gets zeros, and its logits are not read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.kl import Divergence
+from egspo_kernels.triton_kernels.launch import alignment, on_device_of, prepare_logits
 from egspo_kernels.triton_kernels.normaliser import Normaliser
-from egspo_kernels.triton_kernels.rows import (
-    LN_2,
-    LOG2_E,
-    OPTIONS,
-    alignment,
-    block_count,
-    block_size,
-    finite_or_zero,
-    load_block,
-    on_device_of,
-    prepare_logits,
-    row_pointer,
-)
+from egspo_kernels.triton_kernels.tiles import LN_2, LOG2_E, finite_or_zero, row_pointer
+
+MAX_BLOCK = 4096
+"""Columns of a block, unless the vocabulary is smaller: 16 in the registers of each of 256 threads,
+and few enough that several programs share a processor and hide each other's loads."""
+OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
 
 FAR = tl.constexpr(1e20)
 """Nothing this far below the largest logit has a probability, at any sensible temperature."""
@@ -50,6 +44,22 @@ class Coefficients(NamedTuple):
     logsumexp: Tensor | None = None
     entropy: Tensor | None = None
     kl: Tensor | None = None
+
+
+@triton.jit
+def load_block(start, first, width, banned, BLOCK: tl.constexpr):
+    """float32 logits of the block whose first column is ``first``; only its block drops a token."""
+    columns = first + tl.arange(0, BLOCK)
+    logits = tl.load(start + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+    if (banned >= first) & (banned < first + BLOCK):
+        logits = tl.where(columns == banned, float("-inf"), logits)
+    return logits
+
+
+@triton.jit
+def load_number(numbers, row):
+    """A number of the row; 0 if there is none."""
+    return 0.0 if numbers is None else tl.load(numbers + row)
 
 
 @triton.jit
@@ -122,29 +132,37 @@ def row_gradient_kernel(
     l = load_coefficient(logsumexp_coefficient, index, valid, factor)  # noqa: E741
     h = load_coefficient(entropy_coefficient, index, valid, factor)
     b = load_coefficient(kl_coefficient, index, valid, factor)
+    # All that is read beside the logits, before the branch: these loads wait for none of the others.
+    shift = finite_or_zero(tl.load(maximum + row))
+    log2_total = tl.load(log_total + row) * LOG2_E
+    row_entropy = load_number(entropy, row)
+    ref_shift = load_number(ref_maximum, row)
+    mean = load_number(mean_difference, row)
+    target = -1 if targets is None else tl.load(targets + row)
     place = row_pointer(gradient, row, grad_row_stride, GRAD_ALIGN) + columns
     if (c != 0) | (l != 0) | (h != 0) | (b != 0):
-        # Clamps keep what has no probability finite, so that 0 times it is 0. They would drop a
-        # NaN, but then the normaliser is NaN too.
         x = load_block(row_pointer(logits, row, row_stride, ALIGN), first, VOCAB, banned, BLOCK)
-        x = tl.maximum(x - finite_or_zero(tl.load(maximum + row)), -FAR)
-        log2_p = x * (inverse_temperature * LOG2_E) - tl.load(log_total + row) * LOG2_E
-        p = tl.exp2(log2_p)
-        factor_of_p = l - c
-        if entropy_coefficient is not None:
-            factor_of_p -= h * (tl.load(entropy + row) + log2_p * LN_2)
+        y = x
         if kl_coefficient is not None:
             # Where the KL has no part in the loss, the reference row is not read.
             reads = b != 0
             width = tl.where(reads, VOCAB, 0)
             ref_start = row_pointer(ref_logits, row, ref_row_stride, REF_ALIGN)
             y = load_block(ref_start, first, width, banned, BLOCK)
-            y -= tl.where(reads, finite_or_zero(tl.load(ref_maximum + row)), 0.0)
-            mean = tl.where(reads, tl.load(mean_difference + row), 0.0)
+            y -= tl.where(reads, finite_or_zero(ref_shift), 0.0)
+            mean = tl.where(reads, mean, 0.0)
+        # Clamps keep what has no probability finite, so that 0 times it is 0. They would drop a
+        # NaN, but then the normaliser is NaN too.
+        x = tl.maximum(x - shift, -FAR)
+        log2_p = x * (inverse_temperature * LOG2_E) - log2_total
+        p = tl.exp2(log2_p)
+        factor_of_p = l - c
+        if entropy_coefficient is not None:
+            factor_of_p -= h * (row_entropy + log2_p * LN_2)
+        if kl_coefficient is not None:
             factor_of_p += b * (tl.minimum(x - y, FAR) * inverse_temperature - mean)
         grad = p * factor_of_p
         if log_prob_coefficient is not None:
-            target = tl.load(targets + row)
             if (target >= first) & (target < first + BLOCK):
                 grad += tl.where(columns == target, c, 0.0)
         if (banned >= first) & (banned < first + BLOCK):
@@ -153,6 +171,12 @@ def row_gradient_kernel(
     else:
         zeros = tl.zeros((BLOCK,), gradient.dtype.element_ty)
         tl.store(place, zeros, mask=columns < VOCAB)
+
+
+def block_size(vocab_size: int) -> int:
+    """Columns of a block: a power of two that depends on the vocabulary alone."""
+    power: int = triton.next_power_of_2(vocab_size)
+    return min(MAX_BLOCK, max(256, power))
 
 
 def row_gradient(
@@ -190,7 +214,7 @@ def row_gradient(
     if ref_logits is not None:
         ref_logits = prepare_logits(ref_logits, None)[0]
     with on_device_of(logits):
-        row_gradient_kernel[(rows * block_count(vocab_size),)](
+        row_gradient_kernel[(rows * -(-vocab_size // block_size(vocab_size)),)](
             out,
             logits,
             ref_logits,

@@ -1,6 +1,6 @@
-"""Softmax statistics of rows of logits in one pass, and the device functions other kernels share.
+"""Softmax statistics of rows of logits in one pass.
 
-A block of a row is summarised by its largest logit ``m`` and, in units of the temperature,
+A segment of a row is summarised by its largest logit ``m`` and, in units of the temperature,
 ``s = sum e^(x-m)`` and ``t = sum e^(x-m) (x-m)``: the entropy is then ``log s - t/s``, a sum of
 terms of one sign, where the unshifted form cancels. Logits that do not exist (beyond the
 vocabulary, or banned) are -inf.
@@ -8,8 +8,6 @@ vocabulary, or banned) are -inf.
 
 from __future__ import annotations
 
-import contextlib
-import math
 from typing import Any
 
 import torch
@@ -17,26 +15,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egspo_kernels.triton_kernels.launch import (
+    alignment,
+    dependent_launches,
+    is_aligned,
+    on_device_of,
+    prepare_logits,
+    row_options,
+    segment_count,
+    segment_options,
+)
+from egspo_kernels.triton_kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    NO_LOGIT,
+    SEGMENT,
+    THREADS,
+    TILE,
+    accumulate,
+    accumulate_exactly,
+    exact_maximum,
+    finite_or_zero,
+    first_column,
+    in_units_of,
+    largest_column,
+    load_ragged,
+    load_whole,
+    raise_maximum,
+    row_pointer,
+    segment_bounds,
+    side_by_side,
+    strange,
+)
 from egspo_kernels.types import TokenStats
 
-MAX_BLOCK = 4096
-"""Columns of a block, unless the vocabulary is smaller: 16 in the registers of each of 256 threads,
-and few enough that several programs share a processor and hide each other's loads."""
-STATISTICS_BLOCK = 8192
-"""For the statistics, which need few registers more than the logits, and whose reductions across
-threads would cost as much as the rest in smaller blocks."""
-OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
-"""Launch options of kernels that read blocks of logits."""
-
-
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def row_pointer(logits, row, row_stride, ALIGN: tl.constexpr):
-    """Pointer to the start of a row, whose stride is a multiple of ``ALIGN`` elements."""
-    return logits + tl.multiple_of(row.to(tl.int64) * row_stride, ALIGN)
+REGISTERS = 40
+"""Of a thread: twelve programs on a processor."""
 
 
 @triton.jit
@@ -47,76 +61,22 @@ def locate_row(rows, n, row_count, VOCAB: tl.constexpr):
 
 
 @triton.jit
-def load_logits(start, columns, width, banned):
-    """float32 logits of some columns of the row at ``start``; -inf beyond ``width``.
+def row_partials(partials, n, VOCAB: tl.constexpr):
+    """The segments of row ``n``: their numbers, which exist, and where each left its first partial.
 
-    The banned token is dropped after the load: in the mask it would forbid wide loads.
+    The next partials are ``programs`` further, each.
     """
-    logits = tl.load(start + columns, mask=columns < width, other=float("-inf"))
-    return tl.where(columns == banned, float("-inf"), logits.to(tl.float32))
+    segments: tl.constexpr = triton.cdiv(VOCAB, SEGMENT)
+    segment = tl.arange(0, triton.next_power_of_2(segments))
+    return segment, segment < segments, partials + n.to(tl.int64) * segments + segment
 
 
 @triton.jit
-def load_block(start, first, width, banned, BLOCK: tl.constexpr):
-    """float32 logits of the block whose first column is ``first``; only its block drops a token."""
-    columns = first + tl.arange(0, BLOCK)
-    logits = tl.load(start + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-    if (banned >= first) & (banned < first + BLOCK):
-        logits = tl.where(columns == banned, float("-inf"), logits)
-    return logits
-
-
-@triton.jit
-def finite_or_zero(maximum):
-    """A shift that leaves rows of -inf at -inf, where ``-inf - -inf`` would be NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
-
-
-@triton.jit
-def first_column(selected, columns):
-    """The lowest of the selected columns, or the largest int32."""
-    return tl.min(tl.where(selected, columns, 0x7FFFFFFF), 0)
-
-
-@triton.jit
-def power_terms(exponent):
-    """``2^d`` and ``2^d d``; both 0 for -inf, and NaN stays NaN.
-
-    Powers of two are what the hardware has. At -200 they are 0 already, without ``-inf * 0``.
-    """
-    exponent = tl.maximum(exponent, -200.0, propagate_nan=tl.PropagateNan.ALL)
-    weight = tl.exp2(exponent)
-    return weight, weight * exponent
-
-
-@triton.constexpr_function
-def group_size(logits):
-    """Columns of a wide load: a thread holds them, so a maximum over them costs no exchange."""
-    return 128 // logits.dtype.element_ty.primitive_bitwidth
-
-
-@triton.jit
-def normaliser_terms(shifted):
-    """``e^d`` and ``e^d d`` for ``d = (x - max) / temperature``; 0 for -inf, NaN stays NaN."""
-    weight, moment = power_terms(shifted * LOG2_E)
-    return weight, moment * LN_2
-
-
-@triton.jit
-def row_partials(partials, n, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The blocks of row ``n``: their numbers, which of them exist, and where each left its first
-    partial (the next ones are ``programs`` further, each)."""
-    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
-    block = tl.arange(0, triton.next_power_of_2(blocks))
-    return block, block < blocks, partials + n.to(tl.int64) * blocks + block
-
-
-@triton.jit
-def merge_blocks(maxima, sums, moments, inverse_temperature):
-    """``m``, ``s`` and ``t`` of a row from those of its blocks.
+def merge_segments(maxima, sums, moments, inverse_temperature):
+    """``m``, ``s`` and ``t`` of a row from those of its segments.
 
     Args:
-        maxima, sums, moments: float32 [blocks]; a block that does not exist is (-inf, 0, 0).
+        maxima, sums, moments: float32 [segments]; one that does not exist is (-inf, 0, 0).
     """
     maximum = tl.max(maxima, 0)
     shift = (maxima - finite_or_zero(maximum)) * inverse_temperature
@@ -125,8 +85,20 @@ def merge_blocks(maxima, sums, moments, inverse_temperature):
     return maximum, tl.sum(scale * sums, 0), tl.sum(moved, 0)
 
 
+@triton.jit
+def exact_statistics(start, begin, end, banned, scale):
+    """(m, s, t, column) of a segment with logits of any kind."""
+    top, column = exact_maximum(start, begin, end, banned)
+    total = tl.zeros((THREADS,), tl.float32)
+    moment = tl.zeros((THREADS,), tl.float32)
+    for first in tl.range(begin, end, TILE):
+        x = load_ragged(start, first, end, banned, float("-inf"))
+        total, moment = accumulate_exactly(x, finite_or_zero(top), scale, total, moment)
+    return top, tl.sum(total, 0), tl.sum(moment, 0), column
+
+
 @triton.jit(do_not_specialize=["row_count", "row_stride", "banned", "programs"])
-def block_statistics_kernel(
+def segment_statistics_kernel(
     logits,
     rows,
     partials,
@@ -137,28 +109,45 @@ def block_statistics_kernel(
     banned: tl.int32,
     VOCAB: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """(m, s, t, place) of one block of one row into float32 ``partials`` [4, N * blocks].
-
-    ``place`` is the first group of columns with a logit of ``m``, counted from the start of the
-    block: finding the column itself would take a sixth of this kernel's instructions.
-    """
+    """(m, s, t, first column of m) of one segment of one row, to float32 [4, N * segments]."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
-    blocks: tl.constexpr = triton.cdiv(VOCAB, BLOCK)
-    row, width = locate_row(rows, program // blocks, row_count, VOCAB)
+    segments: tl.constexpr = triton.cdiv(VOCAB, SEGMENT)
+    row, width = locate_row(rows, program // segments, row_count, VOCAB)
     start = row_pointer(logits, row, row_stride, ALIGN)
-    x = load_block(start, program % blocks * BLOCK, width, banned, BLOCK)
-    groups: tl.constexpr = BLOCK // group_size(logits)
-    group_maxima = tl.max(tl.reshape(x, (groups, BLOCK // groups)), 1)
-    maximum = tl.max(group_maxima, 0)
+    begin, pairs_end, end = segment_bounds(program % segments, width, banned)
     scale = inverse_temperature * LOG2_E
-    weight, moment = power_terms((x - finite_or_zero(maximum)) * scale)
-    place = first_column(group_maxima == maximum, tl.arange(0, groups))
-    tl.store(partials + program, maximum)
-    tl.store(partials + programs + program, tl.sum(weight, 0))
-    tl.store(partials + 2 * programs + program, tl.sum(moment, 0) * LN_2)
-    tl.store(partials + 3 * programs + program, place.to(tl.float32, bitcast=True))
+    maximum = tl.full((THREADS,), NO_LOGIT, tl.float32)
+    place = tl.zeros((THREADS,), tl.int32)
+    reference = tl.fma(maximum, scale, 0.0)
+    total = tl.zeros((THREADS,), tl.float32)
+    moment = tl.zeros((THREADS,), tl.float32)
+    for first in tl.range(begin, pairs_end, 2 * TILE):
+        left = load_whole(start, first, end, ALIGNED)
+        right = load_whole(start, first + TILE, end, ALIGNED)
+        maximum, place = raise_maximum(left, first, maximum, place)
+        maximum, place = raise_maximum(right, first + TILE, maximum, place)
+        both = side_by_side(left, right)
+        reference, total, moment = accumulate(both, maximum, scale, reference, total, moment, True)
+    for first in tl.range(pairs_end, end, TILE):
+        x = load_ragged(start, first, end, banned, NO_LOGIT)
+        maximum, place = raise_maximum(x, first, maximum, place)
+        reference, total, moment = accumulate(x, maximum, scale, reference, total, moment, True)
+
+    top = tl.max(maximum, 0)
+    column = largest_column(start, top, maximum, place, end, banned)
+    total, moment = in_units_of(top, scale, reference, total, moment)
+    total_sum, moment_sum = tl.sum(total, 0), tl.sum(moment, 0)
+    if strange(top, scale, total_sum + moment_sum):
+        top, total_sum, moment_sum, column = exact_statistics(start, begin, end, banned, scale)
+    tl.store(partials + program, top)
+    tl.store(partials + programs + program, total_sum)
+    tl.store(partials + 2 * programs + program, moment_sum * LN_2)
+    tl.store(partials + 3 * programs + program, column.to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["row_count", "row_stride", "banned", "programs"])
@@ -178,84 +167,48 @@ def row_statistics_kernel(
     inverse_temperature,
     banned: tl.int32,
     VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Combines the blocks of one row and writes its statistics."""
+    """Combines the segments of one row and writes its statistics."""
     n = tl.program_id(0)
-    block, inside, source = row_partials(partials, n, VOCAB, BLOCK)
+    if targets is not None:
+        row, width = locate_row(rows, n, row_count, VOCAB)
+        target = tl.load(targets + n).to(tl.int64)
+        valid = (target >= 0) & (target < width)
+        offset = row * row_stride + target
+        x = tl.load(logits + offset, mask=valid, other=float("nan")).to(tl.float32)
+        x = tl.where(valid & (target == banned), float("-inf"), x)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    _, inside, source = row_partials(partials, n, VOCAB)
     maxima = tl.load(source, mask=inside, other=float("-inf"))
     sums = tl.load(source + programs, mask=inside, other=0.0)
     moments = tl.load(source + 2 * programs, mask=inside, other=0.0)
-    places = tl.load(source + 3 * programs, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    maximum, total, moment = merge_blocks(maxima, sums, moments, inverse_temperature)
+    columns = tl.load(source + 3 * programs, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    maximum, total, moment = merge_segments(maxima, sums, moments, inverse_temperature)
+    # A row of NaN has no largest logit: what is found must still be a column.
+    argmax = tl.minimum(first_column(inside & (maxima == maximum), columns), VOCAB - 1)
     log_total = tl.log(total)
     tl.store(logsumexp_out + n, maximum * inverse_temperature + log_total)
     tl.store(entropy_out + n, log_total - moment / total)
     tl.store(confidence_out + n, tl.where(total == 0, float("nan"), 1.0 / total))
-    row, width = locate_row(rows, n, row_count, VOCAB)
-    start = logits + row * row_stride
-    # A row of NaN has no largest logit: what is found must still be a column.
-    size: tl.constexpr = group_size(logits)
-    places += block * (BLOCK // size)
-    group = tl.minimum(first_column(inside & (maxima == maximum), places), (VOCAB - 1) // size)
-    columns = group * size + tl.arange(0, size)
-    x = load_logits(start, columns, width, banned)
-    argmax = tl.minimum(first_column(x == maximum, columns), VOCAB - 1)
     tl.store(argmax_out + n, argmax.to(tl.int64))
     if targets is not None:
-        target = tl.load(targets + n).to(tl.int64)
-        valid = (target >= 0) & (target < width)
-        x = tl.load(start + target, mask=valid, other=float("nan"))
-        x = tl.where(valid & (target == banned), float("-inf"), x.to(tl.float32))
         tl.store(log_prob_out + n, (x - maximum) * inverse_temperature - log_total)
-
-
-def block_size(vocab_size: int, limit: int = MAX_BLOCK) -> int:
-    """Columns of a block: a power of two that depends on the vocabulary alone."""
-    power: int = triton.next_power_of_2(vocab_size)
-    return min(limit, max(256, power))
-
-
-def block_count(vocab_size: int, limit: int = MAX_BLOCK) -> int:
-    """Blocks of a row."""
-    return -(-vocab_size // block_size(vocab_size, limit))
-
-
-def prepare_logits(logits: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The same rows with consecutive columns: a copy of the rows used if they are not already."""
-    if logits.stride(1) == 1 or logits.shape[1] == 1:
-        return logits, None if rows is None else rows.contiguous()
-    return (logits if rows is None else logits[rows.long()]).contiguous(), None
-
-
-def alignment(logits: Tensor) -> int:
-    """The power of two, at most 16, that divides the row stride in elements.
-
-    A constant of the compiled kernel: with it loads are as wide as the stride allows, and the
-    stride itself need not be constant.
-    """
-    return math.gcd(logits.stride(0), 16)
 
 
 def statistics_arguments(
     logits: Tensor, programs: int, temperature: float, banned_token: int | None
 ) -> dict[str, Any]:
-    """What all kernels over rows cut into blocks of ``STATISTICS_BLOCK`` take."""
+    """What all kernels over segments of rows take."""
     return {
         "row_stride": logits.stride(0),
         "programs": programs,
         "inverse_temperature": 1.0 / temperature,
         "banned": -1 if banned_token is None else banned_token,
         "VOCAB": logits.shape[1],
-        "BLOCK": block_size(logits.shape[1], STATISTICS_BLOCK),
+        "DEPENDENT": dependent_launches(),
     }
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's device current: Triton launches there."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(tensor.device.index)
 
 
 def token_stats(
@@ -271,7 +224,7 @@ def token_stats(
     """
     logits, rows = prepare_logits(logits, rows)
     count = logits.shape[0] if rows is None else rows.numel()
-    programs = count * block_count(logits.shape[1], STATISTICS_BLOCK)
+    programs = count * segment_count(logits.shape[1])
     partials = logits.new_empty((4, programs), dtype=torch.float32)
     logsumexp, entropy, confidence = (
         logits.new_empty(count, dtype=torch.float32) for _ in range(3)
@@ -281,11 +234,17 @@ def token_stats(
     stats = TokenStats(logsumexp, entropy, log_prob, argmax, confidence)
     if count == 0:
         return stats
-    scalars = statistics_arguments(logits, programs, temperature, banned_token)
-    scalars["row_count"] = logits.shape[0]
     with on_device_of(logits):
-        block_statistics_kernel[(programs,)](
-            logits, rows, partials, **scalars, ALIGN=alignment(logits), **OPTIONS
+        scalars = statistics_arguments(logits, programs, temperature, banned_token)
+        scalars["row_count"] = logits.shape[0]
+        segment_statistics_kernel[(programs,)](
+            logits,
+            rows,
+            partials,
+            **scalars,
+            ALIGN=alignment(logits),
+            ALIGNED=is_aligned(logits),
+            **segment_options(REGISTERS),
         )
         row_statistics_kernel[(count,)](
             logits,
@@ -294,6 +253,6 @@ def token_stats(
             partials,
             *stats,
             **scalars,
-            **(OPTIONS | {"num_warps": 1}),
+            **row_options(scalars["DEPENDENT"]),
         )
     return stats

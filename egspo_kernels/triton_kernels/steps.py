@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.shared.objective import LOG_RATIO_LIMIT, Objective, Steps
-from egspo_kernels.triton_kernels.rows import OPTIONS, on_device_of
+from egspo_kernels.triton_kernels.launch import OPTIONS, on_device_of
 from egspo_kernels.types import Surrogate
 
 BLOCK_STEPS = 16

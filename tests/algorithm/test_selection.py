@@ -11,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egspo.algorithm.selection import candidate_limits, histogram, select, select_share
+from egspo.algorithm.selection import (
+    _shared,
+    _spread,
+    candidate_limits,
+    histogram,
+    select,
+    select_share,
+)
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
 
 EOS = 9
@@ -148,3 +155,28 @@ def test_random_is_keyed_by_sequence() -> None:
 def test_bad_k(k: int) -> None:
     with pytest.raises(ValueError, match="k must lie in"):
         select(SAMPLE, "uniform", k, limits=torch.tensor([4, 4, 4]))
+
+
+def test_uniform_reference_takes_what_the_published_code_takes() -> None:
+    limits = torch.tensor([128, 8, 3, 0])
+    (whole, eight, three, none) = _spread(limits, 8).tolist()
+    assert whole == [0, 21, 42, 63, 84, 105, 126, 127]
+    assert eight == list(range(8))
+    assert three == [0, 1, 2, -1, -1, -1, -1, -1] and none == [-1] * 8
+    assert _spread(torch.tensor([128]), 1).tolist() == [[127]]
+
+
+def test_random_reference_is_shared_by_the_batch_with_the_last_step_in() -> None:
+    limits = torch.tensor([128] * 3)
+    drawn = [_shared(limits, 8, 0, step) for step in range(400)]
+    for selected in drawn:
+        assert (selected == selected[0]).all()
+        assert (selected[:, -1] == 127).all()
+        assert ((selected[:, :-1] >= 0) & (selected[:, :-1] <= 126)).all()
+    others = torch.cat([selected[0, :-1] for selected in drawn])
+    assert set(others.tolist()) == set(range(127))
+    # With replacement: 7 of 127 repeat in 15 % of the draws, 60 of 400 on average.
+    repeats = sum(len(set(selected[0, :-1].tolist())) < 7 for selected in drawn)
+    assert 30 <= repeats <= 95
+    assert drawn[0].tolist() != drawn[1].tolist()
+    assert _shared(torch.tensor([1, 0]), 3, 0, 5).tolist() == [[-1, -1, 0], [-1, -1, -1]]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -412,3 +414,44 @@ def test_a_closed_pipe_is_no_error() -> None:
         ["bash", "-c", f"set -o pipefail; {program}"], capture_output=True, text=True, timeout=120
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "{", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "loaded", "expected"),
+    [
+        ({}, "", "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "", "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "1000"}, "", "None"),
+        ({"KMP_BLOCKTIME": "200"}, "", "None"),
+        ({}, "import sys; sys.modules['torch'] = sys; ", "None"),  # too late
+    ],
+)
+def test_threads_sleep_while_they_wait_unless_told_otherwise(
+    given: dict[str, str], loaded: str, expected: str
+) -> None:
+    program = (
+        f"{loaded}import os; from egspo.cli import sleep_while_waiting as f; f(); "
+        "print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    variables = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+    kept = {name: value for name, value in os.environ.items() if name not in variables}
+    run = [sys.executable, "-c", program]
+    done = subprocess.run(run, env={**kept, **given}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_the_runtime_of_torch_hears_of_it() -> None:
+    """The command loads no torch before it has said so."""
+    program = "from egspo.cli import main; import sys; assert 'torch' not in sys.modules; "
+    program += "main(['doctor'])"
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**kept, "OMP_DISPLAY_ENV": "true"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("the OpenMP runtime of this torch does not display its settings")
+    assert re.search(r"OMP_WAIT_POLICY\s*=\s*'PASSIVE'", done.stderr)

@@ -52,6 +52,8 @@ class Compiled:
     """Of the machine code, whether executed or not; loops are counted once."""
     arguments: str
     """Types and specialisations of the arguments."""
+    listing: str
+    """The machine code, with labels."""
 
 
 @contextlib.contextmanager
@@ -98,13 +100,15 @@ def inspect_kernel(name: str, kernel: Any) -> Compiled:
     """Reads a compiled kernel with the tools of the Triton wheel."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage, code = (
-            subprocess.run([tool, what, cubin.name], capture_output=True, text=True, check=True)
-            for what in ("-res-usage", "-sass")
+            subprocess.run(
+                [tools / tool, option, cubin.name], capture_output=True, text=True, check=True
+            )
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     numbers = {
         key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)
@@ -123,6 +127,7 @@ def inspect_kernel(name: str, kernel: Any) -> Compiled:
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ (?!\s*NOP)", code.stdout, re.M)),
         conversions=ir.count("ttg.convert_layout"),
         arguments=str(kernel.src.signature) + str(kernel.src.attrs),
+        listing=code.stdout,
     )
 
 

@@ -1,10 +1,38 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_prepares_once() -> Iterator[None]:
+    """Triton's interpreter prepares its language again, 5 ms, for each call of a device function.
+
+    Here it does so once in a launch for each module with such functions.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    prepare, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    prepared: set[int] = set()
+
+    def prepare_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in prepared:
+            return None
+        prepared.add(module)
+        return prepare(function)
+
+    def execute_afresh(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepared.clear()
+        execute(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", execute_afresh)
+        yield
 
 
 @pytest.fixture

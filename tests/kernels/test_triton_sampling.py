@@ -17,14 +17,14 @@ from egspo_kernels import (
     reference,
     sample_tokens,
 )
-from egspo_kernels.random import counter_uniform
+from egspo_kernels.random import BLOCK_COUNTERS, group_exponential
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from egspo_kernels.triton_kernels.noise import (  # noqa: E402
     exponential,
-    exponential_block,
+    exponentials,
     uniform,
 )
 
@@ -111,11 +111,11 @@ def check_against_reference(
 
 
 @triton.jit(do_not_specialize=["seed", "step"])
-def noise_kernel(out, row_ids, seed: tl.int64, step: tl.int64, BLOCK: tl.constexpr):
-    row, block = tl.program_id(0), tl.program_id(1)
-    noise = exponential_block(seed, step, tl.load(row_ids + row), block, BLOCK)
-    place = (row * tl.num_programs(1) + block) * BLOCK
-    tl.store(out + place + tl.arange(0, BLOCK), noise)
+def noise_kernel(out, row_ids, seed: tl.int64, step: tl.int64, first, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0), tl.arange(0, BLOCK)
+    counters = first + columns // 4
+    noise = exponentials(seed, step, tl.load(row_ids + row), counters, columns % 4)
+    tl.store(out + row * BLOCK + columns, noise)
 
 
 @triton.jit
@@ -128,11 +128,15 @@ def uniform_kernel(words, uniforms, exponentials, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (-(2**63), 2**32 - 1), (2**40 + 3, 2**31)])
 def test_noise_is_that_of_the_reference(seed: int, step: int) -> None:
+    """Of columns, and of blocks, whose counters are negative int32."""
     ids = ids_of(4)
-    noise = torch.empty(4, 3, 512, device=DEVICE)
-    noise_kernel[(4, 3)](noise, ids, seed, step, BLOCK=512)
-    expected = -torch.log1p(-counter_uniform(seed, step, ids, 3 * 512).double())
-    torch.testing.assert_close(noise.view(4, -1).double(), expected, rtol=1e-6, atol=0)
+    for first in (0, 5, BLOCK_COUNTERS):
+        noise = torch.empty(4, 512, device=DEVICE)
+        signed = first - 2**32 if first >= 2**31 else first
+        noise_kernel[(4,)](noise, ids, seed, step, signed, BLOCK=512)
+        groups = torch.arange(first, first + 128, device=DEVICE)[None, :]
+        expected = group_exponential(seed, step, ids, groups)
+        torch.testing.assert_close(noise, expected, rtol=1e-6, atol=0)
 
 
 def test_uniform_numbers_are_those_of_the_reference_to_the_last_bit() -> None:

@@ -137,7 +137,9 @@ def test_banned_token_is_left_out() -> None:
     stats = triton_stats(logits, targets, banned_token=4321)
     without = logits.clone()
     without[:, 4321] = -INF
-    assert_same(stats, triton_stats(without, targets))
+    # Infinite logits take another path, to the same numbers but for rounding.
+    for value, expected in zip(stats, triton_stats(without, targets), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
     assert bool((stats.log_prob == -INF).all())
 
 

@@ -51,7 +51,7 @@ class StepwiseObjective:
         *,
         on_completions: OnCompletions = lambda index, completions: None,
     ) -> Scores:
-        ranks = None if self._joint else states.ranks
+        ranks = self.config.algorithm.update_ranks(states.ranks)
         return self.scorer.replay(
             states,
             self.micro_batches.plan(states, ranks=ranks),
@@ -68,7 +68,9 @@ class StepwiseObjective:
 
     @property
     def share(self) -> float:
-        return 1.0 / self.config.ranks if self._joint else 1.0
+        algorithm, ranks = self.config.algorithm, self.config.ranks
+        joint = algorithm.schedule == "joint"
+        return 1.0 / (ranks if joint else min(algorithm.ranks_per_update, ranks))
 
     def loss(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float
@@ -84,10 +86,6 @@ class StepwiseObjective:
         )
         scorer = replace(self.scorer, algorithm=algorithm)
         return scorer.surrogate(states, zero, Scores(none, None, None, None, []), none, 0.0).loss
-
-    @property
-    def _joint(self) -> bool:
-        return self.config.algorithm.schedule == "joint"
 
 
 def state_advantages(

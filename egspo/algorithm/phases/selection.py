@@ -46,6 +46,7 @@ def select_states(
         entropy_share=algorithm.entropy_share,
         seed=config.seed,
         sequence_ids=groups.ids(sequences).to(device),
+        step_id=groups.first_id,
     )
     if algorithm.entropy_share is not None:
         # K of the longest row anywhere: the optimizer steps of everyone.

@@ -7,7 +7,9 @@ from typing import Literal
 
 from egspo.config.options.checks import require
 
-Strategy = Literal["high_entropy", "uniform", "random", "all"]
+Strategy = Literal[
+    "high_entropy", "uniform", "random", "all", "uniform_reference", "random_reference"
+]
 
 
 EntropyOver = Literal["revealed", "block", "masked"]
@@ -85,7 +87,14 @@ class AlgorithmConfig:
     ratio_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
     schedule: Literal["joint", "per_step"] = "joint"
-    """``per_step``: one optimizer step per entropy rank, highest first. ``joint``: all together."""
+    """``per_step``: an optimizer step per ``ranks_per_update`` entropy ranks, highest first.
+    ``joint``: all together."""
+    ranks_per_update: int = 1
+    """Of ``per_step``: ranks whose gradients are averaged for an optimizer step. Those that the
+    last step of a rollout lacks count as zeros."""
+    first_rank: int = 0
+    """Of ``per_step``: the rank to begin with, from 0; after the last one comes rank 0. The
+    published code begins with 1, so that the step of highest entropy comes last."""
     num_iterations: int = 1
     """Inner epochs over the selected steps of one rollout."""
     completion_blocks: Literal["all", "active"] = "all"
@@ -97,10 +106,13 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, f"algorithm.group_size must be >= 2, got {self.group_size}")
-        for name in ("selected_steps", "num_iterations", "lam_halving_updates"):
+        for name in (
+            *("selected_steps", "num_iterations", "lam_halving_updates"),
+            "ranks_per_update",
+        ):
             value = getattr(self, name)
             require(value > 0, f"algorithm.{name} must be > 0, got {value}")
-        for name in ("lam", "clip_high", "beta"):
+        for name in ("lam", "clip_high", "beta", "first_rank"):
             value = getattr(self, name)
             require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
         every, blend = self.reference_every, self.reference_blend
@@ -131,3 +143,11 @@ class AlgorithmConfig:
             f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
             f"needs algorithm.strategy: high_entropy, got {self.strategy}",
         )
+
+    def update_ranks(self, ranks: int) -> list[list[int]]:
+        """Ranks in [0, ``ranks``) by optimizer step, in the order in which they are made."""
+        if self.schedule == "joint":
+            return [list(range(ranks))]
+        order = [(self.first_rank + rank) % ranks for rank in range(ranks)]
+        size = self.ranks_per_update
+        return [order[begin : begin + size] for begin in range(0, ranks, size)]

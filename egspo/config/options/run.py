@@ -16,6 +16,8 @@ from egspo.config.options.optimizer import OptimizerConfig
 from egspo.config.options.sft import SFTConfig
 from egspo.config.options.task import TaskConfig
 
+Protocol = Literal["strict", "published"]
+
 
 @dataclass
 class TrainConfig:
@@ -31,6 +33,9 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    protocol: Protocol = "strict"
+    """``published``: the settings, prompts and rewards of the paper's code, faults included, filled
+    in where the recipe leaves them out; for comparison with its numbers."""
     output_dir: str = "runs/egspo"
     """Folder of the run: metrics, checkpoints, samples and the final model."""
     seed: int = 0
@@ -52,10 +57,18 @@ class TrainConfig:
     """``auto``: bf16 autocast where there is a GPU that has it."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Get the metrics, and the sample table of the steps with an evaluation."""
+    max_empty_steps: int | None = 20
+    """End with an error after so many steps in a row that had nothing to update on, as no reward
+    applied or every group was skipped; null goes on."""
+    allow_changed_data: bool = False
+    """``--resume`` goes on with other training or held-out examples than those of the run."""
 
     def __post_init__(self) -> None:
         require(self.output_dir.strip() != "", "output_dir must name a folder, got an empty one")
-        for name in ("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"):
+        for name in (
+            *("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"),
+            "max_empty_steps",
+        ):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, got {value}")
         require(

@@ -19,6 +19,9 @@ class TaskConfig:
     directory. A run keeps a copy, and only continues with the same content."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the task's builder; ``egspo data show TASK`` lists them."""
+    max_prompt_tokens: int | None = None
+    """Training prompts are cut to their last so many tokens, chat format and all, as the published
+    code does at 200; null never cuts."""
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Weights by reward name; rewards not named keep the task's."""
     intermediate_rewards: list[str] | None = None
@@ -31,6 +34,11 @@ class TaskConfig:
     each function's own limit (300 unless the task says otherwise)."""
 
     def __post_init__(self) -> None:
+        most = self.max_prompt_tokens
+        require(
+            most is None or most > 0,
+            f"task.max_prompt_tokens must be > 0, or null to never cut a prompt, got {most}",
+        )
         require(
             self.reward_timeout is None or self.reward_timeout > 0,
             "task.reward_timeout must be > 0, or null for each reward's own, "

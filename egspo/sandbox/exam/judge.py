@@ -13,10 +13,12 @@ from egspo.sandbox.exam.setting import Exam
 from egspo.sandbox.exam.survey import Written
 from egspo.sandbox.verdict import CaseResult, SandboxError, Verdict
 
+_MANY = "a value that is equal to several different ones"
 _MAX_NAME = 200
 _MAX_TEXT = 300
 _TELLING = 8  # candidates: a wrong answer among fewer may be an honest mistake
-_SUSPECT = 8  # values of which each is one of its candidates, most of them a wrong one
+_SUSPECT = 8  # values of which each is one of its candidates, most of them a wrong one,
+_FEW = 3  # and more than so many different ones: a constant is among small numbers by chance
 
 
 class Tampering(Exception):
@@ -126,7 +128,7 @@ class _Marking:
     def __init__(self, exam: Exam, report: _Report) -> None:
         self._exam, self._report = exam, report
         self._right: set[int] = set()
-        self._decoys: set[int] = set()
+        self._decoys: dict[int, str] = {}
         self._others = 0
         self._uses: Counter[tuple[int, int]] = Counter()
 
@@ -140,8 +142,10 @@ class _Marking:
         found: list[CaseResult] = []
         for name, written in self._exam.tests.items():
             found += self._of_function(name, written, by_function.get(name, []))
-        picked = len(self._decoys | self._right)
-        if picked >= _SUSPECT and not self._others and len(self._decoys) > len(self._right):
+        picked = len(self._decoys.keys() | self._right)
+        constant = len(set(self._decoys.values())) <= _FEW
+        mostly = len(self._decoys) > len(self._right) and not constant
+        if picked >= _SUSPECT and not self._others and mostly:
             raise Tampering("answers are picked from those that the tests offer")
         if wrong_outside:
             found = [CaseResult(case.name, False, wrong_outside[0]) for case in found]
@@ -211,7 +215,11 @@ class _Marking:
         check = self._exam.checks[number]
         if not isinstance(found, str) or not found or set(found) - {"0", "1"}:
             raise Tampering("a check with an impossible result")
-        if check.choices:
+        if check.equality:
+            if found == "11":
+                raise Tampering(_MANY)
+            good = found == "10"
+        elif check.choices:
             good = self._chosen(check.choices, event.get("choice"), found)
         else:
             good = found == ("1" if check.holds else "0")
@@ -220,14 +228,17 @@ class _Marking:
     def _chosen(self, choices: frozenset[int], choice: Any, found: str) -> bool:
         if not isinstance(choice, int) or choice not in choices:
             raise Tampering("a check of another value")
-        place, count = self._exam.answers[choice]
+        answer = self._exam.answers[choice]
+        count = len(answer.candidates)
         if len(found) != count:
             raise Tampering("a check with an impossible result")
         if found.count("1") > 1:
-            raise Tampering("a value that is equal to several different ones")
-        right = found[place] == "1"
-        if count >= _TELLING:
-            self._others += "1" not in found
-            if "1" in found:
-                (self._right if right else self._decoys).add(choice)
+            raise Tampering(_MANY)
+        right = found[answer.place] == "1"
+        if count >= _TELLING and right:
+            self._right.add(choice)
+        elif count >= _TELLING and "1" in found:
+            self._decoys[choice] = answer.candidates[found.index("1")]
+        elif count >= _TELLING:
+            self._others += 1
         return right

@@ -36,6 +36,17 @@ class Check:
     """Those that it may be about."""
     every: bool = False
     """Whether each of them comes in one run of the test, as in a loop over them."""
+    equality: bool = False
+    """Whether two values are compared that the program has: also with what neither of them is."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The key to a choice."""
+
+    place: int
+    candidates: tuple[str, ...]
+    """As Python writes them."""
 
 
 class Rewriter(ast.NodeTransformer):
@@ -43,8 +54,7 @@ class Rewriter(ast.NodeTransformer):
 
     def __init__(self, survey: Survey, rng: random.Random) -> None:
         self.checks: list[Check] = []
-        self.answers: list[tuple[int, int]] = []
-        """Of each choice the place of the expected value, and the number of candidates."""
+        self.answers: list[Answer] = []
         self._survey, self._rng = survey, rng
         self._test: Written | None = None
         self._columns: dict[str, Column] = {}
@@ -148,6 +158,10 @@ class Rewriter(ast.NodeTransformer):
             if found is not None:
                 return self._choose(reading, *found, origin)
         test, holds = assertion.test, True
+        if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
+            number = self._number(Check(_text(origin), equality=True))
+            sides = ast.Constant(number), test.left, test.comparators[0]
+            return ast.copy_location(ast.Expr(_call("equal", *sides)), origin)
         while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             test, holds = test.operand, not holds
         if self._rng.random() < 0.5:  # as half of all are written: it says nothing of the original
@@ -196,7 +210,7 @@ class Rewriter(ast.NodeTransformer):
         return self._listed([ast.parse(repr(v), mode="eval").body for v in found[0]], found[1])
 
     def _listed(self, values: list[ast.expr], place: int) -> tuple[ast.expr, int]:
-        self.answers.append((place, len(values)))
+        self.answers.append(Answer(place, tuple(map(ast.unparse, values))))
         number = len(self.answers) - 1
         return _call("choice", ast.Constant(number), ast.List(values, ast.Load())), number
 

@@ -7,7 +7,7 @@ import builtins
 import random
 from dataclasses import dataclass
 
-from egspo.sandbox.exam.rewriting import CHECKS, Check, Rewriter
+from egspo.sandbox.exam.rewriting import CHECKS, Answer, Check, Rewriter
 from egspo.sandbox.exam.survey import Function, Written, survey
 
 _CANARIES = 2
@@ -20,8 +20,7 @@ class Exam:
 
     source: str
     checks: list[Check]
-    answers: list[tuple[int, int]]
-    """Of each choice the place of the expected value, and the number of candidates."""
+    answers: list[Answer]
     tests: dict[str, Written]
     canaries: frozenset[str]
     order: list[str]

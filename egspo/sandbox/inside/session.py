@@ -61,6 +61,12 @@ class Checks:
         found = "".join(map(str, (_holds(relation, value, each) for each in expected.values)))
         self._write({"check": number, "choice": expected.number, "found": found})
 
+    def equal(self, number: int, value: Any, expected: Any) -> None:
+        """Whether they are equal, and whether ``value`` equals what ``expected`` is not."""
+        same = int(bool(value == expected))
+        other = _holds(lambda v, e: v == e, value, _another(expected))
+        self._write({"check": number, "found": f"{same}{other}"})
+
     def raises(self, number: int, expected: Choice, match: str | None = None) -> _Raises:
         return _Raises(lambda found: self._write({**found, "check": number}), expected, match)
 
@@ -75,6 +81,20 @@ def _holds(relation: Callable[..., Any], value: Any, expected: Any) -> int:
         return int(bool(relation(value, expected)))
     except Exception:  # as with a value of another type: it is not the expected one
         return 0
+
+
+def _another(value: Any) -> Any:
+    """A value of the same type, if it is a plain one, that is not equal to it."""
+    kind = type(value)
+    if kind in (int, float, complex, bool):
+        return not value if kind is bool else -value - 1
+    if kind in (str, bytes, list, tuple):
+        return value + (value[:1] or {str: "x", bytes: b"x", list: [0], tuple: (0,)}[kind])
+    if kind in (set, frozenset):
+        return value ^ {0}
+    if kind is dict:
+        return {**value, 0: object()}
+    return object()
 
 
 class _Raises:

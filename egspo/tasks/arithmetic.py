@@ -1,0 +1,109 @@
+"""Chains of additions and subtractions, worked out line by line.
+
+Most tokens of an answer are copied, from the problem or from the line before; the digits of each
+result are decided. What to train on such a trajectory is a choice.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+_LINE = re.compile(r"\s*(\d{1,9})\s*([+-])\s*(\d{1,9})\s*=\s*(-?\d{1,9})\s*")
+_MAX_TEXT = 4000
+LARGEST = 99
+"""Numbers and running results lie between 0 and this, and are written with two digits."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A number, and what is added to it or taken away, one after the other."""
+
+    start: int
+    changes: tuple[int, ...]
+    """Negative where taken away."""
+
+    @property
+    def key(self) -> str:
+        """As the prompt has it: ``23+18-07``."""
+        return f"{self.start:02d}" + "".join(map(_signed, self.changes))
+
+    @property
+    def results(self) -> list[int]:
+        """After each change."""
+        found, value = [], self.start
+        for change in self.changes:
+            value += change
+            found.append(value)
+        return found
+
+    def solution(self, apply: Callable[[int, int], int] = int.__add__) -> str:
+        """``23+18=41;41-07=34``: the lines, by ``apply`` to the result so far and the change."""
+        lines, value = [], self.start
+        for change in self.changes:
+            result = apply(value, change)
+            lines.append(f"{value:02d}{_signed(change)}={result:02d}")
+            value = result
+        return ";".join(lines)
+
+
+def without_carry(value: int, change: int) -> int:
+    """How a careless solver adds: each digit by itself, and nothing carried or borrowed."""
+    tens, units = divmod(value, 10)
+    more_tens, more_units = divmod(abs(change), 10)
+    sign = 1 if change >= 0 else -1
+    return (tens + sign * more_tens) % 10 * 10 + (units + sign * more_units) % 10
+
+
+def right_lines(text: str, chain: Chain) -> tuple[int, int]:
+    """How many lines of a worked answer are right, and how many there should be.
+
+    A line is right where it goes on from the result of the line before, makes the change that is
+    asked for there and states its true result. A slip costs its own line: the next may be right
+    again. Lines stand between ``;`` or line breaks. A line too many counts as one that should not
+    be there: it makes the second number larger.
+    """
+    lines = [part for part in re.split(r"[;\n]", text[:_MAX_TEXT]) if part.strip()]
+    right, value = 0, chain.start
+    for change, line in zip(chain.changes, lines, strict=False):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            break  # nothing to go on from
+        before, sign, amount, after = match.groups()
+        made = int(amount) if sign == "+" else -int(amount)
+        right += int(before) == value and made == change and int(after) == value + change
+        value = int(after)
+    return right, max(len(lines), len(chain.changes))
+
+
+def make_chains(changes: int, count: int, *, taken: Set[str], seed: int, name: str) -> list[Chain]:
+    """``count`` distinct chains with so many ``changes``, none of them ``taken``.
+
+    Raises:
+        ValueError: that would be more than half of all that there are.
+    """
+    if count + len(taken) > (possible := (LARGEST + 1) * LARGEST**changes) // 2:
+        raise ValueError(f"{count} more chains of {changes} changes are too many of {possible}")
+    rng = random.Random(f"{seed}-arithmetic-{name}")
+    found: dict[str, Chain] = {}
+    while len(found) < count:
+        chain = _drawn(changes, rng)
+        if chain.key not in taken:
+            found.setdefault(chain.key, chain)
+    return list(found.values())
+
+
+def _drawn(changes: int, rng: random.Random) -> Chain:
+    value = start = rng.randint(0, LARGEST)
+    drawn = []
+    for _ in range(changes):
+        result = rng.choice([other for other in range(LARGEST + 1) if other != value])
+        drawn.append(result - value)
+        value = result
+    return Chain(start, tuple(drawn))
+
+
+def _signed(change: int) -> str:
+    return f"{'+' if change >= 0 else '-'}{abs(change):02d}"

@@ -1,0 +1,135 @@
+"""The arithmetic task: chains of sums worked out line by line, paid line by line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from egspo.tasks.answers import FORMAT, answer_in_tags
+from egspo.tasks.arithmetic import Chain, make_chains, right_lines, without_carry
+from egspo.tasks.base import Example, Reward, Task, register_task
+
+_INSTRUCTION = (
+    f"{FORMAT}\n\nWork out {{chain}} from left to right, one operation a line, each line in the "
+    "form 23+18=41 and going on from the result before. Put these lines alone between the answer "
+    "tags."
+)
+
+
+@register_task("arithmetic")
+def build_arithmetic(
+    *,
+    train_examples: int = 10_000,
+    validation_examples: int = 128,
+    test_examples: int = 256,
+    changes: int = 7,
+    seed: int = 0,
+    prompt_style: Literal["digits", "instruct"] = "instruct",
+    careless: float = 0.0,
+) -> Task:
+    """Sums of two-digit numbers with a scratchpad; no two splits share a problem.
+
+    The reward ``lines`` is the share of right lines; solved is who has all of them.
+
+    Args:
+        train_examples, validation_examples, test_examples: distinct problems to make.
+        changes: additions and subtractions of a problem; the answer has nine characters for each.
+        seed: of the problems, independent of the training seed.
+        prompt_style: ``digits``: ``23+18-07`` in, ``23+18=41;41-07=34`` out, for models of single
+            characters; ``instruct``: an instruction in English, the lines in tags.
+        careless: share of the targets of training examples, for supervised training alone, whose
+            solver carries nothing.
+
+    Raises:
+        ValueError: naming the option that is wrong.
+    """
+    _check(changes, careless, prompt_style)
+    counts = {"test": test_examples, "validation": validation_examples, "train": train_examples}
+    taken: set[str] = set()
+    parts: dict[str, list[Example]] = {}
+    for name, count in counts.items():
+        least = int(name != "validation")
+        if type(count) is not int or count < least:
+            raise ValueError(f"{name}_examples must be a whole number >= {least}, got {count!r}")
+        chains = make_chains(changes, count, taken=taken, seed=seed, name=name)
+        taken |= {chain.key for chain in chains}
+        rng = random.Random(f"{seed}-careless")
+        share = careless if name == "train" else 0.0
+        parts[name] = [_example(chain, prompt_style, rng.random() < share) for chain in chains]
+    tagged = prompt_style == "instruct"
+    extract = answer_in_tags if tagged else _whole
+    return Task(
+        name="arithmetic",
+        **parts,
+        rewards=[Reward("lines", _share_right(extract), explain=_explained(extract))],
+        solved=_solved(extract),
+        extract=extract,
+        characters=None if tagged else "0123456789+-=;",
+    )
+
+
+def _whole(completion: str) -> str | None:
+    return completion.strip() or None
+
+
+def _scores(
+    extract: Callable[[str], str | None],
+    completions: Sequence[str],
+    start: Sequence[int],
+    changes: Sequence[Sequence[int]],
+) -> list[tuple[int, int]]:
+    samples = zip(completions, start, changes, strict=True)
+    return [right_lines(extract(text) or "", Chain(s, tuple(c))) for text, s, c in samples]
+
+
+def _share_right(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
+    def lines(
+        completions: Sequence[str], start: Sequence[int], changes: Sequence[Any], **_: Any
+    ) -> list[float]:
+        return [right / of for right, of in _scores(extract, completions, start, changes)]
+
+    return lines
+
+
+def _solved(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
+    def solved(
+        completions: Sequence[str], start: Sequence[int], changes: Sequence[Any], **_: Any
+    ) -> list[float]:
+        return [float(a == b) for a, b in _scores(extract, completions, start, changes)]
+
+    return solved
+
+
+def _explained(extract: Callable[[str], str | None]) -> Callable[..., str]:
+    def explain(completion: str, start: int, changes: Sequence[int], **_: Any) -> str:
+        ((right, of),) = _scores(extract, [completion], [start], [changes])
+        return f"{right} of {of} lines are right"
+
+    return explain
+
+
+def _example(chain: Chain, style: str, careless: bool) -> Example:
+    answer = chain.solution(without_carry) if careless else chain.solution()
+    digits = style == "digits"
+    lines = answer.replace(";", "\n")
+    return Example(
+        prompt=[
+            {
+                "role": "user",
+                "content": chain.key if digits else _INSTRUCTION.format(chain=chain.key),
+            }
+        ],
+        columns={"start": chain.start, "changes": list(chain.changes)},
+        target=answer if digits else f"<answer>\n{lines}\n</answer>",
+        question=chain.key,
+    )
+
+
+def _check(changes: int, careless: float, prompt_style: str) -> None:
+    if prompt_style not in ("digits", "instruct"):
+        raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    if type(changes) is not int or not 1 <= changes <= 100:
+        raise ValueError(f"changes must be a whole number in [1, 100], got {changes!r}")
+    if not 0.0 <= careless <= 1.0:
+        raise ValueError(f"careless must lie in [0, 1], got {careless!r}")

@@ -1,0 +1,80 @@
+"""What the launchers of this package share: geometry, alignment, options, the current device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from egspo_kernels.triton_kernels.tiles import SEGMENT, THREADS
+
+WARPS = THREADS.value // 32
+OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
+"""Launch options of kernels that read rows of logits."""
+
+
+def segment_count(vocab_size: int) -> int:
+    """Segments of a row: they depend on the vocabulary alone."""
+    return -(-vocab_size // SEGMENT.value)
+
+
+def prepare_logits(logits: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same rows with consecutive columns: a copy of the rows used if they are not already."""
+    if logits.stride(1) == 1 or logits.shape[1] == 1:
+        return logits, None if rows is None else rows.contiguous()
+    return (logits if rows is None else logits[rows.long()]).contiguous(), None
+
+
+def alignment(logits: Tensor) -> int:
+    """The power of two, at most 16, that divides the row stride in elements.
+
+    A constant of the compiled kernel: with it loads are as wide as the stride allows, and the
+    stride itself need not be constant.
+    """
+    return math.gcd(logits.stride(0), 16)
+
+
+def is_aligned(logits: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return not (logits.data_ptr() | logits.stride(0) * logits.element_size()) & 15
+
+
+def dependent_launches() -> bool:
+    """Whether a kernel may start while the one before it ends, and wait for it there."""
+    if triton.knobs.runtime.interpret:
+        return False
+    return _dependent_launches(triton.runtime.driver.active.get_current_target())
+
+
+@functools.lru_cache(maxsize=16)
+def _dependent_launches(target: Any) -> bool:
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def segment_options(registers: int) -> dict[str, Any]:
+    """Launch options of the kernels over segments; registers for a thread, where that can be said.
+
+    Without a limit the compiler spends more on paths that are hardly ever taken.
+    """
+    if triton.knobs.runtime.interpret:
+        return OPTIONS
+    target = triton.runtime.driver.active.get_current_target()
+    return OPTIONS | {"maxnreg": registers} if target.backend == "cuda" else OPTIONS
+
+
+def row_options(dependent: bool) -> dict[str, Any]:
+    """Launch options of the kernels that combine the segments of a row."""
+    options = OPTIONS | {"num_warps": 1}
+    return options | {"launch_pdl": True} if dependent else options
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's device current: Triton launches there."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(tensor.device.index)

@@ -1,0 +1,101 @@
+"""What the kernels over rows of logits may cost, and what the compiled code costs.
+
+Instructions are those of a thread on its usual way; the share is of the speed of a copy, by the
+model of :mod:`tests.kernels.processor`, for 512 rows of LLaDA's vocabulary in bfloat16, with the
+start and the end of the grid. Nothing of it is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tests.kernels import processor, sass
+from tests.kernels.aot import compiled
+from tests.kernels.launches import STATISTICS, SURROGATE
+
+ROWS, VOCAB, ELEMENT = 512, 126464, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """One variant of a kernel, and its limits."""
+
+    name: str
+    launch: str
+    kernel: str
+    """The kernel of the launch that passes over the logits."""
+    program: int
+    """Columns of a program."""
+    warps: int
+    repetitions: int
+    """Of the loop over whole tiles."""
+    moved: int
+    """Bytes for a column."""
+    instructions: float
+    """For a column, or a pair."""
+    registers: int
+    share: dict[int, float]
+    """By architecture."""
+
+
+SEGMENT = 16384
+GATES = (
+    Gate("`token_stats`", "stats(2, LLADA)", "segment_statistics_kernel",
+         SEGMENT, 4, 8, 2, 10.5, 40, {80: 0.90, 90: 0.95}),
+    Gate("`sample_tokens`, temperature 1", "sample(2, LLADA)", "segment_sample_kernel",
+         SEGMENT, 4, 8, 2, 16, 48, {80: 0.70, 90: 0.80}),
+    Gate("`sample_tokens`, temperature 0.5", "sample(2, LLADA, temperature=0.5)",
+         "segment_sample_kernel", SEGMENT, 4, 8, 2, 20, 48, {80: 0.50, 90: 0.70}),
+    Gate("`sample_tokens`, greedy", "sample(2, LLADA, temperature=0.0)", "segment_sample_kernel",
+         SEGMENT, 4, 8, 2, 12, 48, {80: 0.85, 90: 0.92}),
+    Gate("exact KL", 'stepwise(2, 2, "exact")', "segment_kl_kernel",
+         SEGMENT, 4, 16, 4, 18, 48, {80: 0.85, 90: 0.90}),
+    Gate("gradient, without KL", "stepwise(2, 2, None)", "row_gradient_kernel",
+         4096, 8, 1, 4, 18, 64, {80: 0.85, 90: 0.90}),
+    Gate("gradient, exact KL", 'stepwise(2, 2, "exact")', "row_gradient_kernel",
+         4096, 8, 1, 6, 30, 80, {80: 0.85, 90: 0.90}),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    instructions: float
+    registers: int
+    resident: int
+    """Programs on a processor."""
+    share: float
+    spills: int
+
+
+def cost(gate: Gate, capability: int) -> Cost:
+    """Compiles a variant and counts."""
+    variants = compiled(STATISTICS + SURROGATE + gate.launch, capability)
+    facts = next(each for each in variants.values() if each.kernel == gate.kernel)
+    path = sass.usual_path(sass.parse(facts.listing), gate.repetitions)
+    gpu = processor.GPUS[capability]
+    resident = gpu.resident(facts.registers, gate.warps)
+    programs = round(ROWS * VOCAB / gate.program / gpu.processors)
+    taken = processor.cycles(path, gpu, programs, gate.warps, resident)
+    least = programs * gate.program * gate.moved / gpu.bytes_per_cycle
+    threads = 32 * gate.warps
+    return Cost(
+        instructions=len(path) * threads / gate.program,
+        registers=facts.registers,
+        resident=resident,
+        share=least / taken,
+        spills=facts.spills,
+    )
+
+
+def end_of_statistics(capability: int) -> float:
+    """Seconds that ``token_stats`` takes after its pass: the start and the run of the last kernel.
+
+    The kernel is one wait for memory after the other: what the model has for its path, alone.
+    """
+    variants = compiled(STATISTICS + "stats(2, LLADA, targets=True)", capability)
+    facts = next(each for each in variants.values() if each.kernel == "row_statistics_kernel")
+    gpu = processor.GPUS[capability]
+    path = sass.usual_path(sass.parse(facts.listing), 1)
+    programs = -(-ROWS // gpu.processors)
+    resident = gpu.resident(facts.registers, 1)
+    return gpu.dependent_launch + processor.cycles(path, gpu, programs, 1, resident) / gpu.clock

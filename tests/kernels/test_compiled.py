@@ -1,0 +1,39 @@
+"""The tests of the Triton kernels on what the compiler makes of them, for two architectures.
+
+The interpreter knows nothing of layouts, widths of loads, hints of alignment or the order of sums.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+FILES = ("stats", "sampling", "surrogate", "surrogate_autograd")
+LEFT_OUT = ("any_values", "interpreter", "frequencies", "real_size", "traffic", "opcheck", "compile")
+"""Hypothesis compiles for every vocabulary that it tries; the rest is not about what kernels do."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernel_tests_pass_on_compiled_code(name: str, capability: int) -> None:
+    result = subprocess.run(
+        [
+            sys.executable,
+            *("-m", "pytest", "-q", "-x", "-p", "tests.kernels.ptx.plugin", "-p", "no:cacheprovider"),
+            f"tests/kernels/test_triton_{name}.py",
+            *("-k", "not (" + " or ".join(LEFT_OUT) + ")"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"EGSPO_PTX_CAPABILITY": str(capability)},
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None and int(passed[1]) >= 5
