@@ -104,7 +104,9 @@ class _Warp:
     ready: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def cycles(path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, resident: int) -> float:
+def cycles(
+    path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, resident: int
+) -> float:
     """Cycles in which a processor runs so many programs of so many warps, ``resident`` at once."""
     steps = [(each, *pipe_of(each, gpu)) for each in path]
     queue: list[tuple[float, int, _Warp]] = []

@@ -40,7 +40,9 @@ def run(
 
 
 def test_what_is_parsed() -> None:
-    program = parse(HEAD.format(threads=64) + "$L_x:\n@!%p1 st.global.v2.b32 [%rd2+8], {%r1, %r2};}")
+    program = parse(
+        HEAD.format(threads=64) + "$L_x:\n@!%p1 st.global.v2.b32 [%rd2+8], {%r1, %r2};}"
+    )
     assert (program.name, program.threads) == ("kernel", 64)
     assert program.parameters == ("kernel_param_0", "kernel_param_1")
     assert program.labels == {"$L_x": 4}
