@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -149,3 +150,30 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     token = tokenizer.added_tokens_decoder.get(behind[0])
     return behind[0] if token is not None and token.special else None
+
+
+# How chat templates say whether to think: SDAR's by a variable that may be given, LLaDA2's in a
+# line of its own.
+_VARIABLE = re.compile(r"\{%- set enable_thinking = (?:true|false) %\}")
+_OPTION = re.compile(r"set thinking_option = '(?:on|off)'")
+
+
+def set_thinking(tokenizer: PreTrainedTokenizerBase, on: bool | None) -> None:
+    """Make the chat template ask for thoughts before the answer, or not; None changes nothing.
+
+    Raises:
+        ValueError: the template knows no difference.
+    """
+    if on is None:
+        return
+    template = tokenizer.chat_template
+    if isinstance(template, str) and _OPTION.search(template):
+        template = _OPTION.sub(f"set thinking_option = '{'on' if on else 'off'}'", template)
+    elif isinstance(template, str) and "enable_thinking" in template:
+        template = f"{{%- set enable_thinking = {str(on).lower()} %}}{_VARIABLE.sub('', template)}"
+    else:
+        raise ValueError(
+            f"model.thinking is {str(on).lower()}, but the chat template of "
+            f"{tokenizer.name_or_path!r} has no thinking to set: leave it out"
+        )
+    tokenizer.chat_template = template
