@@ -13,6 +13,7 @@ from pathlib import Path
 from egspo import __version__
 from egspo.cli import data, evaluate, export, generate, inspect, options, plan, tools, training
 from egspo.cli.common import Command
+from egspo.inspection.printable import printable
 
 _DESCRIPTION = """\
 Reinforcement learning for masked diffusion language models by entropy-guided
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or code == 1:
             traceback.print_exc()
         else:
-            print(f"egspo: error: {error}", file=sys.stderr)
+            print(printable(f"egspo: error: {error}"), file=sys.stderr)
         return code
     return code or 0
 

@@ -232,11 +232,10 @@ def _set_aside(output: Path, state: Any) -> None:
 
 
 def _show(rows: Any, name: str, notes: list[str], output: Path) -> None:
-    from rich.console import Console
-
     from egspo.evaluations.summary import MARKDOWN, footnotes, to_table
+    from egspo.inspection.console import PlainConsole
 
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     console.print(to_table(rows, name))
     for line in (*footnotes(rows), *notes):
         console.print(line, markup=False)

@@ -181,7 +181,10 @@ def load_tokenizer(
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: it has no such files")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path_or_id)
+        # False, not the default: that one asks the user, and a y runs what is in the folder.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path_or_id, trust_remote_code=False
+        )
     except OSError as error:
         raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: {error}") from error
     if tokenizer.mask_token_id is not None:
@@ -278,7 +281,7 @@ def _read_config(path_or_id: str | os.PathLike[str], **kwargs: Any) -> dict[str,
 
 def _config_beside(path_or_id: str | os.PathLike[str]) -> PretrainedConfig | None:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path_or_id)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except (OSError, ValueError):  # no config.json, or one that does not describe a model
         return None
     return config
