@@ -162,7 +162,7 @@ def answered(file: Path, prompts: Sequence[Prompt]) -> set[int]:
 def _index(line: str) -> int | None:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     index = record.get("index") if isinstance(record, dict) else None
     return index if isinstance(index, int) and "completion" in record else None

@@ -65,11 +65,9 @@ def supervised(folder: Path, rank: int) -> None:
 def evaluation(folder: Path, rank: int) -> None:
     from egspo.cli import main
 
-    model = folder.parent / "model" / "run" / "final" / "model"
-    lengths = ["--max-new-tokens", "20", "--steps", "5", "--block-length", "20"]
-    more = ["--limit", "4", "--samples", "2", "--batch-size", "2", "--split", "train"]
-    recipe = str(folder.parent / "model" / "run" / "config.yaml")
-    arguments = ["eval", "--model", str(model), "--tasks", recipe, *lengths, *more]
+    lengths = ["--lengths", "20", "--steps", "5", "--block-length", "20"]
+    more = ["--limit", "2", "--samples", "3", "--batch-size", "2"]
+    arguments = ["eval", str(folder.parent / "model" / "run"), *lengths, *more]
     code = main([*arguments, "--output-dir", str(folder / "run")])
     if code:
         raise SystemExit(code)
