@@ -16,6 +16,7 @@ Environment variables:
 """
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -31,7 +32,15 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 COMPILERS = [["c++"], ["g++"], ["clang++"]]
-CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -pthread -ffp-contract=fast -Wall -Wextra"
+# Sources that run only where the processor has these instructions, whatever it is compiled on.
+VECTOR_FLAGS = {
+    "rows_avx2": "-mavx2 -mfma -mf16c",
+    # gcc 12 warns about its own intrinsics.
+    "rows_avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
+    "-mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized",
+}
+X86 = platform.machine() in ("x86_64", "AMD64")
 # The CUDA runtime is linked in: the one torch brings may be of another version, or not on the path.
 NVCCFLAGS = (
     "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra -cudart static --threads 0"
@@ -116,7 +125,7 @@ def ninja_file(commands: tuple[list[str], list[str]], sources: list[str], librar
     compile_command, link_command = (shlex.join(command).replace("$", "$$") for command in commands)
     lines = [
         "rule compile",
-        f"  command = {compile_command} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compile_command} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -124,8 +133,10 @@ def ninja_file(commands: tuple[list[str], list[str]], sources: list[str], librar
     ]
     objects = []
     for source in sources:
-        objects.append(f"{Path(source).stem}.o")
+        name = Path(source).stem
+        objects.append(f"{name}.o")
         lines.append(f"build {objects[-1]}: compile {ninja_escape(str(ROOT / source))}")
+        lines.append(f"  flags = {VECTOR_FLAGS.get(name, '') if X86 else ''}")
     lines.append(f"build {ninja_escape(str(library))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
@@ -183,7 +194,14 @@ class PlatformWheel(bdist_wheel):
 # An optional library that was not built is not missed when files are installed.
 CPU_LIBRARY = Extension(
     "egspo_kernels.libegspo_cpu",
-    sources=["csrc/select_steps_cpu.cpp"],
+    sources=[
+        "csrc/select_steps_cpu.cpp",
+        "csrc/rows_cpu.cpp",
+        "csrc/rows_sample.cpp",
+        "csrc/rows_baseline.cpp",
+        "csrc/rows_avx2.cpp",
+        "csrc/rows_avx512.cpp",
+    ],
     optional=not REQUIRE_CPU,
 )
 CUDA_LIBRARY = Extension(

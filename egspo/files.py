@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -54,6 +55,24 @@ def remove_partial(folder: Path, *, older_than: float = 0.0) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def read_user_text(path: str | Path) -> str:
+    r"""The text of a file that a user wrote, ``-`` for standard input.
+
+    In UTF-8, with or without a byte order mark; every end of line becomes ``\n``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    if str(path) == "-":
+        text = sys.stdin.read().removeprefix("\ufeff")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def set_aside(path: Path) -> Path:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from egspo_kernels.checks.arguments import check_index, refuse_float64
+from egspo_kernels.checks.arguments import check_index, refuse_float64, refuse_tracing
 from egspo_kernels.checks.linear import check_linear, check_ref
-from egspo_kernels.dispatch.backend import Dispatcher, always_available, triton_probe
-from egspo_kernels.reference.linear import linear_rows
+from egspo_kernels.cpp_kernels import linear as cpp_linear
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, cpp_probe, triton_probe
+from egspo_kernels.reference import linear as reference_linear
 from egspo_kernels.shared.objective import (
     KL,
     Aggregation,
@@ -25,9 +26,10 @@ from egspo_kernels.shared.objective import (
 from egspo_kernels.types import Surrogate, TokenStats
 from egspo_kernels.workspace import DEFAULT_WORKSPACE_BYTES, linear_settings
 
-_BACKENDS = {"triton": triton_probe, "reference": always_available}
+_BACKENDS = {"triton": triton_probe, "cpp": cpp_probe, "reference": always_available}
 _LINEAR_STATS = Dispatcher("linear_token_stats", _BACKENDS)
 _LINEAR_SURROGATE = Dispatcher("linear_stepwise_surrogate", _BACKENDS)
+_ROWS = {"cpp": cpp_linear.linear_rows, "reference": reference_linear.linear_rows}
 
 
 def linear_token_stats(
@@ -55,8 +57,9 @@ def linear_token_stats(
         bias: [V] or None.
         temperature, banned_token, backend: as :func:`egspo_kernels.token_stats`.
         workspace_bytes: bound on the vocabulary-sized temporaries alive at once. For a row of
-            bfloat16 logits, triton takes 2 bytes per vocabulary entry and the reference 24. The
-            gradient of ``weight`` comes on top: it and one product of its size.
+            bfloat16 logits, triton and cpp take 2 bytes per vocabulary entry and the reference 24.
+            The gradient of ``weight`` comes on top: it and one product of its size. With cpp rows
+            that all fit keep their logits until the backward pass; otherwise they are made again.
         logits_dtype: dtype of the product, by default that of its operands. ``torch.float32``
             keeps the digits that bfloat16 logits lose, on a GPU.
 
@@ -69,7 +72,7 @@ def linear_token_stats(
     hidden, weight, bias = check_linear(hidden, weight, bias, temperature, banned_token)
     if targets is not None:
         check_index("targets", targets, hidden.shape[0], hidden.device, weight.shape[0])
-    chosen = _choose(False, backend, hidden.device, refuse_float64(hidden))
+    chosen = _choose(False, backend, hidden.device, refuse_float64(hidden) | refuse_tracing())
     settings = linear_settings(
         chosen,
         (hidden, weight, bias),
@@ -84,6 +87,7 @@ def linear_token_stats(
 
         head = linear.Head(hidden, weight, bias)
         return TokenStats(*linear.linear_token_stats(head, targets, settings))
+    linear_rows = _ROWS[chosen]
     outputs = linear_rows(hidden, weight, bias, targets, None, None, settings)
     return TokenStats(*outputs[:5])
 
@@ -138,7 +142,7 @@ def linear_stepwise_surrogate(
     ref_hidden, ref_weight = check_ref((hidden, weight, bias), ref_hidden, ref_weight)
     check_reference(objective, "ref_hidden", ref_hidden, ref_log_prob)
     steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
-    chosen = _choose(True, backend, hidden.device, refuse_float64(hidden))
+    chosen = _choose(True, backend, hidden.device, refuse_float64(hidden) | refuse_tracing())
     settings = linear_settings(
         chosen,
         (hidden, weight, bias),
@@ -155,6 +159,7 @@ def linear_stepwise_surrogate(
         return linear_surrogate.linear_stepwise_surrogate(
             head, targets, steps, ref_hidden, ref_weight, objective, settings
         )
+    linear_rows = _ROWS[chosen]
     if objective.kl == "k3" and ref_log_prob is None:
         assert ref_hidden is not None
         with torch.no_grad():

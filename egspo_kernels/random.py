@@ -16,6 +16,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
+BLOCK_COUNTERS = 2**31
+"""Counter of the first four blocks of a vocabulary; those of its columns lie below 2**29."""
+
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of the 64-bit product of two 32-bit numbers held in int64."""
@@ -55,16 +58,7 @@ def counter_uniform(seed: int, step: int, row_ids: Tensor, columns: int) -> Tens
     Returns:
         float32 [N, columns]. Full 32-bit resolution near 0, never 0 and never 1.
     """
-    check_step(step)
-    if row_ids.ndim != 1 or row_ids.dtype != torch.int64:
-        raise ValueError(
-            f"row_ids must be an int64 vector, got {row_ids.dtype} {tuple(row_ids.shape)}"
-        )
-    groups = torch.arange(-(-columns // 4), device=row_ids.device)[None, :]
-    low, high = (row_ids & _LOW32)[:, None], ((row_ids >> 32) & _LOW32)[:, None]
-    words = philox(seed, groups, low, high, torch.full_like(low, step))
-    uniform = (words.flatten(1)[:, :columns].double() + 0.5) * 2.0**-32
-    return uniform.float().clamp_(max=1 - 2.0**-24)
+    return _uniform(seed, step, row_ids, columns, 0)
 
 
 def counter_gumbel(seed: int, step: int, row_ids: Tensor, columns: int) -> Tensor:
@@ -73,4 +67,33 @@ def counter_gumbel(seed: int, step: int, row_ids: Tensor, columns: int) -> Tenso
     ``-log(-log1p(-u))`` keeps the large values, which decide the maximum, at full resolution: they
     come from ``u`` near 0, where float32 is finest.
     """
-    return -torch.log(-torch.log1p(-counter_uniform(seed, step, row_ids, columns)))
+    return -torch.log(counter_exponential(seed, step, row_ids, columns))
+
+
+def counter_exponential(
+    seed: int, step: int, row_ids: Tensor, columns: int, first_group: Tensor | int = 0
+) -> Tensor:
+    """Standard exponential noise, float32 [N, columns]; the smallest values at full resolution.
+
+    Args:
+        seed, step, row_ids, columns: as :func:`counter_uniform`.
+        first_group: counter of the first four columns, int64 [N] or one for all rows. Column ``c``
+            of a row is word ``c % 4`` of the counter ``first_group + c // 4``.
+    """
+    return -torch.log1p(-_uniform(seed, step, row_ids, columns, first_group))
+
+
+def _uniform(
+    seed: int, step: int, row_ids: Tensor, columns: int, first_group: Tensor | int
+) -> Tensor:
+    check_step(step)
+    if row_ids.ndim != 1 or row_ids.dtype != torch.int64:
+        raise ValueError(
+            f"row_ids must be an int64 vector, got {row_ids.dtype} {tuple(row_ids.shape)}"
+        )
+    groups = torch.arange(-(-columns // 4), device=row_ids.device)[None, :]
+    groups = groups + (first_group[:, None] if isinstance(first_group, Tensor) else first_group)
+    low, high = (row_ids & _LOW32)[:, None], ((row_ids >> 32) & _LOW32)[:, None]
+    words = philox(seed, groups, low, high, torch.full_like(low, step))
+    uniform = (words.flatten(1)[:, :columns].double() + 0.5) * 2.0**-32
+    return uniform.float().clamp_(max=1 - 2.0**-24)

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels.checks.arguments import check_index, check_matrix, may_read_values
+from egspo_kernels.checks.arguments import (
+    check_index,
+    check_integer,
+    check_matrix,
+    may_read_values,
+)
 from egspo_kernels.dispatch import extension
-from egspo_kernels.dispatch.backend import Dispatcher, always_available
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, cpp_probe
 from egspo_kernels.reference import selection as reference
 
 _REDUCTIONS = {"sum": 0, "mean": 1}  # EGSPO_REDUCE_* in csrc/select_steps.h
@@ -27,14 +32,7 @@ def _probe_cuda(device: torch.device) -> str | None:
     return extension.cuda_device_lacks(device.index)
 
 
-def _probe_cpp(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "runs on CPU tensors only"
-    library = extension.cpu_library()
-    return library if isinstance(library, str) else None
-
-
-_CANDIDATES = {"cuda": _probe_cuda, "cpp": _probe_cpp, "reference": always_available}
+_CANDIDATES = {"cuda": _probe_cuda, "cpp": cpp_probe, "reference": always_available}
 _SELECT_STEPS = Dispatcher("select_steps", _CANDIDATES)
 _SELECT_STEPS_SEGMENTED = Dispatcher("select_steps_segmented", _CANDIDATES)
 
@@ -65,8 +63,10 @@ def select_steps(
     _check_k(k, entropy.shape[1])
     if limits is not None:
         check_index("limits", limits, len(entropy), entropy.device, entropy.shape[1] + 1)
-    run = _select_steps_operator if torch.compiler.is_compiling() else _select_steps
-    return run(entropy.detach(), k, limits, backend)
+    if torch.compiler.is_compiling():
+        selected: Tensor = _select_steps_operator(entropy.detach(), k, limits, backend)
+        return selected
+    return _select_steps(entropy, k, limits, backend)
 
 
 def select_steps_segmented(
@@ -110,8 +110,11 @@ def select_steps_segmented(
         raise ValueError(f"reduce must be one of {tuple(_REDUCTIONS)}, got {reduce!r}")
     if limits is not None:
         check_index("limits", limits, len(token_entropy), token_entropy.device, num_steps + 1)
-    run = _select_segmented_operator if torch.compiler.is_compiling() else _select_segmented
-    return run(token_entropy.detach(), step_ids, num_steps, k, reduce, limits, backend)
+    arguments = (step_ids, num_steps, k, reduce, limits, backend)
+    if torch.compiler.is_compiling():
+        selected: Tensor = _select_segmented_operator(token_entropy.detach(), *arguments)
+        return selected
+    return _select_segmented(token_entropy, *arguments)
 
 
 # The two functions below are what runs, in eager mode directly and under torch.compile as the
@@ -197,9 +200,7 @@ def _(
     return token_entropy.new_empty(token_entropy.shape[0], k, dtype=torch.int64)
 
 
-def _call_compiled(
-    backend: str, function: str, values: Tensor, *arguments: Tensor | int | None
-) -> None:
+def _call_compiled(backend: str, function: str, values: Tensor, *arguments: object) -> None:
     suffix = _SUFFIXES[values.dtype]
     if backend == "cuda":
         name = f"egspo_cuda_{function}_{suffix}"
@@ -231,8 +232,7 @@ def _check_entropy(name: str, tensor: Tensor) -> None:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    check_integer(name, value)
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}")
 

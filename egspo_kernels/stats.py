@@ -10,16 +10,18 @@ from egspo_kernels import reference
 from egspo_kernels.checks.arguments import (
     check_banned,
     check_index,
+    check_integer,
     check_matrix,
     check_row_ids,
     check_step,
     check_temperature,
     refuse_float64,
 )
-from egspo_kernels.dispatch.backend import Dispatcher, always_available, triton_probe
+from egspo_kernels.cpp_kernels import rows as cpp_rows
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, cpp_probe, triton_probe
 from egspo_kernels.types import SampledTokens, TokenStats
 
-_BACKENDS = {"triton": triton_probe, "reference": always_available}
+_BACKENDS = {"triton": triton_probe, "cpp": cpp_probe, "reference": always_available}
 _TOKEN_STATS = Dispatcher("token_stats", _BACKENDS)
 _SAMPLE_TOKENS = Dispatcher("sample_tokens", _BACKENDS)
 
@@ -88,12 +90,13 @@ def sample_tokens(
     entropy_temperature: float = 1.0,
     backend: str = "auto",
 ) -> SampledTokens:
-    """Gumbel-max sample of every row, with its log-probability, confidence and entropy.
+    """A sample of every row, with its log-probability, confidence and entropy.
 
-    The noise is a function of (seed, step, row id) alone, drawn in float32: what a row samples
-    does not depend on the batch it is in, nor on the precision of the logits. The triton backend
-    makes one pass over float32, float16 and bfloat16 logits; its tokens are those of the reference
-    but for ties within rounding.
+    Drawn in two levels, a block of 1024 columns and then a token of that block, exact in
+    distribution (:mod:`egspo_kernels.reference.sampling` has the definition). The noise is a
+    function of (seed, step, row id) alone, drawn in float32: what a row samples does not depend on
+    the batch it is in, nor on the precision of the logits. Tokens are the same in every backend
+    but for ties within rounding; the compiled ones read float32, float16 and bfloat16 logits once.
 
     Args:
         logits: floating point [N, V].
@@ -115,7 +118,8 @@ def sample_tokens(
     """
     check_matrix("logits", logits)
     check_temperature(temperature, allow_zero=True)
-    check_temperature(entropy_temperature)
+    check_temperature(entropy_temperature, name="entropy_temperature")
+    check_integer("seed", seed)
     check_banned(banned_token, logits.shape[1])
     check_row_ids(row_ids, logits.shape[0], logits.device)
     check_step(step)
@@ -153,10 +157,13 @@ def _token_stats(
     banned_token: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _TOKEN_STATS.choose(backend, logits.device, refuse_float64(logits)) == "triton":
+    chosen = _TOKEN_STATS.choose(backend, logits.device, refuse_float64(logits))
+    if chosen == "triton":
         from egspo_kernels.triton_kernels import rows as kernels
 
         stats = kernels.token_stats(logits, targets, rows, temperature, banned_token)
+    elif chosen == "cpp":
+        stats = cpp_rows.token_stats(logits, targets, rows, temperature, banned_token)
     else:
         picked = logits if rows is None else logits[rows.long()]
         stats = reference.token_stats(picked, targets, temperature, banned_token)
@@ -175,10 +182,13 @@ def _sample_tokens(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     function = reference.sample_tokens
-    if _SAMPLE_TOKENS.choose(backend, logits.device, refuse_float64(logits)) == "triton":
+    chosen = _SAMPLE_TOKENS.choose(backend, logits.device, refuse_float64(logits))
+    if chosen == "triton":
         from egspo_kernels.triton_kernels import sampling
 
         function = sampling.sample_tokens
+    elif chosen == "cpp":
+        function = cpp_rows.sample_tokens
     return function(logits, temperature, seed, step, row_ids, banned_token, entropy_temperature)
 
 

@@ -12,8 +12,10 @@ from egspo_kernels.checks.arguments import (
     check_matrix,
     check_temperature,
     refuse_float64,
+    refuse_tracing,
 )
-from egspo_kernels.dispatch.backend import Dispatcher, always_available, triton_probe
+from egspo_kernels.cpp_kernels import surrogate as cpp_surrogate
+from egspo_kernels.dispatch.backend import Dispatcher, always_available, cpp_probe, triton_probe
 from egspo_kernels.shared.objective import (
     KL,
     Aggregation,
@@ -28,7 +30,8 @@ from egspo_kernels.types import Surrogate
 __all__ = ["aggregate_steps", "stepwise_surrogate"]
 
 _SURROGATE = Dispatcher(
-    "stepwise_surrogate", {"triton": triton_probe, "reference": always_available}
+    "stepwise_surrogate",
+    {"triton": triton_probe, "cpp": cpp_probe, "reference": always_available},
 )
 
 
@@ -74,14 +77,14 @@ def stepwise_surrogate(
             authors' choice); ``"mean"``: mean log-ratio; ``"exact"``: summed log-ratio, no
             division, which alone gives the unbiased policy gradient when steps differ in size.
         overwrite_logits: the backward pass writes the gradient into the memory of ``logits``,
-            half the memory for logits of a head that nothing else needs. Triton only, and
-            refused where ``logits`` is a leaf, has overlapping or scattered rows, or shares its
-            memory with ``ref_logits``. Whatever else saved ``logits`` for its own backward pass
-            raises there, as after any in-place operation; so does a second backward pass.
+            half the memory for logits of a head that nothing else needs. Not with the
+            reference, and refused where ``logits`` is a leaf, has overlapping or scattered rows,
+            or shares its memory with ``ref_logits``. Whatever else saved ``logits`` for its own
+            backward pass raises there, as after any in-place operation; so does a second one.
         backend: ``"auto"`` or a backend name.
 
     Returns:
-        :class:`Surrogate`. The loss is differentiable once with Triton.
+        :class:`Surrogate`. The loss is differentiable; only once but with the reference.
 
     Raises:
         ValueError, TypeError: on a bad argument, named in the message.
@@ -95,25 +98,18 @@ def stepwise_surrogate(
     )
     check_reference(objective, "ref_logits", ref_logits, ref_log_prob)
     steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
-    chosen = _choose(backend, logits.device, refuse_float64(logits, ref_logits))
+    refused = refuse_float64(logits, ref_logits) | refuse_tracing()
+    chosen = _choose(backend, logits.device, refused)
     if overwrite_logits:
         _check_overwrite(chosen, logits, ref_logits)
+    arguments = (logits, targets, steps, ref_logits, objective, temperature, banned_token)
     if chosen == "triton":
         from egspo_kernels.triton_kernels import surrogate
 
-        return surrogate.stepwise_surrogate(
-            logits,
-            targets,
-            steps,
-            ref_logits,
-            objective,
-            temperature,
-            banned_token,
-            overwrite_logits,
-        )
-    return reference.stepwise_surrogate(
-        logits, targets, steps, ref_logits, objective, temperature, banned_token
-    )
+        return surrogate.stepwise_surrogate(*arguments, overwrite_logits)
+    if chosen == "cpp":
+        return cpp_surrogate.stepwise_surrogate(*arguments, overwrite_logits)
+    return reference.stepwise_surrogate(*arguments)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -146,8 +142,8 @@ def _check_overwrite(backend: str, logits: Tensor, ref_logits: Tensor | None) ->
     """The cases where a gradient in the memory of the logits would be ignored or wrong."""
     if torch.compiler.is_compiling():
         raise ValueError("overwrite_logits is for eager mode: torch.compile plans memory itself")
-    if backend != "triton":
-        raise ValueError(f"overwrite_logits needs backend 'triton', this call runs {backend!r}")
+    if backend == "reference":
+        raise ValueError("overwrite_logits needs a compiled backend, this call runs 'reference'")
     if logits.is_leaf and logits.requires_grad:
         raise ValueError(
             "overwrite_logits: logits is a leaf, and its gradient would replace its value"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from egspo_kernels import reference
 from egspo_kernels.checks.linear import check_logits_dtype
+from egspo_kernels.cpp_kernels.linear import row_bytes as cpp_row_bytes
 from egspo_kernels.reference.linear import LIVE_ROWS
 from egspo_kernels.shared.product import Settings
 
@@ -38,6 +39,8 @@ def linear_settings(
             with_reference=with_reference,
             with_gradient=trained and torch.is_grad_enabled(),
         )
+    elif backend == "cpp":
+        needed = cpp_row_bytes(vocab_size, weight.dtype, with_reference=with_reference)
     else:
         needed = LIVE_ROWS * reference.accumulation_dtype(weight.dtype).itemsize * vocab_size
     if workspace_bytes < needed:

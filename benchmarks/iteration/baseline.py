@@ -33,7 +33,7 @@ from egspo.models.tokenization import decode_completions
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.work import Work
 from egspo.tasks.prompts import Data
-from egspo_kernels import counter_gumbel
+from egspo_kernels.reference.sampling import draw
 
 
 @dataclass
@@ -174,11 +174,10 @@ class Baseline:
                 logits = self._logits(canvas)
                 positions = torch.arange(start, start + config.block_length, device=canvas.device)
                 row_ids = sequence_ids[:, None] * config.max_new_tokens + positions
-                noise = torch.zeros_like(logits)
-                noise[:, block] = counter_gumbel(
-                    self.config.seed, index, row_ids.flatten(), logits.shape[2]
-                ).view(rows, -1, logits.shape[2])
-                sampled = (logits / config.temperature + noise).argmax(2)
+                sampled = logits.argmax(2)
+                tempered = (logits[:, block] / config.temperature).softmax(2).flatten(0, 1)
+                noise = (self.config.seed, index, row_ids.flatten())
+                sampled[:, block] = draw(tempered, *noise).view(rows, -1)
                 probs = logits.softmax(2)
                 score = torch.full(canvas.shape, float("-inf"), device=canvas.device)
                 score[:, block] = probs[:, block].amax(2)

@@ -4,14 +4,15 @@ Groups of G completions of one prompt; R_i is the reward of completion i, V_ik t
 greedy one-step completion of its k-th selected state. EGSPO-SA's return is
 ``G_ik = R_i + lambda (R_i - V_ik)`` (arXiv 2603.12554).
 
-V_ik depends on the state alone and the group mean on the other members, up to the member's own
+V_ik depends on the state alone and the group's mean on the other members, up to the member's own
 share 1 / G, which scales the gradient by (G - 1) / G and does not turn it. The exception is
-``baseline="group"``: its own share holds V of *later* states, which the action did influence, a
-bias of order lambda / G that ``"rank"`` does not have.
+``baseline="rank"``: which rank a state has depends on the entropies of later states, which the
+action did influence, so that a mean that differs between the ranks biases the gradient.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -48,8 +49,10 @@ def egspo_advantages(rewards: Tensor, valid: Tensor, *, scale_by_std: bool = Fal
     Returns:
         float [P, G, K], 0 where not valid.
     """
-    returns = rewards[..., None].expand(valid.shape)
-    return _centre(returns, valid, scored=~rewards.isnan(), over="rank", scale=scale_by_std)
+    returns, scored = rewards[..., None].expand(valid.shape), ~rewards.isnan()
+    keep = scored[..., None].expand(valid.shape)
+    # A member's reward counts however many steps of it were selected.
+    return _centre(returns, keep, scale=scale_by_std).where(valid, 0.0)
 
 
 def egspo_sa_advantages(
@@ -61,7 +64,7 @@ def egspo_sa_advantages(
     step_rewards: Tensor | None = None,
     normalize_returns: bool = True,
     returns: Literal["joint", "split"] = "joint",
-    baseline: Literal["rank", "group"] = "rank",
+    baseline: Literal["group", "rank"] = "group",
     scale_by_std: bool = False,
 ) -> Tensor:
     """Stepwise advantages.
@@ -76,39 +79,64 @@ def egspo_sa_advantages(
         normalize_returns: divide by 1 + lambda.
         returns: ``joint``: ``G_ik`` minus a group mean; ``split``:
             ``(R_i - mean_j R_j) + lambda (R_i - V_ik)``, where only the first part is centred.
-        baseline: of ``joint``: the mean over the group at the same rank k (``rank``), or over all
-            ranks too (``group``).
-        scale_by_std: divide by the standard deviation of what the baseline averages.
+        baseline: of ``joint``: the mean of the return itself and of the other members' mean
+            returns over their ranks (``group``), or the mean over the group at the same rank k
+            (``rank``).
+        scale_by_std: divide by the standard deviation of the group's returns, of ``rank`` those of
+            the same rank.
 
     Returns:
         float [P, G, K], 0 where not valid or not scored.
     """
-    valid = valid & ~values.isnan()
-    scored = ~rewards.isnan()
+    valid = valid & ~values.isnan() & ~rewards[..., None].isnan()
     final = rewards if step_rewards is None else step_rewards
     step_term = lam * (final[..., None] - values)
     if returns == "split":
         result = egspo_advantages(rewards, valid, scale_by_std=scale_by_std) + step_term
-        result = result.where(valid & scored[..., None], 0.0)
+        result = result.where(valid, 0.0)
+    elif baseline == "rank":
+        result = _centre(rewards[..., None] + step_term, valid, scale=scale_by_std)
     else:
-        result = _centre(
-            rewards[..., None] + step_term, valid, scored=scored, over=baseline, scale=scale_by_std
-        )
+        result = _leave_own_out(rewards, rewards[..., None] + step_term, valid, scale_by_std)
     return result / (1 + lam) if normalize_returns else result
 
 
-def _centre(
-    returns: Tensor, valid: Tensor, *, scored: Tensor, over: Literal["group", "rank"], scale: bool
-) -> Tensor:
-    """``returns`` minus their mean over the group, over valid and scored entries only."""
-    keep = valid & scored[..., None]
-    dims = (1, 2) if over == "group" else (1,)
-    count = keep.sum(dims, keepdim=True).clamp(min=1)
-    mean = returns.where(keep, 0.0).sum(dims, keepdim=True) / count
-    centred = (returns - mean).where(keep, 0.0)
+def _centre(returns: Tensor, keep: Tensor, *, scale: bool) -> Tensor:
+    """``returns`` [P, G, K] minus their mean over the group, over the entries to ``keep`` only;
+    exactly 0 where these are all the same."""
+    count = keep.sum(1, keepdim=True).clamp(min=1)
+    mean = returns.where(keep, 0.0).sum(1, keepdim=True) / count
+    low = returns.where(keep, math.inf).amin(1, keepdim=True)
+    high = returns.where(keep, -math.inf).amax(1, keepdim=True)
+    centred = (returns - mean).where(keep & (high > low), 0.0)
     if scale:
-        variance = centred.square().sum(dims, keepdim=True) / (count - 1).clamp(min=1)
+        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + _STD_FLOOR)
+    return centred
+
+
+def _leave_own_out(rewards: Tensor, returns: Tensor, valid: Tensor, scale: bool) -> Tensor:
+    """``returns`` [P, G, K] less the mean of themselves and of the other members' mean returns.
+
+    Of its own trajectory nothing but the return itself is in the mean: returns of other states
+    hold what the action influenced. A member without valid entries counts with its reward.
+    """
+    scored = ~rewards.isnan()
+    first = valid.flatten(1).int().argmax(1, keepdim=True)
+    pivot = returns.flatten(1).gather(1, first)[..., None]  # so that equal returns give exactly 0
+    shifted = (returns - pivot).where(valid, 0.0)
+    entries = valid.sum(2)
+    member = (shifted.sum(2) / entries.clamp(min=1)).where(
+        entries > 0, (rewards - pivot[..., 0]).where(scored, 0.0)
+    )
+    others = (member.sum(1, keepdim=True) - member)[..., None]
+    count = scored.sum(1)[:, None, None].clamp(min=1)
+    centred = (shifted - (shifted + others) / count).where(valid, 0.0)
+    if scale:
+        kept = valid.sum((1, 2), keepdim=True)
+        mean = shifted.sum((1, 2), keepdim=True) / kept.clamp(min=1)
+        squares = (shifted - mean).where(valid, 0.0).square().sum((1, 2), keepdim=True)
+        centred = centred / ((squares / (kept - 1).clamp(min=1)).sqrt() + _STD_FLOOR)
     return centred
 
 

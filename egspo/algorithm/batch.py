@@ -85,8 +85,10 @@ class Selection:
     """M states of R trajectories."""
     sequences: list[int]
     """R sequences of this process that those trajectories are of."""
+    equal_groups: int
+    """Groups of all processes whose final rewards are all the same, or missing."""
     skipped_groups: int
-    """Groups of all processes that were left out."""
+    """Those of them that were left out, as no term of theirs can be anything but zero."""
 
     def sequence_of_states(self) -> list[int]:
         """Of each of the M states."""

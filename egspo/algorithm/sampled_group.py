@@ -34,18 +34,20 @@ def sampled_group(
     """
     samples, states, sequences = batch.samples, batch.states, batch.selection.sequences
     size, here = samples.groups.size, samples.groups.sequences
-    group = (sequences[0] if sequences else here[0]) // size
+    sequence = batch.selection.sequence_of_states()
+    taught = sorted(s for s, value in zip(sequence, advantage.tolist(), strict=True) if value)
+    group = [*taught, *sequences, here[0]][0] // size
     members = [s for s in here if s // size == group]
     rewards, step_rewards = samples.rewards.flatten(), samples.step_rewards.flatten()
     device = samples.trajectory.tokens.device
     rows = torch.tensor([s - here.start for s in members], device=device)
     trajectory = samples.trajectory.take(rows)
     selected: list[list[SelectedStep]] = [[] for _ in members]
-    # The trajectories that are trained begin with those of the group, if any of them is trained.
-    of_group = (states.row < len(members)).nonzero()[:, 0].tolist() if sequences else []
-    for m in of_group:
+    for m, of in enumerate(sequence):
+        if of not in members:
+            continue
         text, reward = (None, None) if one_step is None else one_step.at(m)
-        selected[int(states.row[m])].append(
+        selected[members.index(of)].append(
             SelectedStep(
                 int(states.rank[m]), int(states.step[m]), finite_or_none(advantage[m]), text, reward
             )

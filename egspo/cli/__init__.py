@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from egspo import __version__
 from egspo.cli import data, evaluate, export, generate, inspect, options, plan, tools, training
@@ -63,12 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages repeat what was typed, or came from a script."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message), file)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "egspo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
-    )
+    parser = _Parser("egspo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"egspo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -112,4 +118,4 @@ def _take_overrides(
 def _is_expected(error: Exception) -> bool:
     """Whether the message alone says what to change: bad input, files, or an error of egspo's."""
     own = type(error).__module__.partition(".")[0] in ("egspo", "egspo_kernels")
-    return own or isinstance(error, ValueError | OSError)
+    return own or isinstance(error, ValueError | OSError | FloatingPointError)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from egspo.tasks import Task
 
 Command = Callable[[argparse.Namespace], int | None]
 """Runs a command and returns its exit code, None for 0."""
@@ -52,3 +56,24 @@ def hide_loading_bars() -> None:
 
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def load_tasks_of(file: str | None) -> None:
+    """Register the tasks of a Python file, if there is one."""
+    from egspo.tasks import load_task_file
+
+    if file is not None:
+        load_task_file(file)
+
+
+def named_task(name: str, options: Sequence[str]) -> Task:
+    """The task of that name with ``key=value`` options, or of a recipe with overrides."""
+    from egspo.config import TaskConfig
+    from egspo.config.recipe import load_config, read_overrides
+    from egspo.tasks.prompts import recipe_task
+
+    if Path(name).suffix in (".yaml", ".yml"):
+        config = load_config(name, options).task
+    else:
+        config = TaskConfig(name=name, options=read_overrides(options))
+    return recipe_task(config)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from egspo.cli.common import AddCommand
+from egspo.cli.common import AddCommand, load_tasks_of, named_task
+from egspo.cli.score import add_score
 from egspo.inspection.printable import show
 
 if TYPE_CHECKING:
-    from egspo.tasks import Task
     from egspo.tasks.overlap import Overlap
 
 _OVERLAP_FOUND = 3
@@ -69,6 +68,7 @@ def add_commands(add: AddCommand) -> None:
     shown.add_argument("--split", default="train", metavar="NAME", help="train (default), ...")
     shown.add_argument("--examples", type=int, default=2, metavar="N", help="(default 2)")
     shown.set_defaults(run=_show)
+    add_score(commands)
     for command in (compare, shown):
         command.add_argument("--file", metavar="FILE", help="Python file that registers tasks")
         command.add_argument(
@@ -82,12 +82,9 @@ def _help(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from egspo.tasks import load_task_file
-
     if args.examples < 0:
         raise ValueError(f"--examples must be >= 0, got {args.examples}")
-    if args.file is not None:
-        load_task_file(args.file)
+    load_tasks_of(args.file)
 
 
 def _overlap(args: argparse.Namespace) -> None:
@@ -127,7 +124,7 @@ def _questions(name: str, column: str | None) -> list[str]:
         return questions(name, column)
     if split is None:
         raise ValueError(f"{name} is a task: name its split, {name}:train, :validation or :test")
-    return task_questions(_task(path, []), split)
+    return task_questions(named_task(path, []), split)
 
 
 def _is_task(name: str) -> bool:
@@ -136,24 +133,11 @@ def _is_task(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml") or name in registered_tasks()
 
 
-def _task(name: str, options: Sequence[str]) -> Task:
-    """The task of that name with ``key=value`` options, or of a recipe with overrides."""
-    from egspo.config import TaskConfig
-    from egspo.config.recipe import load_config, read_overrides
-    from egspo.tasks.prompts import recipe_task
-
-    if Path(name).suffix in (".yaml", ".yml"):
-        config = load_config(name, options).task
-    else:
-        config = TaskConfig(name=name, options=read_overrides(options))
-    return recipe_task(config)
-
-
 def _show(args: argparse.Namespace) -> None:
     from egspo.tasks.overlap import split_of
 
     _prepare(args)
-    task = _task(args.task, args.options)
+    task = named_task(args.task, args.options)
     sizes = (("train", task.train), ("validation", task.validation), ("test", task.test))
     show(f"task {task.name}: " + ", ".join(f"{len(part)} {name}" for name, part in sizes))
     for reward in task.rewards:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egspo.cli.common import AddCommand, configure_output
-from egspo.cli.model import add_adapter_argument, add_generation_arguments
+from egspo.cli.model import add_adapter_argument, add_generation_arguments, given_generation
 from egspo.files import set_aside
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _generations(args: argparse.Namespace, folder: str) -> list[GenerationConfig
     trained = generation_config({}, folder)
     generations = []
     for length in args.lengths or [trained.max_new_tokens]:
-        given = {"temperature": 0.0, **vars(args), "max_new_tokens": length}
+        given = {"temperature": 0.0, **given_generation(args), "max_new_tokens": length}
         if "steps" not in given:
             steps, rest = divmod(length * trained.steps, trained.max_new_tokens)
             if rest:

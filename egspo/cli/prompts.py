@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from egspo.files import read_user_text
 
 OUTPUT_KEYS = ("index", "completion", "finish_reason", "tokens", "generation", "step_map")
 """Keys of a line of JSONL output that the input may not have."""
@@ -41,9 +42,8 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """
     prompts = [Prompt.from_text(text) for text in args.prompt]
     if args.prompts is not None:
-        standard = args.prompts == "-"
-        text = sys.stdin.read() if standard else Path(args.prompts).read_text("utf-8")
-        name = "standard input" if standard else args.prompts
+        text = read_user_text(args.prompts)
+        name = "standard input" if args.prompts == "-" else args.prompts
         jsonl = is_jsonl(args.prompts_format, args.prompts)
         lines = [
             (number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()

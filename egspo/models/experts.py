@@ -143,6 +143,11 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
+    @property
+    def active_parameters(self) -> int:
+        """All of them."""
+        return self.weight.numel()
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [N, K] of rows [N, D], and their weights [N, K] in the rows' dtype."""
         with torch.autocast(x.device.type, enabled=False):
@@ -242,3 +247,10 @@ class MixturePreTrainedModel(StrictPreTrainedModel):  # type: ignore[no-untyped-
                 module.expert_bias.zero_()
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def freeze_routers(model: nn.Module) -> None:
+    """Keep the choice of experts from being trained; without routers, nothing changes."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.requires_grad_(False)

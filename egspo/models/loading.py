@@ -153,6 +153,22 @@ def new_model(config: Mapping[str, Any], seed: int) -> TransformerForMaskedLM:
         return _by_type(built.model_type)(built)
 
 
+def set_block_size(config: PretrainedConfig, size: int | None) -> None:
+    """Denoise in blocks of ``size``; None keeps the model's own.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    if size is None:
+        return
+    if getattr(config, "block_size", None) is None:
+        raise ValueError(
+            f"model.block_size is of block-causal models, and {config.model_type} is none: "
+            f"leave it out, got {size}"
+        )
+    config.block_size = size
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Inside, the CPU's random state, and that of ``device``, come from ``seed``.

@@ -38,6 +38,7 @@ from egspo.tasks.prompts import (
 )
 from egspo.training.build import (
     check_data,
+    check_model,
     check_trackers,
     fresh_fields,
     trainable_model,
@@ -253,10 +254,11 @@ def _context(
     config: TrainConfig, data: Data | None, model_config: PretrainedConfig
 ) -> tuple[None, str]:
     context, length = model_config.max_sequence_length, config.generation.max_new_tokens
+    check_model(config, model_config)
     if data is None:
         check_context([[]], config.generation, context)
         return None, f"{length} new tokens fit {context:,}; the prompts are not known"
-    check_data(config, data, context)
+    check_data(config, data, model_config)
     return None, f"prompts and {length} new tokens fit {context:,}"
 
 

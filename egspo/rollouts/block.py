@@ -188,7 +188,7 @@ class BlockDenoising:
                 return chosen, torch.ones_like(chosen, dtype=torch.bool)
             return chosen, torch.arange(most, device=scores.device) < least[:, None]
         most = config.max_tokens_per_step or config.block_length
-        wanted = (scores >= config.threshold).sum(1).maximum(least).clamp(max=most)
+        wanted = self.policy.above(scores, config.threshold).maximum(least).clamp(max=most)
         count = wanted.minimum((~known).sum(1))
         rank = torch.arange(most, device=scores.device)
         return order[:, :most], rank < count[:, None]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from egspo_kernels import SampledTokens, counter_uniform, token_stats
@@ -77,6 +78,18 @@ class UnmaskingPolicy:
     probabilities is the exact transition probability and not a surrogate of it."""
     score: Callable[[Candidates], Tensor]
     """Scores [N]; those of ``threshold`` decoding are in [0, 1]."""
+    bounded: bool = False
+    """Whether scores are losses, and a threshold bounds the sum of those that a step takes on."""
+
+    def above(self, scores: Tensor, threshold: float) -> Tensor:
+        """int64 [R], how many of the best of [R, W] scores a threshold lets through.
+
+        Positions that are known have the score -inf.
+        """
+        if not self.bounded:
+            return (scores >= threshold).sum(1)
+        losses = -scores.sort(dim=1, descending=True).values
+        return (losses.cumsum(1) < threshold).sum(1)
 
 
 def _sampled_confidence(candidates: Candidates) -> Tensor:
@@ -106,6 +119,11 @@ def _low_entropy(candidates: Candidates) -> Tensor:
     return -token_stats(candidates.logits, None, banned_token=candidates.banned_token).entropy
 
 
+def _leftmost(candidates: Candidates) -> Tensor:
+    """Nobody before anybody: ties go to the left."""
+    return torch.zeros_like(candidates.sample.confidence)
+
+
 POLICIES = {
     policy.name: policy
     for policy in (
@@ -114,6 +132,8 @@ POLICIES = {
         UnmaskingPolicy("max_prob", True, _max_prob),
         UnmaskingPolicy("margin", True, _margin),
         UnmaskingPolicy("entropy", True, _low_entropy),
+        UnmaskingPolicy("entropy_bounded", True, _low_entropy, bounded=True),
+        UnmaskingPolicy("sequential", True, _leftmost),
     )
 }
 

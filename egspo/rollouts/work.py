@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from egspo.models.experts import Experts, Router
 from egspo.models.lora import is_of_reference
 
 
@@ -58,7 +59,8 @@ class ModelCost:
     """
 
     per_token: int
-    """Of the linear layers forward, adapters included and the head left out."""
+    """Of the linear layers forward, adapters included and the head left out; of experts, those
+    that a token goes through."""
     per_token_backward: int
     """Of the same: gradients of inputs, and of the weights that are trained."""
     per_pair: int
@@ -89,10 +91,17 @@ class ModelCost:
                 backward += product * (2 if module.weight.requires_grad else 1)
                 down = module.in_features > width and module.out_features == width
                 last += product if down else 0
+            elif isinstance(module, Router | Experts):
+                product = 2 * module.active_parameters
+                trained = any(p.requires_grad for p in module.parameters(recurse=False))
+                forward += product
+                backward += product * (2 if trained else 1)
+        inner = getattr(config, "head_dim", width // config.num_attention_heads)
+        inner *= config.num_attention_heads
         return cls(
             per_token=forward,
             per_token_backward=backward,
-            per_pair=4 * width * layers,
+            per_pair=4 * inner * layers,
             per_head_row=2 * width * vocabulary,
             head_trained=head.weight.requires_grad,
             checkpointed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),

@@ -72,17 +72,23 @@ BACKENDS = ("bubblewrap", "http", "unsafe")
 
 
 def make_backend(
-    name: str = "bubblewrap", *, url: str | None = None, limits: dict[str, Any] | None = None
+    name: str = "bubblewrap",
+    *,
+    runner: str = "separate",
+    url: str | None = None,
+    limits: dict[str, Any] | None = None,
 ) -> Backend:
     """The backend called ``name``; nothing is started yet.
 
     Args:
         name: ``bubblewrap``, ``http`` or ``unsafe``.
+        runner: ``separate`` or ``pytest``.
         url: endpoint, for ``http`` alone.
         limits: fields of :class:`Limits` that differ from the defaults.
 
     Raises:
-        ValueError: an unknown name or limit, or ``url`` where there should be none or is none.
+        ValueError: an unknown name, runner or limit, or ``url`` where there should be none or is
+            none.
     """
     if name not in BACKENDS:
         close = difflib.get_close_matches(name, BACKENDS, n=1)
@@ -96,5 +102,5 @@ def make_backend(
             raise ValueError(f"limits has no {field!r}; it has {valid}")
     wanted = Limits(**(limits or {}))
     if url is not None:
-        return HttpSandbox(url, wanted)
-    return Bubblewrap(wanted) if name == "bubblewrap" else Unsafe(wanted)
+        return HttpSandbox(url, wanted, runner=runner)
+    return (Bubblewrap if name == "bubblewrap" else Unsafe)(wanted, runner=runner)

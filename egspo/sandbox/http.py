@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import http.client
 import json
 import secrets
+import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Any
 
-from egspo.sandbox.processes import IMPORTER, MAX_RESULTS, inside_sources, read_verdict
-from egspo.sandbox.verdict import Limits, SandboxError, SandboxUnavailable, Verdict
+from egspo.sandbox.exam import judge, set_exam
+from egspo.sandbox.processes import (
+    IMPORTER,
+    MAX_RESULTS,
+    inside_sources,
+    read_verdict,
+    started,
+)
+from egspo.sandbox.verdict import (
+    PROBE,
+    Limits,
+    SandboxError,
+    SandboxUnavailable,
+    Verdict,
+    check_runner,
+)
 
-_PROBE = "from solution import f\n\n\ndef test_probe():\n    assert f() == 1\n"
+_MAX_ANSWER = 2 * MAX_RESULTS
+_MAX_TEXT = 500
 
 
 class HttpSandbox:
@@ -24,36 +43,47 @@ class HttpSandbox:
     "memory_limit_MB"}``, the reply ``{"status": "Success" | "Failed" | "SandboxError", "message",
     "run_result": {"status", "stdout", "stderr"}}``.
 
-    The service protects the machine. The verdict is protected less well than in bubblewrap: program
-    and tests have separate processes, and the tests neither lie in a file nor can be read from
-    memory while the program runs, but both have one user, so that a program could kill the tests,
-    or, with a kernel that lets it, look for them.
+    The service protects the machine. Of the verdict, with ``runner="pytest"``, the key stays here.
+    With ``separate``, program and tests have separate processes, and separate users where the
+    service runs as root (without a way to change users it is refused). A service that runs as
+    another user should give each script a container: in one with others, a program could look for
+    its tests in the memory of the service, as far as the kernel lets it.
 
     Args:
         url: the endpoint, such as ``http://localhost:8080/run_code``.
+        limits: of each run.
+        runner: ``separate`` or ``pytest``, which the service then must have, with pytest-asyncio.
         retries: how often to ask again where the service is unreachable or overloaded.
-        timeout: seconds to wait for an answer beyond ``limits.wall_seconds``.
+        timeout: seconds that all attempts together may take beyond ``limits.wall_seconds``.
     """
 
     name = "http"
 
     def __init__(
-        self, url: str, limits: Limits | None = None, *, retries: int = 3, timeout: float = 30.0
+        self,
+        url: str,
+        limits: Limits | None = None,
+        *,
+        runner: str = "separate",
+        retries: int = 3,
+        timeout: float = 30.0,
     ) -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise ValueError(f"url must begin with http:// or https://, got {url!r}")
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url must begin with http:// or https://, and a host, got {url!r}")
         if retries < 0:
             raise ValueError(f"retries must be >= 0, got {retries}")
+        self.runner = check_runner(runner)
         self._url, self._limits = url, limits or Limits()
         self._retries, self._timeout = retries, timeout
 
     @property
     def identity(self) -> str:
-        return f"{self.name} {self._url} {self._limits}"
+        return f"{self.name} {self.runner} {self._url} {self._limits}"
 
     def check(self) -> None:
         try:
-            verdict = self.run("def f():\n    return 1\n", _PROBE)
+            verdict = self.run(*PROBE)
         except SandboxError as error:
             raise SandboxUnavailable(
                 f"the sandbox at {self._url} cannot be used: {error}"
@@ -64,10 +94,23 @@ class HttpSandbox:
                 f"{verdict.error or verdict.cases[0].error}"
             )
 
+    def close(self) -> None:
+        """There is nothing that waits."""
+
     def run(self, code: str, tests: str) -> Verdict:
+        if self.runner == "separate":
+            return read_verdict(self._lines(code, tests), self._limits)
+        try:
+            exam = set_exam(tests, code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return Verdict((), 0, f"{type(error).__name__}: {error}")
+        return judge(exam, self._lines(code, exam.source))
+
+    def _lines(self, code: str, tests: str) -> list[str]:
         token = secrets.token_hex(16)
         job = {
             "token": token,
+            "runner": self.runner,
             "code": code,
             "tests": tests,
             "limits": {**self._limits.for_launcher(), "processes": None},  # others have our user
@@ -79,49 +122,142 @@ class HttpSandbox:
             "compile_timeout": self._limits.wall_seconds,
             "memory_limit_MB": self._limits.memory_mb * 2,
         }
-        return self._verdict(self._post(request), token)
+        return started(self._output(self._post(request), token))
 
-    def _post(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, request: dict[str, Any]) -> Any:
         data = json.dumps(request).encode()
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        deadline = time.monotonic() + self._limits.wall_seconds + self._timeout
         for attempt in range(self._retries + 1):
-            if attempt:
-                time.sleep(min(0.5 * 2 ** (attempt - 1), 10.0))
+            pause = 0.0 if attempt == 0 else min(0.5 * 2 ** (attempt - 1), 10.0)
+            if attempt and time.monotonic() + pause >= deadline:
+                break
+            time.sleep(pause)
+            tried = attempt + 1
             try:
-                wanted = urllib.request.Request(self._url, data, headers, method="POST")
-                wait = self._limits.wall_seconds + self._timeout
-                with urllib.request.urlopen(wanted, timeout=wait) as answer:
-                    return _parsed(answer.read(4 * MAX_RESULTS + 1), self._url)
-            except urllib.error.HTTPError as error:
-                reason = (
-                    f"HTTP {error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
-                )
-                if error.code < 500 and error.code != 429:  # asking again would change nothing
-                    break
+                status, answer = self._ask(data, deadline)
             except (OSError, http.client.HTTPException) as error:
                 reason = f"{type(error).__name__}: {error}"
-        raise SandboxError(f"{self._url}, attempt {attempt + 1} of {self._retries + 1}: {reason}")
+                continue
+            if status == 200:
+                return self._parsed(answer)
+            said = answer[:_MAX_TEXT].decode(errors="replace")
+            reason = f"HTTP {status} {http.client.responses.get(status, '')}: {said}"
+            if status < 500 and status != 429:  # asking again would change nothing
+                break
+        raise SandboxError(f"{self._url}, attempt {tried} of {self._retries + 1}: {reason}")
 
-    def _verdict(self, answer: dict[str, Any], token: str) -> Verdict:
-        result = answer.get("run_result") or {}
-        if answer.get("status") not in ("Success", "Failed") or not isinstance(result, dict):
+    def _ask(self, data: bytes, deadline: float) -> tuple[int, bytes]:
+        """Status and body. A service that sends a byte now and then has no more time than others.
+
+        Raises:
+            OSError, http.client.HTTPException: there is no whole answer by then.
+        """
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        request = urllib.request.Request(self._url, data, headers, method="POST")
+        timer = _Timer(deadline)
+        opener = urllib.request.build_opener(_Handler(timer), _SecureHandler(timer))
+        try:
+            with timer, opener.open(request, timeout=_left(deadline)) as answer:
+                status, body = answer.status, answer.read(_MAX_ANSWER + 1)
+        except urllib.error.HTTPError as error:
+            with timer, error:
+                status, body = error.code, error.read(_MAX_TEXT)
+        if timer.passed:
+            raise TimeoutError("no whole answer in time")
+        if len(body) > _MAX_ANSWER:
+            raise http.client.HTTPException(f"an answer of more than {_MAX_ANSWER} bytes")
+        return status, body
+
+    def _parsed(self, data: bytes) -> Any:
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise SandboxError(
+                f"{self._url} answered with what is no JSON: {data[:200]!r}"
+            ) from None
+
+    def _output(self, answer: Any, token: str) -> list[str]:
+        """The lines that the script printed."""
+        result = answer.get("run_result") if isinstance(answer, dict) else None
+        if not isinstance(result, dict) or answer.get("status") not in ("Success", "Failed"):
             raise SandboxError(f"{self._url} did not run the program: {str(answer)[:500]}")
-        output = str(result.get("stdout") or "")
-        lines = [line.removeprefix(token) for line in output.split("\n") if line.startswith(token)]
-        if not lines:
-            said = str(result.get("stderr"))[-500:]
-            raise SandboxError(f"{self._url} ran no test: {result.get('status')}, {said}")
-        return read_verdict([json.loads(line) for line in lines][1:], self._limits)
+        output = result.get("stdout")
+        lines = output.split("\n") if isinstance(output, str) else []
+        # What comes after the last line break was cut off.
+        found = [line.removeprefix(token) for line in lines[:-1] if line.startswith(token)]
+        whole = bool(found) and found[-1].startswith('={"end"')
+        if not found or not (whole or result.get("status") == "TimeLimitExceeded"):
+            missing = "the rest of what the tests said" if found else "any test"
+            said = str(result.get("stderr"))[-_MAX_TEXT:]
+            raise SandboxError(f"{self._url} lacks {missing}: {result.get('status')}, {said}")
+        return found
 
 
-def _parsed(data: bytes, url: str) -> dict[str, Any]:
-    try:
-        answer = json.loads(data)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise SandboxError(f"{url} answered with what is no JSON object: {data[:200]!r}")
-    return answer
+class _Timer:
+    """Shuts the connections that it is shown when time is up, whatever they are doing."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline, self.passed = deadline, False
+        self._sockets: list[socket.socket] = []
+
+    def watch(self, opened: socket.socket) -> None:
+        self._sockets.append(opened)
+
+    def _end(self) -> None:
+        self.passed = True
+        for opened in self._sockets:
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> None:
+        self._timer = threading.Timer(_left(self._deadline), self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, timer: _Timer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._egspo_timer = timer
+
+    def connect(self) -> None:
+        super().connect()
+        self._egspo_timer.watch(self.sock)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    def __init__(self, timer: _Timer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._egspo_timer = timer
+
+    def connect(self) -> None:
+        super().connect()
+        self._egspo_timer.watch(self.sock)
+
+
+class _Handler(urllib.request.HTTPHandler):
+    def __init__(self, timer: _Timer) -> None:
+        super().__init__()
+        self._connect = functools.partial(_Connection, timer)
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connect, req)
+
+
+class _SecureHandler(urllib.request.HTTPSHandler):
+    def __init__(self, timer: _Timer) -> None:
+        super().__init__()
+        self._connect = functools.partial(_SecureConnection, timer)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connect, req)
+
+
+def _left(deadline: float) -> float:
+    return max(0.01, deadline - time.monotonic())
 
 
 def _script(job: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""One run on this machine: the program's process, the tests' process, and their end."""
+"""Fork servers on this machine, and one run after the other in each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import select
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
+from egspo.sandbox.exam import judge, set_exam
 from egspo.sandbox.verdict import CaseResult, Limits, SandboxError, Verdict
 
 INSIDE = Path(__file__).parent / "inside"
@@ -24,28 +26,22 @@ INSIDE = Path(__file__).parent / "inside"
 INTERPRETER_OPTIONS = ("-P", "-s", "-S", "-B")
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """The same order of sets in every run: a verdict that is asked for again is the same."""
-MAX_RESULTS = 2**20
-"""Bytes of results that are read: about a thousand tests."""
+
+MAX_RESULTS = 2**22
+"""Bytes of results that are read."""
 
 _GRACE_SECONDS = 2.0
+_START_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Command:
-    """How to start an interpreter that runs the launcher."""
+    """How to start an interpreter that runs the fork server."""
 
     argv: Sequence[str]
     """The interpreter and its options; what it runs is appended."""
-    files: Sequence[IO[bytes]] = ()
-    """Inherited by the process, closed here once it runs."""
-    uid: int | None = None
-    """User to become, inside."""
-    hide: bool = False
-    """Whether both sides have one user, so that the tests must hide from the program."""
-
-
-class CommandMaker(Protocol):
-    def __call__(self) -> contextlib.AbstractContextManager[Command]: ...
+    settings: dict[str, Any]
+    """Of :func:`egspo.sandbox.inside.server.main`."""
 
 
 # Finds the modules of the package ``inside`` in the dictionary ``codes``.
@@ -67,8 +63,8 @@ import marshal, sys
 stream = open(int(sys.argv[1]), "rb")
 codes = marshal.load(stream)
 {IMPORTER}
-from inside import launcher
-launcher.main(stream)
+from inside import server
+server.main(stream)
 """
 
 
@@ -90,90 +86,81 @@ def bundle() -> bytes:
     )
 
 
-def run_tests(command: CommandMaker, code: str, tests: str, limits: Limits) -> Verdict:
-    """Run ``tests`` in one process and ``code`` in another, for ``limits.wall_seconds`` at most.
+class ForkServer:
+    """A process that forks runs, one at a time. Not safe to use from several threads.
 
     Raises:
-        SandboxError: one of them could not be set up.
+        SandboxError: it does not start.
     """
-    deadline = time.monotonic() + limits.wall_seconds
-    common = {"limits": limits.for_launcher()}
-    with contextlib.ExitStack() as stack:
-        control = [stack.enter_context(end) for end in socket.socketpair()]
-        read_end, write_end = os.pipe()
-        results = stack.enter_context(os.fdopen(read_end, "rb"))
-        written = stack.enter_context(os.fdopen(write_end, "wb"))
-        job: dict[str, Any] = {**common, "role": "candidate", "code": code}
-        program = stack.enter_context(_process(command, job, {"control": control[0].fileno()}))
-        job = {**common, "role": "checker", "tests": tests}
-        descriptors = {"control": control[1].fileno(), "results": write_end}
-        checker = stack.enter_context(_process(command, job, descriptors))
-        written.close()  # now only the processes hold these
-        for end in control:
-            end.close()
-        lines = list(_lines(results.fileno(), deadline))
-        if not lines:
-            ended = time.monotonic() < deadline
-            for process in (program, checker):
-                _end(process)
-            reason = "ended at once" if ended else f"no sign of life in {limits.wall_seconds:g} s"
-            errors = "; ".join(filter(None, map(_errors, (program, checker))))
-            raise SandboxError(f"the sandbox did not start ({reason}): {errors or 'no message'}")
-    return read_verdict(lines[1:], limits)
 
-
-@contextlib.contextmanager
-def _process(
-    command: CommandMaker, job: dict[str, Any], descriptors: dict[str, int]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A launcher at work; when the block ends, so have it and all that it started."""
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(command())
-        files = [stack.enter_context(file) for file in made.files]
-        payload = stack.enter_context(tempfile.TemporaryFile())
-        text = json.dumps({**job, **descriptors, "uid": made.uid, "hide": made.hide})
-        payload.write(bundle())
-        payload.write(text.encode("utf-8", "surrogatepass"))
-        payload.seek(0)
-        kept = [*descriptors.values(), payload.fileno(), *(file.fileno() for file in files)]
-        process = subprocess.Popen(
-            [*made.argv, *INTERPRETER_OPTIONS, "-c", _BOOTSTRAP, str(payload.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=kept,
-            start_new_session=True,
-            env=ENVIRONMENT,
-            cwd="/",
-        )
-    with process:
+    def __init__(self, command: Command) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs, tempfile.TemporaryFile() as payload:
+            payload.write(bundle())
+            payload.write(json.dumps(command.settings).encode())
+            payload.seek(0)
+            self._process = subprocess.Popen(
+                [*command.argv, *INTERPRETER_OPTIONS, "-c", _BOOTSTRAP, str(payload.fileno())],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[payload.fileno()],
+                start_new_session=True,
+                env=ENVIRONMENT,
+                cwd="/",
+            )
+        self._socket.settimeout(_START_SECONDS)
         try:
-            yield process
-        finally:
-            _end(process)
+            ready = self._socket.recv(1)
+        except TimeoutError:
+            ready = b""
+        if ready != b"R":
+            reason = self._last_words()
+            self.close()
+            raise SandboxError(f"the sandbox did not start: {reason or 'no message'}")
+
+    def run(self, job: dict[str, Any], seconds: float) -> list[str]:
+        """What the processes of a job report until they say that it is all, or time is up.
+
+        Raises:
+            SandboxError: they could not be set up. OSError: the server is gone.
+        """
+        read_end, write_end = os.pipe()
+        with os.fdopen(read_end, "rb") as results:
+            try:
+                data = json.dumps(job).encode("utf-8", "surrogatepass")
+                self._socket.settimeout(_START_SECONDS)
+                socket.send_fds(self._socket, [len(data).to_bytes(4, "big")], [write_end])
+                self._socket.sendall(data)
+            finally:
+                os.close(write_end)
+            lines = list(_lines(results.fileno(), time.monotonic() + seconds))
+            self._socket.sendall(b"E")
+            if self._socket.recv(1) != b"D":
+                raise ConnectionError(self._last_words() or "the fork server ended")
+        return lines
+
+    def _last_words(self) -> str:
+        assert self._process.stderr is not None
+        if self._process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_SECONDS)
+        os.set_blocking(self._process.stderr.fileno(), False)
+        text = self._process.stderr.read(65536) or b""
+        return text.decode("utf-8", "replace").strip()[-1000:]
+
+    def close(self) -> None:
+        """End it by its lifeline; by force if that fails."""
+        self._socket.close()
+        with self._process as process:
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher by its lifeline, so that its parent reaps it; by force if that fails."""
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        process.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _errors(process: subprocess.Popen[bytes]) -> str:
-    """The last thing that bubblewrap or the launcher wrote before it ended."""
-    assert process.stderr is not None
-    os.set_blocking(process.stderr.fileno(), False)
-    text = process.stderr.read(65536) or b""
-    return text.decode("utf-8", "replace").strip()[-1000:]
-
-
-def _lines(descriptor: int, deadline: float) -> Iterator[dict[str, Any]]:
-    """Lines of JSON as they come, until the end, the deadline or ``MAX_RESULTS`` bytes."""
+def _lines(descriptor: int, deadline: float) -> Iterator[str]:
+    """Lines as they come, until the end, the deadline or ``MAX_RESULTS`` bytes."""
     pending, size = b"", 0
     while size < MAX_RESULTS:
         remaining = deadline - time.monotonic()
@@ -185,18 +172,124 @@ def _lines(descriptor: int, deadline: float) -> Iterator[dict[str, Any]]:
         size += len(part)
         *lines, pending = (pending + part).split(b"\n")
         for line in lines:
-            result: dict[str, Any] = json.loads(line)
-            yield result
-            if "end" in result:
+            text = line.decode("utf-8", "replace")
+            yield text
+            if text.startswith('={"end"'):
                 return
 
 
-def read_verdict(lines: list[dict[str, Any]], limits: Limits) -> Verdict:
-    results = [line for line in lines if "name" in line]
-    cases = tuple(CaseResult(line["name"], line["passed"], line["error"]) for line in results)
-    total = results[0]["of"] if results else 0
-    timed_out = any(line["timeout"] for line in lines)
-    if not lines or "end" not in lines[-1]:
+class Servers:
+    """Fork servers that wait for work; more are started as more is asked of them at once.
+
+    A process that was forked from this one has none of them, and starts its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[ForkServer] = []
+        self._owner = os.getpid()
+
+    def run(self, command: Command, job: dict[str, Any], seconds: float) -> list[str]:
+        """See :meth:`ForkServer.run`; a server that is gone is replaced, once."""
+        for attempt in range(2):
+            server = self._take() if attempt == 0 else None
+            if server is None:
+                server = ForkServer(command)
+            try:
+                lines = server.run(job, seconds)
+            except OSError as error:
+                server.close()
+                reason = error
+                continue
+            except BaseException:
+                server.close()
+                raise
+            with self._lock:
+                self._idle.append(server)
+            return lines
+        raise SandboxError(f"the sandbox ended during a run: {reason}")
+
+    def _take(self) -> ForkServer | None:
+        with self._lock:
+            if self._owner != os.getpid():
+                self._idle, self._owner = [], os.getpid()
+            return self._idle.pop() if self._idle else None
+
+    def close(self) -> None:
+        """End those that wait."""
+        with self._lock:
+            waiting, self._idle = self._idle, []
+        for server in waiting if self._owner == os.getpid() else ():
+            server.close()
+
+
+def run_tests(
+    servers: Servers,
+    command: Command,
+    job: dict[str, Any],
+    code: str,
+    tests: str,
+    limits: Limits,
+) -> Verdict:
+    """Run ``tests`` against ``code``, for ``limits.wall_seconds`` at most.
+
+    Raises:
+        SandboxError: there is no verdict, for a reason that is not the program's.
+    """
+    job = {"limits": limits.for_launcher(), **job, "code": code, "tests": tests}
+    if command.settings["runner"] == "separate":
+        lines = servers.run(command, job, limits.wall_seconds)
+        return read_verdict(started(lines), limits)
+    try:
+        exam = set_exam(tests, code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return Verdict((), 0, f"{type(error).__name__}: {error}")
+    lines = servers.run(command, {**job, "tests": exam.source}, limits.wall_seconds)
+    return judge(exam, started(lines))
+
+
+def started(lines: list[str]) -> list[str]:
+    """Lines after the first, which says that the run began.
+
+    Raises:
+        SandboxError: it is another, or one of them says that the run could not go on.
+    """
+    first = lines[0] if lines else ""
+    failed = [line for line in lines if line.startswith('={"failed"')]
+    if failed or not first.startswith('={"started"'):
+        reason = (failed or [first])[0][1:]
+        raise SandboxError(f"the sandbox did not start: {reason or 'no sign of life'}")
+    return lines[1:]
+
+
+def read_verdict(lines: list[str], limits: Limits) -> Verdict:
+    """The verdict that :mod:`egspo.sandbox.inside.checker` wrote.
+
+    Raises:
+        SandboxError: it wrote none of this.
+    """
+    try:
+        events = [json.loads(line.removeprefix("=")) for line in lines]
+        results = [_result(event) for event in events if "name" in event]
+        totals = {event["of"] for event in events if "name" in event}
+        last = events[-1] if events and "end" in events[-1] else None
+        timed_out = any(event["timeout"] is True for event in events)
+        total = totals.pop() if totals else 0
+        error = None if last is None else last["end"]
+        if totals or len(results) > total or not isinstance(error, str | None):
+            raise ValueError(f"{len(results)} of {total} tests, {error!r}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
+        raise SandboxError(f"the sandbox reported nonsense: {problem!r:.300}") from None
+    if last is None:
         error = f"no result for every test within {limits.wall_seconds:g} s"
-        return Verdict(cases, total, error, timed_out=True)
-    return Verdict(cases, total, lines[-1]["end"], timed_out)
+        return Verdict(tuple(results), total, error, timed_out=True)
+    return Verdict(tuple(results), total, error, timed_out)
+
+
+def _result(event: dict[str, Any]) -> CaseResult:
+    name, passed, error = event["name"], event["passed"], event["error"]
+    if not isinstance(name, str) or not isinstance(passed, bool):
+        raise ValueError(f"{name!r} has the result {passed!r}")
+    if not isinstance(error, str | None) or type(event["of"]) is not int or event["of"] < 1:
+        raise ValueError(f"{name!r} of {event['of']!r} has the error {error!r}")
+    return CaseResult(name, passed, error)

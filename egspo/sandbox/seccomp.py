@@ -1,9 +1,10 @@
 """System calls that programs of coding tasks have no use for, and sandboxes are broken with.
 
-A classic BPF program in the layout that the kernel and ``bwrap --seccomp`` take. Denied are new
+A classic BPF program in the kernel's layout. Denied are new
 namespaces and mounts, tracing other processes, keys, BPF, io_uring, performance counters, sockets
 other than local ones, and memory that belongs to no process and so is in no limit (shared memory
-segments, memory files).
+segments, memory files), asynchronous input and output, of which a machine has one budget, and locks
+on files: those of the interpreter are the machine's.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ _DENIED: dict[str, tuple[int, int | None]] = {
     "chroot": (161, 51),
     "delete_module": (176, 106),
     "finit_module": (313, 273),
+    "flock": (73, 32),
     "fsconfig": (431, 431),
     "fsmount": (432, 432),
     "fsopen": (430, 430),
     "fspick": (433, 433),
     "init_module": (175, 105),
+    "io_setup": (206, 0),
+    "io_submit": (209, 2),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
@@ -66,19 +70,40 @@ _DENIED: dict[str, tuple[int, int | None]] = {
     "userfaultfd": (323, 282),
     "vmsplice": (278, 75),
 }
-# Machine, AUDIT_ARCH, place in the tuples above, and the numbers of clone, clone3, socket and
-# socketpair.
+# Machine, AUDIT_ARCH, place in the tuples above, and the numbers of clone, clone3, fcntl, socket
+# and socketpair.
 _MACHINES = {
-    "x86_64": (0xC000003E, 0, 56, 435, 41, 53),
-    "aarch64": (0xC00000B7, 1, 220, 435, 198, 199),
+    "x86_64": (0xC000003E, 0, 56, 435, 72, 41, 53),
+    "aarch64": (0xC00000B7, 1, 220, 435, 25, 198, 199),
 }
+# Of fcntl: F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_SETLEASE, F_NOTIFY.
+_LOCKS = (6, 7, 37, 38, 1024, 1026)
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW* of clone's flags; CLONE_NEWTIME is clone3's alone
 _AF_UNIX = 1
 _X32_CALLS = 0x40000000
 
 _LOAD, _JUMP_EQ, _JUMP_GE, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _KILL, _ALLOW, _ERRNO = 0x80000000, 0x7FFF0000, 0x00050000
-_CALL, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_CALL, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = (
+    0,
+    4,
+    16,
+    24,
+)  # offsets in struct seccomp_data
+
+
+def clone_number() -> int:
+    """The number of the system call ``clone`` on this machine."""
+    return _machine()[2]
+
+
+def _machine() -> tuple[int, ...]:
+    machine = platform.machine()
+    if machine not in _MACHINES:
+        raise SandboxUnavailable(
+            f"the sandbox knows the system calls of {sorted(_MACHINES)}, not of {machine}"
+        )
+    return _MACHINES[machine]
 
 
 @functools.cache
@@ -88,12 +113,7 @@ def filter_program() -> bytes:
     Raises:
         SandboxUnavailable: for a machine that is neither x86_64 nor aarch64.
     """
-    machine = platform.machine()
-    if machine not in _MACHINES:
-        raise SandboxUnavailable(
-            f"the sandbox knows the system calls of {sorted(_MACHINES)}, not of {machine}"
-        )
-    architecture, place, clone, clone3, *sockets = _MACHINES[machine]
+    architecture, place, clone, clone3, fcntl, *sockets = _machine()
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_JUMP_EQ, 1, 0, architecture),
@@ -113,6 +133,14 @@ def filter_program() -> bytes:
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_JUMP_SET, 0, 1, _NEW_NAMESPACES),
         (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+        (_LOAD, 0, 0, _CALL),
+    ]
+    program += [
+        (_JUMP_EQ, 0, len(_LOCKS) + 4, fcntl),
+        (_LOAD, 0, 0, _SECOND_ARGUMENT),
+        *((_JUMP_EQ, len(_LOCKS) - i, 0, command) for i, command in enumerate(_LOCKS)),
+        (_JUMP_GE, 1, 0, 0),  # always: over the next
+        (_RETURN, 0, 0, _ERRNO | errno.ENOLCK),
         (_LOAD, 0, 0, _CALL),
     ]
     for number in sockets:

@@ -31,6 +31,8 @@ class Limits:
     memory_mb: int = 512
     tmp_mb: int = 16
     """The size of /tmp, the only place that can be written to."""
+    tmp_files: int = 4096
+    """Files and folders in it."""
     file_mb: int = 8
     processes: int = 16
     """Processes and threads."""
@@ -80,6 +82,8 @@ class Verdict:
     """Why there is no result for every test."""
     timed_out: bool = False
     """Whether a time limit ended a test or the run: another machine might say otherwise."""
+    tampered: bool = False
+    """Whether the program forged results: no test has passed, whatever it reported."""
 
     @property
     def passed(self) -> int:
@@ -92,10 +96,28 @@ class Verdict:
         return self.passed / self.total if self.total else 0.0
 
 
+RUNNERS = ("separate", "pytest")
+PROBE = (
+    "def f():\n    return 1\n",
+    "from solution import f\n\ndef test_it():\n    assert f() == 1\n",
+)
+"""A program that passes, and its tests: whether a sandbox works."""
+
+
+def check_runner(name: str) -> str:
+    """Raises: ValueError: there is no such runner."""
+    if name not in RUNNERS:
+        raise ValueError(f"runner must be one of {list(RUNNERS)}, got {name!r}")
+    return name
+
+
 class Backend(Protocol):
     """Where programs run. Safe to use from several threads."""
 
     name: str
+    runner: str
+    """``separate``: plain test functions, in a process that the program cannot reach. ``pytest``:
+    by pytest, in the process of the program, as an exam."""
 
     @property
     def identity(self) -> str:
@@ -110,3 +132,6 @@ class Backend(Protocol):
         Raises:
             SandboxError: no verdict could be reached, for a reason that is not the program's.
         """
+
+    def close(self) -> None:
+        """End what waits for programs. Another run starts it again."""

@@ -24,6 +24,7 @@ _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _STRICT = re.compile(
     r"<reasoning>\n.*\n</reasoning>\n<answer>\n.*\n</answer>\n?", re.DOTALL | re.ASCII
 )
+_SPELLED = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
 _BETWEEN = re.compile(r"</reasoning>\s*<answer>")
 _ANSWER_TAG = re.compile(r"</?answer>")
 _NO_ANSWER = re.compile(r"(?:and|or|to)?", re.IGNORECASE)  # "between <answer> and </answer>"
@@ -146,8 +147,39 @@ def xml_count(completions: Sequence[str], **_: Any) -> list[float]:
 
 
 def _tags_paid(text: str) -> float:
-    reasoning = text.count("<reasoning>\n") == 1, text.count("\n</reasoning>\n") == 1
-    answer = text.count("\n<answer>\n") == 1, text.count("\n</answer>") == 1
+    once = [text.count(spelled) == 1 for spelled in _SPELLED]
+    each = max(0.0, 0.125 - 0.001 * _behind_answer(text))
+    return 0.125 * sum(once[:2]) + each * sum(once[2:])
+
+
+def _behind_answer(text: str) -> int:
+    """Characters behind the end of the answer and its line break."""
     _, closed, behind = text.rpartition("\n</answer>")
-    extra = len(behind.removeprefix("\n")) if closed else 0
-    return 0.125 * sum(reasoning) + sum(answer) * max(0.0, 0.125 - 0.001 * extra)
+    return len(behind.removeprefix("\n")) if closed else 0
+
+
+# --- why they pay what they do
+
+
+def explain_strict_format(completion: str, **_: Any) -> str:
+    """Why :func:`strict_format` pays what it does."""
+    for tag in _TAGS:
+        if completion.count(tag) != 1:
+            return f"{tag} occurs {completion.count(tag)} times, not once"
+    if strict_format([completion]) == [1.0]:
+        return "is the format"
+    return "there is other text, or a tag that is not on a line of its own"
+
+
+def explain_soft_format(completion: str, **_: Any) -> str:
+    """Why :func:`soft_format` pays what it does."""
+    if not completion.lstrip().startswith("<reasoning>"):
+        return "does not begin with <reasoning>"
+    return "reasoning, then an answer" if _is_soft(completion) else "no answer behind reasoning"
+
+
+def explain_xml_count(completion: str, **_: Any) -> str:
+    """Why :func:`xml_count` pays what it does."""
+    once = sum(completion.count(spelled) == 1 for spelled in _SPELLED)
+    extra = _behind_answer(completion)
+    return f"{once} of 4 tags once with their line breaks, {extra} characters behind the answer"

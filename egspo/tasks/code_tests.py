@@ -76,34 +76,34 @@ def as_test(name: str, body: str, *, defined: str = "", reference: str = "") -> 
     return ast.unparse(tree)
 
 
-_PYTEST_NAMES = ("raises", "approx", "fail", "fixture", "mark")
-_FIXTURES = {"capfd", "caplog", "capsys", "mocker", "monkeypatch", "request", "tmp_path", "tmpdir"}
+_PLUGIN_FIXTURES = {"benchmark", "mocker"}
 
 
-def unsupported(tests: str, program: str = "") -> str | None:
+def unsupported(tests: str, program: str = "", *, runner: str = "pytest") -> str | None:
     """Why a test file, or the reference program for it, cannot work in the sandbox; None if it may.
 
-    There is the standard library alone, and as much of pytest as
-    :mod:`egspo.sandbox.inside.pytest_subset` has; what the program prints cannot be captured.
+    There is the standard library alone, and for the runner ``pytest`` that with its plugin for
+    coroutines. ``separate`` knows test functions without parameters.
     """
     try:
         nodes = list(ast.walk(ast.parse(tests)))
         others = list(ast.walk(ast.parse(program)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "is no Python"
-    allowed = {*sys.stdlib_module_names, "pytest", "solution"}
+    allowed = {*sys.stdlib_module_names, "solution"}
+    allowed |= {"pytest", "pytest_asyncio"} if runner == "pytest" else set()
     for module in [name for node in (*nodes, *others) for name in _imports(node)]:
-        if module.partition(".")[0] not in allowed or module.startswith("unittest.mock"):
+        if module.partition(".")[0] not in allowed:
             return f"imports {module}"
-    for node in nodes:
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pytest":
-            if node.attr not in _PYTEST_NAMES:
-                return f"uses pytest.{node.attr}"
-        elif isinstance(node, ast.arg) and node.arg in _FIXTURES:
-            return f"uses the fixture {node.arg}"
-    if not any(isinstance(n, ast.FunctionDef) and n.name.startswith("test") for n in nodes):
-        return "has no test function"
-    return None
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    found = [function for function in functions if function.name.startswith("test")]
+    for function in found:
+        arguments = [a.arg for a in function.args.args]
+        if runner == "separate" and (arguments or isinstance(function, ast.AsyncFunctionDef)):
+            return "has tests that are no plain functions"
+        for name in set(arguments) & _PLUGIN_FIXTURES:
+            return f"uses the fixture {name}"
+    return None if found else "has no test function"
 
 
 def _imports(node: ast.AST) -> list[str]:

@@ -63,7 +63,7 @@ def score(expression: str | None, nums: Sequence[int], target: int) -> float:
 def judge(expression: str | None, nums: Sequence[int], target: int) -> tuple[float, str]:
     """What :func:`score` pays, and why."""
     if expression is None:
-        return 0.0, "no answer in closed tags"
+        return 0.0, "no answer (it is in closed tags, where the prompt asks for them)"
     parts = expression.split("=")
     if not all(map(is_expression, parts)):
         return 0.0, "no expression of + - * / ( ) and whole numbers"
@@ -215,7 +215,7 @@ def _task(parts: Mapping[str, Sequence[Example]], prompt_style: str) -> Task:
     return Task(
         name="countdown",
         **parts,
-        rewards=[Reward("expression", _reward(extract))],
+        rewards=[Reward("expression", _reward(extract), explain=_explain(extract))],
         solved=_solved(extract),
         extract=extract,
         characters=None if tagged else "0123456789+-*/(),=",
@@ -234,6 +234,13 @@ def _reward(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:
         return [score(extract(text), given, wanted) for text, given, wanted in samples]
 
     return expression
+
+
+def _explain(extract: Callable[[str], str | None]) -> Callable[..., str]:
+    def explain(completion: str, nums: Sequence[int], target: int, **_: Any) -> str:
+        return judge(extract(completion), nums, target)[1]
+
+    return explain
 
 
 def _solved(extract: Callable[[str], str | None]) -> Callable[..., list[float]]:

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from egspo.tasks.math_forms import EQUAL, decide, normalised, plain_number
+
 MAX_LENGTH = 1000
 """Characters; a longer answer is unequal to anything but itself."""
 
@@ -44,18 +46,41 @@ def equivalent(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     Raises:
         RuntimeError: ``math-verify`` cannot be started.
     """
-    outcomes: dict[tuple[str, str], bool] = {}
-    for gold, answer in pairs:
-        same = "".join(gold.split()) == "".join(answer.split())
-        if same or max(len(gold), len(answer)) > MAX_LENGTH:
-            outcomes[gold, answer] = same
-    undecided = [pair for pair in dict.fromkeys(pairs) if pair not in outcomes]
-    with ThreadPoolExecutor(_WORKERS) as threads:
-        outcomes.update(zip(undecided, threads.map(_decide, undecided), strict=True))
+    return [verdict == EQUAL for verdict in verdicts(pairs)]
+
+
+def verdicts(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """As :func:`equivalent`, with the reason where an answer is not equal, or not taken."""
+    outcomes: dict[tuple[str, str], str] = {}
+    undecided: dict[tuple[str, str], tuple[str, str]] = {}
+    for pair in pairs:
+        if max(map(len, pair)) > MAX_LENGTH:
+            outcomes[pair] = EQUAL if pair[0] == pair[1] else "too long"
+            continue
+        gold, answer = map(normalised, pair)
+        verdict = decide(gold, answer)
+        if verdict is None:
+            undecided[pair] = gold, answer
+        else:
+            outcomes[pair] = verdict
+    outcomes.update(zip(undecided, _ask(list(undecided.values())), strict=True))
     return [outcomes[pair] for pair in pairs]
 
 
-def _decide(pair: tuple[str, str]) -> bool:
+def unreadable(golds: Sequence[str]) -> list[int]:
+    """Places of the answers that can only be equal to themselves, character for character."""
+    asked = {i: normalised(gold) for i, gold in enumerate(golds)}
+    asked = {i: gold for i, gold in asked.items() if plain_number(gold) is None}
+    replies = _ask([(gold, None) for gold in asked.values()])
+    return [i for i, verdict in zip(asked, replies, strict=True) if verdict != EQUAL]
+
+
+def _ask(questions: Sequence[tuple[str, str | None]]) -> list[str]:
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        return list(threads.map(_decide, questions))
+
+
+def _decide(pair: tuple[str, str | None]) -> str:
     workers = _workers(os.getpid())
     worker = workers.get()
     try:
@@ -80,7 +105,7 @@ class _Worker:
         self.limits = [str(seconds), str(memory)]
         self.process: subprocess.Popen[str] | None = None
 
-    def decide(self, pair: tuple[str, str]) -> bool:
+    def decide(self, pair: tuple[str, str | None]) -> str:
         process = self.process
         if process is None or process.poll() is not None:
             process = self._start()
@@ -92,11 +117,11 @@ class _Worker:
         except BrokenPipeError:  # it was ended in between, by whomever
             line = ""
         if line.endswith("\n"):
-            return bool(json.loads(line))
+            return str(json.loads(line))
         process.kill()
         process.wait()
         self.process = None
-        return False
+        return "took too long, or too much memory"
 
     def _start(self) -> subprocess.Popen[str]:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)

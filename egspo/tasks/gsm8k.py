@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from egspo.tasks.answers import (
     FORMAT,
+    explain_soft_format,
+    explain_strict_format,
+    explain_xml_count,
     extract_answer,
     in_format,
     soft_format,
@@ -22,54 +24,13 @@ from egspo.tasks.answers import (
 from egspo.tasks.base import Example, Reward, Task, register_task
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
+from egspo.tasks.numbers import last_number, number
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
 _COLUMNS = {"question": str, "answer": str}
 _INTEGER = re.compile(r"-?[0-9]{1,64}")
-_CURRENCY = r"(?:\\?\$|[€£¥₹])"
-# A sign, a currency, digits: $-5, -$5, - 5; commas between thousands, `{,}` and thin spaces too.
-_NUMBER = re.compile(
-    rf"(?P<opened>\$)?\s*(?P<sign>[-+]?)\s*(?:{_CURRENCY}\s*)?(?P<inner>[-+]?)"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{0,64})(?:\.(?P<part>[0-9]{0,64}))?"
-    r"\s*(?:\\?%|[€£¥₹])?\s*\$?\s*\.?"
-)
-_ANY_NUMBER = re.compile(
-    rf"(?:(?<![\w).])[-+])?(?:{_CURRENCY}-?)?[0-9](?:[0-9,]*[0-9])?(?:\.[0-9]+)?"
-)
 _CALCULATION = re.compile(r"<<[^<>]*>>")
-_MINUS = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"))
-_GAP_IN_NUMBER = re.compile(
-    r"(?<=[0-9])(?:\{,\}|\\[,!;: ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))"
-)
-
-
-def number(text: str | None) -> Fraction | None:
-    """The number that ``text`` is, or None where it is something else as well.
-
-    A currency sign, a percent sign, a full stop at the end, and what separates thousands (commas,
-    ``{,}``, thin spaces) do not count; every minus sign is one: ``$1,250.00`` is 1250 and ``-$5``
-    is -5.
-    """
-    if text is None or len(text) > 100:
-        return None
-    return _value(_plain(text))
-
-
-def _plain(text: str) -> str:
-    """With ASCII minus signs, and commas for what else separates thousands."""
-    return _GAP_IN_NUMBER.sub(",", text.translate(_MINUS)).strip()
-
-
-def _value(plain: str) -> Fraction | None:
-    found = _NUMBER.fullmatch(plain)
-    if found is None or (found["sign"] and found["inner"]):
-        return None
-    whole, part = found["whole"].replace(",", ""), found["part"] or ""
-    if not whole and not part:
-        return None
-    value = Fraction(f"{whole or 0}.{part or 0}")
-    return -value if "-" in (found["sign"], found["inner"]) else value
 
 
 def correctness(
@@ -80,6 +41,16 @@ def correctness(
     return [float(number(extract_answer(text)) == number(gold)) for text, gold in pairs]
 
 
+def explain_correctness(completion: str, answer: str, **_: Any) -> str:
+    """Why :func:`correctness` pays what it does."""
+    found = extract_answer(completion)
+    if found is None:
+        return "no answer in closed tags or a box"
+    value = number(found)
+    read = f"{found!r:.80} is {'no number' if value is None else value}"
+    return f"{read}, as it should" if value == number(answer) else f"{read}, not {answer}"
+
+
 def solved(
     prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[str], **_: Any
 ) -> list[float]:
@@ -88,21 +59,21 @@ def solved(
     More lenient than the reward, as the published evaluation is.
     """
     pairs = zip(completions, answer, strict=True)
-    return [float(_last_number(extract_answer(text)) == number(gold)) for text, gold in pairs]
-
-
-def _last_number(text: str | None) -> Fraction | None:
-    whole = number(text)
-    if whole is not None or text is None or len(text) > 1000:
-        return whole
-    found = _ANY_NUMBER.findall(_plain(text))
-    return number(found[-1]) if found else None
+    return [float(last_number(extract_answer(text)) == number(gold)) for text, gold in pairs]
 
 
 def integer(completions: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the extracted answer is nothing but the digits of a whole number."""
     answers = map(extract_answer, completions)
     return [float(a is not None and _INTEGER.fullmatch(a) is not None) for a in answers]
+
+
+def explain_integer(completion: str, **_: Any) -> str:
+    """Why :func:`integer` pays what it does."""
+    found = extract_answer(completion)
+    if found is None:
+        return "no answer in closed tags or a box"
+    return f"{found!r:.80} is {'' if integer([completion]) == [1.0] else 'not '}nothing but digits"
 
 
 @register_task("gsm8k")
@@ -153,11 +124,11 @@ def build_gsm8k(
         validation=[_example(row, instruction) for row in splits.validation],
         test=[_example(row, instruction) for row in splits.test],
         rewards=[
-            Reward("correctness", correctness, weight=2.0),
-            Reward("integer", integer, weight=0.5),
-            Reward("strict_format", strict_format, weight=0.5),
-            Reward("soft_format", soft_format, weight=0.5),
-            Reward("xml_count", xml_count),
+            Reward("correctness", correctness, weight=2.0, explain=explain_correctness),
+            Reward("integer", integer, weight=0.5, explain=explain_integer),
+            Reward("strict_format", strict_format, weight=0.5, explain=explain_strict_format),
+            Reward("soft_format", soft_format, weight=0.5, explain=explain_soft_format),
+            Reward("xml_count", xml_count, explain=explain_xml_count),
         ],
         solved=solved,
         extract=extract_answer,

@@ -15,6 +15,7 @@ from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
 from egspo.tasks.mbpp import COLUMNS, mbpp_example
 from egspo.tasks.programs import behind, fenced
+from egspo.tasks.references import check_verify, verified
 from egspo.tasks.rows import check_share, checking, read_rows
 from egspo.tasks.splits import normalise, split_off
 
@@ -32,6 +33,8 @@ def build_humaneval(
     instruction: str = INSTRUCTION,
     columns: dict[str, str] | None = None,
     skip_bad_rows: float = 0.0,
+    verify_solutions: str = "sample",
+    runner: str = "separate",
     sandbox: str = "bubblewrap",
     url: str | None = None,
     limits: dict[str, Any] | None = None,
@@ -54,13 +57,18 @@ def build_humaneval(
         columns: what columns are called in the files, by their names here.
         skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
             and named. With 0, one stops the run.
+        verify_solutions: run reference solutions first, of a ``sample`` of the rows, ``all`` or
+            ``none``, and leave out rows where they fail, but not those of the test set.
+        runner: ``separate`` keeps what is expected out of the program's process; ``pytest`` runs
+            the tests in it, as an exam.
         sandbox, url, limits, workers: as for ``kodcode``.
 
     Raises:
         OSError, ValueError: naming the source, and the column or row that is wrong.
         SandboxUnavailable: programs cannot run; the message says why.
     """
-    runner = program_tests(sandbox, url, limits, workers)
+    check_verify(verify_solutions)
+    programs = program_tests(sandbox, url, limits, workers, runner)
     names = ColumnNames(columns, {**COLUMNS, **_COLUMNS})
     share = check_share(skip_bad_rows)
     rows = read_rows(
@@ -83,13 +91,21 @@ def build_humaneval(
     train_rows, validation_rows = split_off(
         others, validation_examples, key=lambda row: normalise(row["text"]), seed=seed
     )
+    sets = [
+        [mbpp_example(row, instruction) for row in train_rows],
+        [mbpp_example(row, instruction) for row in validation_rows],
+        [_example(row, instruction) for row in rows],
+    ]
+    train_set, validation_set, test_set = verified(
+        sets, programs, verify_solutions, seed, complete=2
+    )
     return Task(
         name="humaneval",
-        train=[mbpp_example(row, instruction) for row in train_rows],
-        validation=[mbpp_example(row, instruction) for row in validation_rows],
-        test=[_example(row, instruction) for row in rows],
-        rewards=runner.rewards(),
-        solved=runner.solved,
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
+        rewards=programs.rewards(),
+        solved=programs.solved,
         extract=extract_tested,
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 from egspo.tasks.base import Example, Task, register_task
 from egspo.tasks.code import (
     INSTRUCTION,
-    ProgramTests,
     extract_tested,
     program_tests,
 )
@@ -21,6 +20,7 @@ from egspo.tasks.code_tests import unsupported
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
 from egspo.tasks.programs import fenced
+from egspo.tasks.references import check_verify, verified
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
@@ -41,7 +41,8 @@ def build_kodcode(
     instruction: str = INSTRUCTION,
     columns: dict[str, str] | None = None,
     skip_bad_rows: float = 0.0,
-    verify_solutions: bool = False,
+    verify_solutions: str = "sample",
+    runner: str = "pytest",
     sandbox: str = "bubblewrap",
     url: str | None = None,
     limits: dict[str, Any] | None = None,
@@ -49,8 +50,7 @@ def build_kodcode(
 ) -> Task:
     """KodCode, or data in its format: ``question``, ``solution``, ``test``, ``test_info``.
 
-    Rows that cannot work in the sandbox (they import numpy, capture output) are left out, and
-    counted in the log.
+    Rows that cannot work in the sandbox (they import numpy) are left out, and counted in the log.
 
     Args:
         train, test: sources, see :mod:`egspo.tasks.data`; without ``test``, ``test_examples`` are
@@ -62,7 +62,10 @@ def build_kodcode(
         columns: what columns are called in the files, by their names here.
         skip_bad_rows: share of the rows of a source that may be wrong: they are left out, counted
             and named. With 0, one stops the run.
-        verify_solutions: run every reference solution first, and leave out rows where it fails.
+        verify_solutions: run reference solutions first, of a ``sample`` of the rows, ``all`` or
+            ``none``, and leave out rows where they fail.
+        runner: ``pytest`` runs the tests in the program's process, as an exam; ``separate`` plain
+            test functions alone, in another.
         sandbox: where programs run: ``bubblewrap``, ``http`` or ``unsafe``.
         url: endpoint, with ``sandbox: http``.
         limits: fields of :class:`egspo.sandbox.Limits`.
@@ -72,11 +75,12 @@ def build_kodcode(
         OSError, ValueError: naming the source, and the column or row that is wrong.
         SandboxUnavailable: programs cannot run; the message says why.
     """
-    runner = program_tests(sandbox, url, limits, workers)
+    check_verify(verify_solutions)
+    programs = program_tests(sandbox, url, limits, workers, runner)
     left_out: Counter[str] = Counter()
 
     def keep(row: Row) -> bool:
-        reason = unsupported(row["test"], row["solution"])
+        reason = unsupported(row["test"], row["solution"], runner=runner)
         if reason is not None:
             left_out[reason.split(":")[0]] += 1
         return reason is None
@@ -98,21 +102,18 @@ def build_kodcode(
     if left_out:
         shown = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(5))
         logger.warning("%d rows are left out: %s", left_out.total(), shown)
-    train_set, validation_set, test_set = (
+    sets = [
         [_example(row, instruction) for row in rows]
         for rows in (splits.train, splits.validation, splits.test)
-    )
-    if verify_solutions:
-        train_set, validation_set, test_set = (
-            _verified(examples, runner) for examples in (train_set, validation_set, test_set)
-        )
+    ]
+    train_set, validation_set, test_set = verified(sets, programs, verify_solutions, seed)
     return Task(
         name="kodcode",
         train=train_set,
         validation=validation_set,
         test=test_set,
-        rewards=runner.rewards(),
-        solved=runner.solved,
+        rewards=programs.rewards(),
+        solved=programs.solved,
         extract=extract_tested,
     )
 
@@ -139,15 +140,3 @@ def _declarations(row: Row) -> list[str]:
         )
     declared = [str(info.get("function_declaration") or "").strip() for info in infos]
     return [declaration for declaration in declared if declaration]
-
-
-def _verified(examples: list[Example], runner: ProgramTests) -> list[Example]:
-    columns = {name: [e.columns[name] for e in examples] for name in ("tests", "prelude")}
-    solved = runner.solved([str(example.target) for example in examples], **columns)
-    kept = [example for example, right in zip(examples, solved, strict=True) if right == 1.0]
-    if len(kept) < len(examples):
-        logger.warning(
-            "%d of %d rows are left out: their reference solution fails their tests",
-            *(len(examples) - len(kept), len(examples)),
-        )
-    return kept

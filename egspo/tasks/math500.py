@@ -6,14 +6,15 @@ format 0.25 to 1.0. Equality is decided by ``math-verify``, an optional extra.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from egspo.tasks.answers import FORMAT, boxed, extract_answer, in_format, tagged_answer
-from egspo.tasks.base import Example, Reward, Task, register_task
+from egspo.tasks.base import SPLITS, Example, Reward, Task, register_task
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
-from egspo.tasks.equivalence import equivalent, require_math_verify
+from egspo.tasks.equivalence import equivalent, require_math_verify, unreadable, verdicts
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
@@ -22,6 +23,10 @@ INSTRUCTION = (
     "nothing else, in \\boxed{} between the answer tags."
 )
 _COLUMNS = {"problem": str, "solution": str}
+_GOLDS_READ = 500
+"""Reference answers of a split that are read at start: some milliseconds each."""
+
+logger = logging.getLogger("egspo")
 
 
 def correctness(
@@ -37,15 +42,30 @@ def correctness(
     return [float(next(outcomes)) if extract_answer(text) else 0.0 for text in completions]
 
 
+def explain_correctness(completion: str, answer: str, **_: Any) -> str:
+    """Why :func:`correctness` pays what it does."""
+    found = extract_answer(completion)
+    if found is None:
+        return "no answer in closed tags or a box"
+    (verdict,) = verdicts([(answer, found)])
+    return f"{found!r:.80} for {answer!r:.80}: {verdict}"
+
+
 def boxed_format(completions: Sequence[str], **_: Any) -> list[float]:
     r"""1.0 for ``\boxed{}`` in answer tags, 0.75 for tags, 0.5 for a box, 0.25 for neither."""
-    scores = []
-    for text in completions:
-        closed = "</answer>" in text.rpartition("<answer>")[2]
-        tagged = tagged_answer(text) if closed else None
-        box = boxed(text if tagged is None else tagged)
-        scores.append(0.25 + 0.5 * (tagged is not None) + 0.25 * (box is not None))
-    return scores
+    return [0.25 + 0.5 * tags + 0.25 * box for tags, box in map(_format_of, completions)]
+
+
+def _format_of(completion: str) -> tuple[bool, bool]:
+    """Whether there is an answer in closed tags, and in a box; where both, in one another."""
+    tagged = tagged_answer(completion)
+    return tagged is not None, boxed(completion if tagged is None else tagged) is not None
+
+
+def explain_boxed_format(completion: str, **_: Any) -> str:
+    """Why :func:`boxed_format` pays what it does."""
+    tags, box = _format_of(completion)
+    return f"{'an' if tags else 'no'} answer in closed tags, {'a' if box else 'no'} box"
 
 
 @register_task("math500")
@@ -92,18 +112,32 @@ def build_math500(
         test_examples=test_examples,
         seed=seed,
     )
+    for name in SPLITS:
+        _warn_of_golds(name, [str(boxed(row["solution"])) for row in getattr(splits, name)])
     return Task(
         name="math500",
         train=[_example(row, instruction) for row in splits.train],
         validation=[_example(row, instruction) for row in splits.validation],
         test=[_example(row, instruction) for row in splits.test],
         rewards=[
-            Reward("correctness", correctness, weight=2.0),
-            Reward("boxed_format", boxed_format),
+            Reward("correctness", correctness, weight=2.0, explain=explain_correctness),
+            Reward("boxed_format", boxed_format, explain=explain_boxed_format),
         ],
         solved=correctness,
         extract=extract_answer,
     )
+
+
+def _warn_of_golds(split: str, golds: Sequence[str]) -> None:
+    """Name the reference answers that no other spelling can be equal to, of those looked at."""
+    chosen = golds[:: max(1, len(golds) // _GOLDS_READ)][:_GOLDS_READ]
+    bad = [chosen[place] for place in unreadable(chosen)]
+    if bad:
+        logger.warning(
+            "%d of %d %s answers looked at cannot be read as mathematics, and are equal to the "
+            "same text alone: %s",
+            *(len(bad), len(chosen), split, ", ".join(map(repr, bad[:5]))),
+        )
 
 
 def _example(row: Row, instruction: str) -> Example:

@@ -14,6 +14,7 @@ from egspo.tasks.code_tests import as_test, import_free_names
 from egspo.tasks.columns import ColumnNames
 from egspo.tasks.data import Row
 from egspo.tasks.programs import behind, fenced
+from egspo.tasks.references import check_verify, verified
 from egspo.tasks.rows import checking
 from egspo.tasks.splits import load_splits, normalise
 
@@ -33,6 +34,8 @@ def build_mbpp(
     columns: dict[str, str] | None = None,
     skip_bad_rows: float = 0.0,
     shown_tests: int = 3,
+    verify_solutions: str = "sample",
+    runner: str = "separate",
     sandbox: str = "bubblewrap",
     url: str | None = None,
     limits: dict[str, Any] | None = None,
@@ -52,6 +55,10 @@ def build_mbpp(
             and named. With 0, one stops the run.
         shown_tests: how many of the assertions the prompt shows, at least one, as nothing else
             names the function; the usual evaluation shows all three.
+        verify_solutions: run reference solutions first, of a ``sample`` of the rows, ``all`` or
+            ``none``, and leave out rows where they fail, but not those of the test set.
+        runner: ``separate`` keeps what is expected out of the program's process; ``pytest`` runs
+            the tests in it, as an exam.
         sandbox, url, limits, workers: as for ``kodcode``.
 
     Raises:
@@ -60,7 +67,8 @@ def build_mbpp(
     """
     if isinstance(shown_tests, bool) or not isinstance(shown_tests, int) or shown_tests < 1:
         raise ValueError(f"shown_tests must be a whole number >= 1, got {shown_tests!r}")
-    runner = program_tests(sandbox, url, limits, workers)
+    check_verify(verify_solutions)
+    programs = program_tests(sandbox, url, limits, workers, runner)
     splits = load_splits(
         train,
         test,
@@ -74,13 +82,20 @@ def build_mbpp(
         test_examples=test_examples,
         seed=seed,
     )
+    sets = [
+        [mbpp_example(row, instruction, shown_tests) for row in rows]
+        for rows in (splits.train, splits.validation, splits.test)
+    ]
+    train_set, validation_set, test_set = verified(
+        sets, programs, verify_solutions, seed, complete=2
+    )
     return Task(
         name="mbpp",
-        train=[mbpp_example(row, instruction, shown_tests) for row in splits.train],
-        validation=[mbpp_example(row, instruction, shown_tests) for row in splits.validation],
-        test=[mbpp_example(row, instruction, shown_tests) for row in splits.test],
-        rewards=runner.rewards(),
-        solved=runner.solved,
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
+        rewards=programs.rewards(),
+        solved=programs.solved,
         extract=extract_tested,
     )
 

@@ -10,12 +10,15 @@ import torch
 from accelerate.tracking import get_available_trackers
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from egspo.config import ModelConfig, TrainConfig
 from egspo.models import add_lora, load_adapter, load_model, new_model
+from egspo.models.experts import freeze_routers
+from egspo.models.loading import set_block_size
 from egspo.models.lora import add_reference_adapter
 from egspo.models.quantization import keep_differentiable, nf4_config
+from egspo.rollouts.decoding import check_decoding
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.engine import check_context
 from egspo.tasks.prompts import Data, check_task
@@ -38,6 +41,7 @@ def fresh_model(
         ValueError: the tokenizer has no mask or end-of-text token, or ``model.config`` is wrong.
     """
     model = new_model(fresh_fields(config, tokenizer), seed=seed)
+    set_block_size(model.config, config.block_size)
     model.set_attn_implementation(config.attn_implementation)
     return on_device(model, placed or device, weights_dtype(config, device))
 
@@ -70,6 +74,7 @@ def base_model(
     attention = config.attn_implementation
     if config.quantization == "none":
         model = load_model(source, dtype=dtype, attn_implementation=attention)
+        set_block_size(model.config, config.block_size)
         return on_device(model, placed or device)
     # Quantised as it is read, so that the whole model never lies in memory.
     model = load_model(
@@ -80,6 +85,7 @@ def base_model(
         device_map={"": device},
     )
     keep_differentiable(model)
+    set_block_size(model.config, config.block_size)
     return model
 
 
@@ -114,6 +120,8 @@ def trainable_model(config: ModelConfig, base: PreTrainedModel, seed: int) -> nn
         )
     if config.adapter is not None:
         return load_adapter(base, config.adapter, trainable=True)
+    if not config.train_routers:
+        freeze_routers(base)
     return base
 
 
@@ -174,12 +182,30 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
     return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None
 
 
-def check_data(config: TrainConfig, data: Data, context: int | None) -> None:
-    """Prompts must fit the model's context, and rewards serve the algorithm.
+def check_data(config: TrainConfig, data: Data, model_config: PretrainedConfig) -> None:
+    """Prompts must fit the model's context, options its attention, and rewards the algorithm.
 
     Raises:
         ValueError: naming the prompt, the reward or the option that is in the way.
     """
+    check_model(config, model_config)
+    context = getattr(model_config, "max_sequence_length", None)
     check_task(config, data.task)
     for prompts in (data.train, data.held_out):
         check_context(prompts.token_ids, config.generation, context)
+
+
+def check_model(config: TrainConfig, model_config: PretrainedConfig) -> None:
+    """Options must have a meaning for the model; raises ValueError naming the one that has none."""
+    block_size = getattr(model_config, "block_size", None)
+    check_decoding(config.generation, block_size)
+    if block_size is not None and config.algorithm.entropy_over == "masked":
+        raise ValueError(
+            "algorithm.entropy_over: masked needs every masked position in each step, and a "
+            "block-causal model computes one block: choose revealed or block"
+        )
+    if block_size is None and config.algorithm.completion_blocks != "all":
+        raise ValueError(
+            f"algorithm.completion_blocks: {config.algorithm.completion_blocks} is of block-causal "
+            "models; with full attention one pass fills every block"
+        )

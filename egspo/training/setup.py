@@ -123,7 +123,7 @@ def assemble(launch: Launch, origin: Origin) -> Parts:
     data = build_data(config)
     with launch.processes.main_first():
         base = _base(launch, origin, data)
-    check_data(config, data, getattr(base.config, "max_sequence_length", None))
+    check_data(config, data, base.config)
     denoiser = build_denoiser(config, base, data.tokenizer, launch.device)
     reference = ReferenceRefresh(config.algorithm, denoiser)
     # Enough for the checkpoints, one being written, and the final model.

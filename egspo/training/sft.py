@@ -29,8 +29,9 @@ from egspo.engines.optimization import (
 from egspo.engines.processes import Processes
 from egspo.models.loading import seeded
 from egspo.models.tokenization import encode_prompts, end_of_turn
+from egspo.rollouts.causal import CausalDecoder
 from egspo.rollouts.denoiser import Denoiser
-from egspo.rollouts.trajectory import PromptBatch
+from egspo.rollouts.trajectory import PromptBatch, block_starts
 from egspo.runs.checkpoint import CHECKPOINTS, remove_later
 from egspo.runs.lock import RunLockedError
 from egspo.runs.metrics import MetricsWriter
@@ -113,32 +114,83 @@ def encode_targets(
 
 
 def supervised_loss(denoiser: Denoiser, data: SupervisedData, seed: int, step: int) -> Tensor:
-    """Masked-diffusion loss of one batch, in nats per completion token; differentiable."""
+    """Masked-diffusion loss of one batch, in nats per completion token; differentiable.
+
+    With a block-causal model every block is masked at a rate of its own and predicted behind the
+    clean blocks before it, all in one pass: the bound of block diffusion (arXiv 2503.09573).
+    """
     size, length = data.completions.shape
     rows = torch.arange(size, device=data.completions.device)
-    # Stratified over the batch: one rate in each of `size` equal parts of (0, 1).
-    offset = counter_uniform(seed ^ _RATE_STREAM, step % 2**32, rows[:1], 1)[0, 0]
-    rate = ((offset + rows) / size).remainder(1.0).clamp(min=_MIN_RATE)
     noise = counter_uniform(seed ^ _MASK_STREAM, step % 2**32, rows, length)
-    masked = noise < rate[:, None]
+    block_of, starts = _blocks(denoiser, data)
+    rate = masking_rates(seed, step, size, len(starts), rows.device)
+    rate = rate.gather(1, block_of)
+    masked = noise < rate
     canvas = data.completions.masked_fill(masked, denoiser.mask_id)
-    prompt_mask = data.prompts.mask
-    attention = torch.nn.functional.pad(prompt_mask, (0, length), value=True)
     with denoiser.autocast():
-        hidden = denoiser.hidden_states(
-            torch.cat([data.prompts.ids, canvas], dim=1),
-            None if bool(prompt_mask.all()) else attention,
-        )
+        if denoiser.block_size is None:
+            hidden = _whole(denoiser, data, canvas)[masked]
+        else:
+            hidden = _by_block(denoiser, data, canvas, starts)[masked]
         stats = linear_token_stats(
-            hidden[:, -length:][masked],
+            hidden,
             denoiser.head_weight,
             data.completions[masked],
             bias=denoiser.head_bias,
             banned_token=denoiser.mask_id,
         )
     assert stats.log_prob is not None
-    weight = (1.0 / rate)[:, None].expand_as(masked)[masked]
-    return -(stats.log_prob * weight).sum() / (size * length)
+    return -(stats.log_prob * (1.0 / rate)[masked]).sum() / (size * length)
+
+
+def masking_rates(seed: int, step: int, size: int, blocks: int, device: torch.device) -> Tensor:
+    """[size, blocks] masking rates, one in each of so many equal parts of (0, 1)."""
+    number = torch.arange(size * blocks, device=device)
+    offset = counter_uniform(seed ^ _RATE_STREAM, step % 2**32, number[:1], 1)[0, 0]
+    rate = ((offset + number) / len(number)).remainder(1.0).clamp(min=_MIN_RATE)
+    return rate.view(blocks, size).t()  # those of a sequence lie far apart
+
+
+def _blocks(denoiser: Denoiser, data: SupervisedData) -> tuple[Tensor, list[Tensor]]:
+    """Block of every position int64 [B, L], and starts int64 [B] of the blocks.
+
+    With full attention all is one block.
+    """
+    size, length = data.completions.shape
+    position = torch.arange(length, device=data.completions.device).expand(size, -1)
+    if denoiser.block_size is None:
+        return torch.zeros_like(position), [position[:, 0]]
+    prompt = data.prompts.mask.sum(1)
+    first = block_starts(position[:, 0], prompt, denoiser.block_size)
+    block_of = (position - first[:, None]) // denoiser.block_size
+    count = int(block_of.max()) + 1
+    return block_of, [first + n * denoiser.block_size for n in range(count)]
+
+
+def _whole(denoiser: Denoiser, data: SupervisedData, canvas: Tensor) -> Tensor:
+    """Hidden states [B, L, D] of completions by full attention."""
+    mask, length = data.prompts.mask, canvas.shape[1]
+    attention = torch.nn.functional.pad(mask, (0, length), value=True)
+    ids = torch.cat([data.prompts.ids, canvas], dim=1)
+    return denoiser.hidden_states(ids, None if bool(mask.all()) else attention)[:, -length:]
+
+
+def _by_block(
+    denoiser: Denoiser, data: SupervisedData, canvas: Tensor, starts: list[Tensor]
+) -> Tensor:
+    """Hidden states [B, L, D], each block behind the clean ones before it."""
+    assert denoiser.block_size is not None
+    size, length = canvas.shape
+    decoder = CausalDecoder(denoiser, denoiser.block_size)
+    place = torch.arange(size, device=canvas.device).repeat(len(starts))
+    start = torch.cat(starts)
+    there = (start < length).nonzero()[:, 0]  # where a completion has one block fewer
+    place, start = place[there], start[there]
+    window, _ = decoder.states(data.prompts, data.completions, place, start, canvas[place])
+    positions = start[:, None] + torch.arange(denoiser.block_size, device=canvas.device)
+    state, offset = ((positions >= 0) & (positions < length)).nonzero(as_tuple=True)
+    hidden = window.hidden.new_zeros(size, length, window.hidden.shape[2])
+    return hidden.index_put((place[state], positions[state, offset]), window.hidden[state, offset])
 
 
 def train_supervised(

@@ -82,7 +82,7 @@ def warm_start(
     if not _is_complete(cached):
         model_config = replace(config.model, dtype="float32")
         model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)
-        check_data(config, data, getattr(model.config, "max_sequence_length", None))
+        check_data(config, data, model.config)
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         check_writable(cached.parent, needed, name="the warm-start cache (EGSPO_CACHE)")
         denoiser = plain_denoiser(config, model, data.tokenizer, device)
@@ -188,7 +188,7 @@ def _run_sft(config: TrainConfig, output: Path, checkpoint: Path | None, lock: R
             base = base_model(config.model, str(folder), device)
     else:
         base = base_model(config.model, config.model.path, device)
-    check_data(config, data, getattr(base.config, "max_sequence_length", None))
+    check_data(config, data, base.config)
     model = trainable_model(config.model, base, config.sft.seed)
     denoiser = plain_denoiser(config, model, data.tokenizer, device)
     check_writable(output, trained_bytes(model, config.checkpoint.keep_last + 2))

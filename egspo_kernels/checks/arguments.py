@@ -52,12 +52,27 @@ def check_index(name: str, tensor: Tensor, length: int, device: torch.device, up
             raise ValueError(f"{name} must lie in [0, {upper}), got values in [{low}, {high}]")
 
 
-def check_temperature(temperature: float, *, allow_zero: bool = False) -> None:
+def check_integer(name: str, value: int) -> None:
+    """``value`` must be an integer: neither a float that looks like one nor a truth value."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+
+
+def check_number(name: str, value: float) -> None:
+    """``value`` must be a number, not a truth value."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+
+
+def check_temperature(
+    temperature: float, *, allow_zero: bool = False, name: str = "temperature"
+) -> None:
     """``temperature`` must be a positive finite number (or zero, where greedy is meaningful)."""
+    check_number(name, temperature)
     valid = temperature > 0 or (allow_zero and temperature == 0)
     if not valid or temperature == float("inf"):
         bound = ">= 0" if allow_zero else "> 0"
-        raise ValueError(f"temperature must be finite and {bound}, got {temperature}")
+        raise ValueError(f"{name} must be finite and {bound}, got {temperature}")
 
 
 def check_row_ids(row_ids: Tensor, length: int, device: torch.device) -> None:
@@ -69,6 +84,7 @@ def check_row_ids(row_ids: Tensor, length: int, device: torch.device) -> None:
 
 def check_step(step: int) -> None:
     """``step`` must be a 32-bit counter."""
+    check_integer("step", step)
     if not 0 <= step < 2**32:
         raise ValueError(f"step must lie in [0, 2**32), got {step}")
 
@@ -77,6 +93,7 @@ def check_banned(banned_token: int | None, vocab_size: int) -> None:
     """``banned_token`` must be a token id, and must leave something to choose from."""
     if banned_token is None:
         return
+    check_integer("banned_token", banned_token)
     if not 0 <= banned_token < vocab_size:
         raise ValueError(f"banned_token must lie in [0, {vocab_size}), got {banned_token}")
     if vocab_size == 1:
@@ -84,7 +101,18 @@ def check_banned(banned_token: int | None, vocab_size: int) -> None:
 
 
 def refuse_float64(*tensors: Tensor | None) -> dict[str, str]:
-    """Triton computes in float32: whether it is refused, and why."""
+    """The backends that compute in float32: whether they are refused, and why."""
     if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        return {"triton": "it computes in float32, and the input is float64"}
+        why = "it computes in float32, and the input is float64"
+        return {"triton": why, "cpp": why}
+    return {}
+
+
+def refuse_tracing() -> dict[str, str]:
+    """Whether backends that torch.compile cannot trace are refused, and why.
+
+    It compiles the reference itself where that serves.
+    """
+    if torch.compiler.is_compiling():
+        return {"cpp": "torch.compile cannot trace it, and compiles the reference instead"}
     return {}

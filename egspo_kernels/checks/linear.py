@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from egspo_kernels.checks.arguments import check_banned, check_matrix, check_temperature
+from egspo_kernels.checks.arguments import (
+    check_banned,
+    check_matrix,
+    check_temperature,
+    check_vector,
+)
 
 
 def check_logits_dtype(logits_dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
@@ -43,8 +48,8 @@ def check_linear(
         )
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}, hidden on {hidden.device}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None:
+        check_vector("bias", bias, weight.shape[0], hidden.device)
     check_banned(banned_token, weight.shape[0])
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
@@ -53,6 +58,8 @@ def check_linear(
         bias = None if bias is None else bias.to(dtype)
     elif weight.dtype != hidden.dtype:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    elif bias is not None and bias.dtype != hidden.dtype:
+        raise TypeError(f"bias must have the dtype of hidden, {hidden.dtype}, got {bias.dtype}")
     return hidden, weight, bias
 
 
@@ -68,11 +75,7 @@ def check_ref(
     hidden, weight, bias = operands
     if ref_hidden is None:
         return None, ref_weight
-    if ref_hidden.shape != hidden.shape:
-        raise ValueError(
-            f"ref_hidden must have the shape of hidden, {tuple(hidden.shape)}, "
-            f"got {tuple(ref_hidden.shape)}"
-        )
+    _check_like("ref_hidden", ref_hidden, "hidden", hidden)
     return ref_hidden.detach().to(hidden.dtype), _check_ref_weight(weight, ref_weight, bias)
 
 
@@ -83,9 +86,17 @@ def _check_ref_weight(weight: Tensor, ref_weight: Tensor | None, bias: Tensor | 
         if weight.requires_grad:
             raise ValueError("weight is trained: the reference policy needs its own ref_weight")
         return weight
-    if ref_weight.shape != weight.shape:
-        raise ValueError(
-            f"ref_weight must have the shape of weight, {tuple(weight.shape)}, "
-            f"got {tuple(ref_weight.shape)}"
-        )
+    _check_like("ref_weight", ref_weight, "weight", weight)
     return ref_weight.detach().to(weight.dtype)
+
+
+def _check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """``tensor`` must be a matrix of the shape of ``other``, on its device."""
+    check_matrix(name, tensor)
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, {other_name} on {other.device}")

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from egspo_kernels.dispatch import extension
+
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 ENVIRONMENT_VARIABLE = "EGSPO_KERNELS_BACKEND"
 
@@ -36,6 +38,14 @@ class UnavailableBackendError(RuntimeError):
 def always_available(device: torch.device) -> None:
     """The probe of a backend that runs everywhere."""
     del device
+
+
+def cpp_probe(device: torch.device) -> str | None:
+    """The probe of every function of the compiled CPU library."""
+    if device.type != "cpu":
+        return "runs on CPU tensors only"
+    library = extension.cpu_library()
+    return library if isinstance(library, str) else None
 
 
 def triton_probe(device: torch.device) -> str | None:
@@ -82,7 +92,9 @@ class Dispatcher:
             raise ValueError(f"function {function!r} already has a dispatcher")
         self.function = function
         self.last: str | None = None
-        self._candidates = dict(candidates)
+        self._elsewhere = tuple(candidates.items())
+        # On a CPU Triton is its interpreter: for tests, on explicit request.
+        self._on_cpu = tuple(sorted(self._elsewhere, key=lambda item: item[0] == "triton"))
         self._announced: set[str] = set()
         _DISPATCHERS[function] = self
 
@@ -100,24 +112,23 @@ class Dispatcher:
             ValueError: ``requested``, or the environment variable, is not understood.
             UnavailableBackendError: the backend asked for is missing or cannot run.
         """
-        listing = self.availability(device)
-        listing.update({name: why for name, why in (refused or {}).items() if name in listing})
+        refused = refused or {}
+        forced = None if requested != "auto" else self._override()
         if requested != "auto":
-            chosen = self._require(requested, device, listing, "")
-        elif (forced := self._override()) is not None:
-            chosen = self._require(forced, device, listing, f" (from {ENVIRONMENT_VARIABLE})")
+            chosen = self._require(requested, device, refused, "")
+        elif forced is not None:
+            chosen = self._require(forced, device, refused, f" (from {ENVIRONMENT_VARIABLE})")
         else:
-            chosen = self._fastest(device, listing)
+            chosen = self._fastest(device, refused)
         self.last = chosen
         return chosen
 
     def availability(self, device: torch.device) -> dict[str, str | None]:
         """Each backend, fastest first, with None if it can run or the reason why not."""
-        names = list(self._candidates)
-        if device.type == "cpu" and "triton" in names:
-            # There Triton is its interpreter: for tests, on explicit request.
-            names.append(names.pop(names.index("triton")))
-        return {name: self._candidates[name](device) for name in names}
+        return {name: probe(device) for name, probe in self._order(device)}
+
+    def _order(self, device: torch.device) -> tuple[tuple[str, Probe], ...]:
+        return self._on_cpu if device.type == "cpu" else self._elsewhere
 
     def _override(self) -> str | None:
         setting = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -125,7 +136,7 @@ class Dispatcher:
             return None
         forced = _parse_override(setting)
         if isinstance(forced, str):
-            return forced if forced in self._candidates else None
+            return forced if forced in dict(self._elsewhere) else None
         unknown = forced.keys() - _DISPATCHERS.keys()
         if unknown:
             raise ValueError(
@@ -136,32 +147,47 @@ class Dispatcher:
         return None if chosen == "auto" else chosen
 
     def _require(
-        self, name: str, device: torch.device, listing: dict[str, str | None], origin: str
+        self, name: str, device: torch.device, refused: Mapping[str, str], origin: str
     ) -> str:
         if name not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}{origin}")
-        reason = listing.get(name, "not implemented for this function")
-        if reason is not None:
-            usable = [other for other, why in listing.items() if why is None]
-            raise UnavailableBackendError(
-                f"{self.function}: backend {name!r}{origin} cannot run on {device}: {reason}; "
-                f"available: {', '.join(usable) or 'none'}"
-            )
-        return name
+        probe = dict(self._elsewhere).get(name)
+        if probe is None:
+            reason: str | None = "not implemented for this function"
+        else:
+            reason = refused.get(name) or probe(device)
+        if reason is None:
+            return name
+        usable = [
+            other
+            for other, why in self.availability(device).items()
+            if why is None and other not in refused
+        ]
+        raise UnavailableBackendError(
+            f"{self.function}: backend {name!r}{origin} cannot run on {device}: {reason}; "
+            f"available: {', '.join(usable) or 'none'}"
+        )
 
-    def _fastest(self, device: torch.device, listing: dict[str, str | None]) -> str:
-        skipped: list[str] = []
-        for name, reason in listing.items():
+    def _fastest(self, device: torch.device, refused: Mapping[str, str]) -> str:
+        skipped: list[tuple[str, str]] = []
+        for name, probe in self._order(device):
+            reason = refused.get(name) or probe(device)
             if reason is None:
                 if name not in self._announced:
-                    self._announced.add(name)
-                    passed_over = f" (passed over: {'; '.join(skipped)})" if skipped else ""
-                    _LOGGER.info("%s: backend %s%s", self.function, name, passed_over)
+                    self._announce(name, skipped)
                 return name
-            skipped.append(f"{name}: {reason}")
-        raise UnavailableBackendError(
-            f"{self.function}: no backend can run on {device}: {'; '.join(skipped)}"
-        )
+            skipped.append((name, reason))
+        listing = _listing(skipped)
+        raise UnavailableBackendError(f"{self.function}: no backend can run on {device}: {listing}")
+
+    def _announce(self, name: str, skipped: list[tuple[str, str]]) -> None:
+        self._announced.add(name)
+        passed_over = f" (passed over: {_listing(skipped)})" if skipped else ""
+        _LOGGER.info("%s: backend %s%s", self.function, name, passed_over)
+
+
+def _listing(skipped: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in skipped)
 
 
 @functools.lru_cache(maxsize=16)

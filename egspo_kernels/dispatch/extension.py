@@ -25,7 +25,17 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _STEPS = (_POINTER, _INT64, _INT64, _INT64, _POINTER, _INT64, _POINTER)
 # token_entropy, step_ids, batch, tokens, row_stride, steps, reduce, limits, k, indices
 _TOKENS = (_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64, _INT32, _POINTER, _INT64, _POINTER)
+# rows, row_index, count, targets, logsumexp, entropy, log_prob, argmax, confidence, maximum, total
+_STATS = (_POINTER, _POINTER, _INT64, *(_POINTER,) * 8)
+# rows, row_ids, seed, step, entropy_temperature, token, log_prob, confidence, entropy
+_SAMPLE = (_POINTER, _POINTER, _INT64, _INT64, ctypes.c_double, *(_POINTER,) * 4)
 _CPU_FUNCTIONS = {
+    "egspo_token_stats": _STATS,
+    "egspo_sample_tokens": _SAMPLE,
+    # rows, reference, targets, log_prob, kl, maximum, total, reference_maximum, mean_difference
+    "egspo_row_divergence": (_POINTER,) * 9,
+    # rows, of, gradient, gradient_stride
+    "egspo_row_gradient": (_POINTER, _POINTER, _POINTER, _INT64),
     "egspo_select_steps_f32": _STEPS,
     "egspo_select_steps_f64": _STEPS,
     "egspo_select_steps_segmented_f32": _TOKENS,
@@ -63,9 +73,9 @@ def load_library(path: Path, *, cuda: bool = False) -> ctypes.CDLL:
             function = getattr(library, name)
             function.argtypes = arguments
             function.restype = _INT32
-        if cuda:
-            for name in ("egspo_cuda_error_name", "egspo_cuda_error_string"):
-                getattr(library, name).restype = ctypes.c_char_p
+        texts = ("egspo_cuda_error_name", "egspo_cuda_error_string")
+        for name in texts if cuda else ("egspo_vector_instructions",):
+            getattr(library, name).restype = ctypes.c_char_p
     except AttributeError as error:
         raise OSError(f"{path.name} lacks a function, reinstall egspo: {error}") from error
     if version != _ABI_VERSION:
@@ -112,8 +122,10 @@ def cuda_device_lacks(index: int | None) -> str | None:
     return None if status == 0 else describe(library, status)
 
 
-def call(function: str, *arguments: Tensor | int | None) -> None:
+def call(function: str, *arguments: object) -> None:
     """Call a function of the CPU library; tensors pass their address, None a null pointer.
+
+    Others are passed as they are.
 
     Raises:
         RuntimeError: there is no library, or the function reports an error.
@@ -121,7 +133,7 @@ def call(function: str, *arguments: Tensor | int | None) -> None:
     _call(cpu_library(), function, *arguments)
 
 
-def call_cuda(function: str, device: torch.device, *arguments: Tensor | int | None) -> None:
+def call_cuda(function: str, device: torch.device, *arguments: object) -> None:
     """Call a function of the CUDA library on the current stream of ``device``, as :func:`call`."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -136,7 +148,7 @@ def describe(library: ctypes.CDLL, status: int) -> str:
     return f"{name}: {library.egspo_cuda_error_string(status).decode()}"
 
 
-def _call(library: ctypes.CDLL | str, function: str, *arguments: Tensor | int | None) -> None:
+def _call(library: ctypes.CDLL | str, function: str, *arguments: object) -> None:
     if isinstance(library, str):
         raise RuntimeError(library)
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]

@@ -52,7 +52,7 @@ class _LinearRows(torch.autograd.Function):
                 assert ref_weight is not None
                 ref_scores = tempered_scores(ref_hidden[chunk], ref_weight, bias, settings)
                 ref_log_probs = softmax.log_softmax(ref_scores)
-                kl[chunk] = (log_probs.exp() * _difference(log_probs, ref_log_probs)).sum(-1)
+                kl[chunk] = softmax.kl_of(log_probs, ref_log_probs)
         ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, ref_weight, entropy, kl)
         ctx.settings = settings
         ctx.mark_non_differentiable(argmax, confidence)
@@ -85,7 +85,7 @@ class _LinearRows(torch.autograd.Function):
             if grad_kl is not None and ref_hidden is not None:
                 ref_scores = tempered_scores(ref_hidden[chunk], ref_weight, bias, settings)
                 ref_log_probs = softmax.log_softmax(ref_scores)
-                difference = _difference(log_probs, ref_log_probs)
+                difference = softmax.difference_of(probs, log_probs, ref_log_probs)
                 grad += grad_kl[chunk, None] * probs * (difference - kl[chunk, None])
             return grad
 
@@ -165,8 +165,3 @@ def tempered_scores(
     """Logits of some rows at the temperature, the banned token at -inf."""
     logits = product(hidden, weight, bias, settings.logits_dtype)
     return softmax.tempered(logits, settings.temperature, settings.banned_token)
-
-
-def _difference(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """``log p - log p_ref``, 0 where p is 0."""
-    return (log_probs - ref_log_probs).masked_fill(log_probs == float("-inf"), 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from egspo_kernels.random import counter_gumbel
+from egspo_kernels.reference.sampling import draw
 from egspo_kernels.reference.softmax import entropy_of, gather_last, log_softmax, tempered
 from egspo_kernels.types import SampledTokens, TokenStats
 
@@ -40,10 +40,11 @@ def sample_tokens(
         token = scores.argmax(-1)
         log_prob = torch.zeros_like(log_probs[:, 0])
     else:
-        tempered_scores = tempered(logits, temperature, banned_token)
-        noise = counter_gumbel(seed, step, row_ids, logits.shape[-1])
-        token = (tempered_scores + noise).argmax(-1)
-        log_prob = gather_last(log_softmax(tempered_scores), token)
+        # The maximum comes off before anything else: noise beside a large score loses its bits.
+        shifted = scores - scores.amax(-1, keepdim=True)
+        weights = (shifted / temperature).exp()
+        token = draw(weights, seed, step, row_ids)
+        log_prob = gather_last(shifted, token) / temperature - weights.sum(-1).log()
     entropy_log_probs = (
         log_probs
         if entropy_temperature == 1.0

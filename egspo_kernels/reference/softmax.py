@@ -17,8 +17,9 @@ def tempered(logits: Tensor, temperature: float, banned_token: int | None) -> Te
     if temperature != 1.0:
         scores = scores / temperature
     if banned_token is not None:
-        banned = torch.tensor([banned_token], device=logits.device)
-        scores = scores.index_fill(-1, banned, float("-inf"))
+        # Made on the device: a copy from the host would wait for it, and break a graph's capture.
+        columns = torch.arange(logits.shape[-1], device=logits.device)
+        scores = scores.masked_fill(columns == banned_token, float("-inf"))
     return scores
 
 
@@ -32,6 +33,17 @@ def entropy_of(log_probs: Tensor) -> Tensor:
     """Entropy in nats over the last dimension; tokens of probability 0 contribute 0."""
     finite = log_probs.masked_fill(log_probs == float("-inf"), 0.0)
     return -(log_probs.exp() * finite).sum(-1)
+
+
+def kl_of(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """``sum_v p (log p - log p_ref)`` over the last dimension; 0 where p is 0 or underflows."""
+    probs = log_probs.exp()
+    return (probs * difference_of(probs, log_probs, ref_log_probs)).sum(-1)
+
+
+def difference_of(probs: Tensor, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """``log p - log p_ref``, 0 where p is 0: the reference may have no probability there either."""
+    return (log_probs - ref_log_probs).masked_fill(probs == 0, 0.0)
 
 
 def gather_last(values: Tensor, index: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from egspo_kernels.reference.softmax import gather_last, log_softmax, tempered
+from egspo_kernels.reference.softmax import gather_last, kl_of, log_softmax, tempered
 from egspo_kernels.shared.objective import Objective, Steps, step_objective
 from egspo_kernels.types import Surrogate
 
@@ -28,14 +28,8 @@ def stepwise_surrogate(
             ref_scores = tempered(ref_logits, temperature, banned_token)
             ref_log_probs = log_softmax(ref_scores)
         if objective.needs_exact_kl:
-            token_kl = row_kl(log_probs, ref_log_probs)
+            token_kl = kl_of(log_probs, ref_log_probs)
         elif steps.ref_log_prob is None:
             per_token = gather_last(ref_log_probs, targets)
             steps = steps.with_reference(per_token, objective)
     return step_objective(objective, token_log_prob, steps, token_kl)
-
-
-def row_kl(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """``sum_v p (log p - log p_ref)`` per row; tokens of probability 0 contribute 0."""
-    difference = (log_probs - ref_log_probs).masked_fill(log_probs == float("-inf"), 0.0)
-    return (log_probs.exp() * difference).sum(-1)

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from egspo_kernels.checks.arguments import check_index, check_vector
+from egspo_kernels.checks.arguments import check_index, check_number, check_vector
 from egspo_kernels.types import Surrogate
 
 Aggregation = Literal["sum", "mean", "exact"]
@@ -35,6 +35,8 @@ class Objective:
     aggregation: Aggregation
 
     def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high", "beta"):
+            check_number(name, getattr(self, name))
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"clip_low must lie in [0, 1], got {self.clip_low}")
         if not self.clip_high >= 0:
@@ -144,7 +146,9 @@ def step_objective(
 def _clamped_exp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     """``exp`` of the log-ratio clamped to +-20, and how many were clamped (int64 scalar)."""
     clamped = (log_ratio.detach().abs() > LOG_RATIO_LIMIT).sum()
-    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp(), clamped
+    limited = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    # The gradient of a clamp is 0 at NaN: a loss of NaN would look as if it had a gradient.
+    return torch.where(log_ratio.isnan(), log_ratio, limited).exp(), clamped
 
 
 def check_steps(
@@ -171,6 +175,8 @@ def check_steps(
         if tensor is None:
             continue
         check_vector(name, tensor, num_steps, device)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient: only the policy is trained")
 

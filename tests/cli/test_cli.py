@@ -322,7 +322,8 @@ def test_generate_answers_prompts_from_everywhere(
         **{"model": "hub/name", "tokenizer": "hub/name"},
         **{"config": GenerationConfig(), "seed": 0},
     }
-    (tmp_path / "prompts.txt").write_text("b\n\nc d\n")
+    # As Windows writes it: with a byte order mark, and two characters at the end of a line.
+    (tmp_path / "prompts.txt").write_bytes("\ufeffb\r\n\r\nc d\r\n".encode())
     output = tmp_path / "out" / "answers.txt"
     files = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(output)]
     assert main(["generate", "--model", "hub/name", "--prompt", "a", *files]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -60,6 +60,13 @@ def reward(tokens: Tensor) -> Tensor:
     return torch.sin((tokens * place).sum(-1) * 1.7) + (tokens == 1).double().mean(-1)
 
 
+def with_policy(config: GenerationConfig, policy: str, *, bound: float = 1e-9) -> GenerationConfig:
+    """``config`` with another order; ``bound`` is of the entropy, where it has one: by default so
+    small that every step reveals its quota."""
+    threshold = bound if policy == "entropy_bounded" else config.threshold
+    return replace(config, policy=policy, threshold=threshold)  # type: ignore[arg-type]
+
+
 @dataclass
 class Enumeration:
     """Every trajectory of a policy with its probability (differentiable in the table)."""
@@ -79,7 +86,8 @@ def enumerate_trajectories(
 
     Args:
         denoiser: only its special tokens, where ``logits_of`` is given.
-        config: of the generation, early exit apart; a threshold with policy max_prob only.
+        config: of the generation, early exit apart; a threshold with the policies max_prob and
+            entropy_bounded only.
         logits_of: (canvas, first position of the active block) -> [L, V]; by default those of the
             tabular model.
         prompt: of all.
@@ -119,7 +127,11 @@ def enumerate_trajectories(
         masked = [i for i in inside if canvas[i] == MASK]
         quota = plans[len(inside)][within].quota
         if config.threshold is not None:
-            sure = sum(float(plain[i].max()) >= config.threshold for i in masked)
+            if config.policy == "entropy_bounded":
+                losses = sorted(float(entropy[i].detach()) for i in masked)
+                sure = sum(total < config.threshold for total in itertools.accumulate(losses))
+            else:
+                sure = sum(float(plain[i].max()) >= config.threshold for i in masked)
             most = config.max_tokens_per_step or width
             quota = min(max(quota, min(sure, most)), len(masked))
         for tokens, chosen, weight in outcomes(config.policy, probs, plain, entropy, masked, quota):
@@ -177,6 +189,8 @@ def outcomes(
         "max_prob": lambda i: float(top[i, 0]),
         "margin": lambda i: float(top[i, 0] - top[i, 1]),
         "entropy": lambda i: -float(entropy[i].detach()),
+        "entropy_bounded": lambda i: -float(entropy[i].detach()),
+        "sequential": lambda i: 0.0,
     }
     if policy == "random":
         subsets = [list(subset) for subset in itertools.combinations(masked, quota)]

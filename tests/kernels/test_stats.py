@@ -231,6 +231,10 @@ LOGITS = torch.zeros(3, 5)
         ({"temperature": math.nan}, ValueError, "temperature"),
         ({"temperature": math.inf}, ValueError, "temperature"),
         ({"banned_token": 5}, ValueError, "banned_token"),
+        ({"banned_token": True}, TypeError, "banned_token must be an int, got True"),
+        ({"banned_token": 1.0}, TypeError, "banned_token must be an int, got 1.0"),
+        ({"temperature": True}, TypeError, "temperature must be a number, got True"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
         ({"logits": LOGITS[:, :1], "banned_token": 0}, ValueError, "banned_token"),
         ({"backend": "cutlass"}, ValueError, "backend"),
         ({"logits": LOGITS.double(), "backend": "triton"}, UnavailableBackendError, "float64"),
@@ -248,6 +252,9 @@ def test_bad_arguments_are_named(kwargs: dict, error: type[Exception], match: st
         ({"weight": torch.zeros(5, 3)}, ValueError, "weight"),
         ({"weight": torch.zeros(5, 2).double()}, TypeError, "weight"),
         ({"bias": torch.zeros(4)}, ValueError, "bias"),
+        ({"bias": torch.zeros(5).double()}, TypeError, "bias must have the dtype of hidden"),
+        ({"bias": torch.zeros(5, device="meta")}, ValueError, "bias is on meta"),
+        ({"bias": [0.0] * 5}, TypeError, "bias must be a tensor"),
         ({"workspace_bytes": 10}, ValueError, "workspace_bytes"),
     ],
 )
@@ -255,3 +262,22 @@ def test_bad_linear_arguments_are_named(kwargs: dict, error: type[Exception], ma
     arguments = {"weight": torch.zeros(5, 2), **kwargs}
     with pytest.raises(error, match=match):
         linear_token_stats(torch.zeros(3, 2), arguments.pop("weight"), None, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"step": 1.5}, TypeError, "step must be an int, got 1.5"),
+        ({"step": True}, TypeError, "step must be an int, got True"),
+        ({"step": -1}, ValueError, "step"),
+        ({"seed": 0.0}, TypeError, "seed must be an int, got 0.0"),
+        ({"row_ids": torch.zeros(3)}, TypeError, "row_ids"),
+        ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature must be finite and > 0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be finite and >= 0"),
+    ],
+)
+def test_bad_sampling_arguments_are_named(kwargs: dict, error: type[Exception], match: str) -> None:
+    ids = torch.zeros(3, dtype=torch.int64)
+    arguments = {"temperature": 1.0, "seed": 0, "step": 0, "row_ids": ids, **kwargs}
+    with pytest.raises(error, match=match):
+        sample_tokens(LOGITS, **arguments)

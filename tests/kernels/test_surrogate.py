@@ -226,6 +226,8 @@ def test_no_rows_and_steps_without_tokens() -> None:
         ({"advantage": torch.zeros(STEPS + 1)}, ValueError, "advantage"),
         ({"advantage": torch.zeros(STEPS, requires_grad=True)}, ValueError, "advantage"),
         ({"weights": torch.zeros(2)}, ValueError, "weights"),
+        ({"weights": torch.ones(STEPS, dtype=torch.int64)}, TypeError, "weights must be floating"),
+        ({"beta": True}, TypeError, "beta must be a number, got True"),
         ({"clip_low": 1.5}, ValueError, "clip_low"),
         ({"clip_high": -0.1}, ValueError, "clip_high"),
         ({"beta": -1.0}, ValueError, "beta"),
@@ -249,3 +251,19 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], match: st
     }
     with pytest.raises(error, match=match):
         stepwise_surrogate(torch.zeros(TOKENS, VOCAB), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("name", ["old_log_prob", "advantage"])
+def test_nan_reaches_the_gradient(backend: str, name: str) -> None:
+    """A loss that is NaN must not leave a gradient that looks like one."""
+    logits = torch.zeros(TOKENS, VOCAB, requires_grad=True)
+    values = {"old_log_prob": torch.full((STEPS,), -5.0), "advantage": torch.ones(STEPS)}
+    values[name][0] = math.nan
+    targets = torch.zeros(TOKENS, dtype=torch.int64)
+    result = stepwise_surrogate(
+        logits, targets, STEP_IDS, **values, **options(None, "sum"), backend=backend
+    )
+    result.loss.backward()
+    assert bool(result.loss.isnan()) and logits.grad is not None
+    assert bool(logits.grad[STEP_IDS == 0].isnan().any(1).all())

@@ -16,7 +16,13 @@ from egspo.rollouts.engine import rollout
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
 from egspo.rollouts.unmasking import POLICIES, schedule
 from tests.algorithm.test_enumeration import ALGORITHM
-from tests.helpers.toy import MASK, PROMPT, enumerate_trajectories, toy_denoiser
+from tests.helpers.toy import (
+    MASK,
+    PROMPT,
+    enumerate_trajectories,
+    toy_denoiser,
+    with_policy,
+)
 
 CONFIG = GenerationConfig(
     max_new_tokens=4,
@@ -64,7 +70,7 @@ def test_schedule_refuses(length: int, steps: int, block: int) -> None:
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_trajectories_and_probabilities_are_the_enumerated_ones(policy: str) -> None:
-    config = replace(CONFIG, policy=policy, block_length=4, steps=2)
+    config = with_policy(replace(CONFIG, block_length=4, steps=2), policy, bound=2.2)
     denoiser = toy_denoiser(4)
     enumeration = enumerate_trajectories(denoiser, config)
     keys = zip(
@@ -100,7 +106,7 @@ def test_trajectories_and_probabilities_are_the_enumerated_ones(policy: str) -> 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_recorded_log_prob_is_the_replayed_one(policy: str) -> None:
-    config = replace(CONFIG, policy=policy)
+    config = with_policy(CONFIG, policy)
     denoiser = toy_denoiser(4)
     sampled = run(config, 64, denoiser=denoiser)
     states = States.from_selection(sampled, torch.arange(4).expand(64, -1))
@@ -112,7 +118,7 @@ def test_recorded_log_prob_is_the_replayed_one(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_sequence_does_not_depend_on_its_batch(policy: str) -> None:
-    config = replace(CONFIG, policy=policy)
+    config = with_policy(CONFIG, policy)
     together = run(config, 9)
     split = run(replace(config, batch_size=2), 9)
     alone = run(config, 1, first=5)
@@ -130,7 +136,7 @@ def test_mask_is_never_sampled_even_if_most_likely() -> None:
         denoiser.model.table[..., MASK] += 50.0
     for policy in POLICIES:
         for temperature in (0.0, 1.0):
-            config = replace(CONFIG, policy=policy, temperature=temperature)
+            config = with_policy(replace(CONFIG, temperature=temperature), policy)
             sampled = run(config, 64, denoiser=denoiser)
             assert int((sampled.tokens == MASK).sum()) == 0
             assert bool(sampled.log_prob.isfinite().all())

@@ -263,7 +263,8 @@ def f():
 import os
 def f():
     reached = []
-    for path in ("/etc/shadow", "/etc/passwd", "/etc/hostname", "/home", "/var", "/sys", "/mnt",
+    for path in ("/usr/lib/git-core", "/usr/share/doc",
+                 "/etc/shadow", "/etc/passwd", "/etc/hostname", "/home", "/var", "/sys", "/mnt",
                  os.path.expanduser("~/.ssh"), "/run", "/usr/bin/sh", "/srv", "/boot"):
         if os.path.exists(path): reached.append(path)
     return reached

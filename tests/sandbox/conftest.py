@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,10 +13,13 @@ from egspo.sandbox import Bubblewrap, Limits, SandboxUnavailable
 
 @functools.cache
 def unavailable() -> str | None:
+    backend = Bubblewrap()
     try:
-        Bubblewrap().check()
+        backend.check()
     except SandboxUnavailable as error:
         return str(error)
+    finally:
+        backend.close()
     return None
 
 
@@ -28,9 +32,11 @@ def require_bubblewrap() -> None:
 
 
 @pytest.fixture
-def sandbox() -> Bubblewrap:
+def sandbox() -> Iterator[Bubblewrap]:
     require_bubblewrap()
-    return Bubblewrap(LIMITS)
+    backend = Bubblewrap(LIMITS)
+    yield backend
+    backend.close()
 
 
 # A hanging test ends after `test_seconds`: small ones keep the suite fast.

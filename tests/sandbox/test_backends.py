@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
+import re
+import shutil
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -29,8 +33,14 @@ from egspo.sandbox import (
     Verdict,
     make_backend,
 )
+from egspo.sandbox.exam import set_exam
+from egspo.sandbox.files import pytest_packages
+from egspo.sandbox.inside import alone
 from tests.sandbox.attacks import FORGERIES
 from tests.sandbox.conftest import LIMITS, require_bubblewrap
+from tests.sandbox.forgeries import COMMON, HONEST
+from tests.sandbox.forgeries import FORGERIES as EXAM_FORGERIES
+from tests.sandbox.forgeries import TESTS as EXAM_TESTS
 from tests.sandbox.test_escapes import TESTS as FORGED_TESTS
 from tests.sandbox.test_verdicts import PROGRAM, TESTS
 
@@ -55,6 +65,8 @@ def test_the_default_is_bubblewrap() -> None:
         ({"name": "http"}, "url goes with sandbox: http"),
         ({"name": "bubblewrap", "url": "http://x"}, "url goes with sandbox: http"),
         ({"name": "http", "url": "localhost:80"}, "must begin with http://"),
+        ({"name": "http", "url": "http:///x"}, "and a host"),
+        ({"runner": "nose"}, "runner must be one of"),
         ({"limits": {"wall_second": 1}}, "limits has no 'wall_second'"),
         ({"limits": {"processes": 0}}, "limit processes"),
     ],
@@ -96,10 +108,59 @@ def test_an_unknown_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unsafe_reaches_the_same_verdicts() -> None:
-    verdict = Unsafe(LIMITS).run(PROGRAM, TESTS)
-    assert (verdict.total, verdict.score) == (50, 1.0), verdict
+    backend = Unsafe(LIMITS)
+    verdict = backend.run(PROGRAM, TESTS)
+    assert (verdict.total, verdict.score) == (11, 1.0), verdict
     for name in ("exit code in the test", "equal to everything", "frames", "gc", "busy"):
-        assert Unsafe(LIMITS).run(FORGERIES[name], FORGED_TESTS).passed == 0
+        assert backend.run(FORGERIES[name], FORGED_TESTS).passed == 0
+    backend.close()
+
+
+def test_unsafe_runs_pytest() -> None:
+    backend = Unsafe(LIMITS, runner="pytest")
+    verdict = backend.run(HONEST, EXAM_TESTS)
+    assert (verdict.total, verdict.score) == (15, 1.0), verdict
+    assert backend.run(COMMON + EXAM_FORGERIES["tests that are not run"], EXAM_TESTS).tampered
+    backend.close()
+
+
+# --- Fork servers
+
+
+def test_a_server_that_is_gone_is_replaced() -> None:
+    backend = Unsafe(LIMITS)
+    assert backend.run(RIGHT, SIMPLE).score == 1.0
+    (server,) = backend._servers._idle
+    server._process.kill()
+    server._process.wait()
+    assert backend.run(RIGHT, SIMPLE).score == 1.0
+    assert backend._servers._idle != [server]
+    backend.close()
+
+
+def test_a_fork_of_the_host_has_servers_of_its_own() -> None:
+    backend = Unsafe(LIMITS)
+    assert backend.run(RIGHT, SIMPLE).score == 1.0
+    child = os.fork()
+    if child == 0:
+        try:
+            good = backend.run(WRONG, SIMPLE).score == 0.5 and len(backend._servers._idle) == 1
+            backend.close()
+            os._exit(0 if good else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert backend.run("def f(x): return 1", SIMPLE).score == 0.5
+    backend.close()
+
+
+def test_without_pytest_its_runner_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest_packages.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for kind in (Bubblewrap, Unsafe):
+        with pytest.raises(SandboxUnavailable, match=r"pip install 'egspo\[code\]'"):
+            kind(runner="pytest").check()
+    pytest_packages.cache_clear()
 
 
 # --- Pool
@@ -109,12 +170,15 @@ class Counting:
     """A backend that counts its runs; each waits for ``gate``."""
 
     name = identity = "counting"
+    runner = "separate"
 
     def __init__(self, verdict: Verdict | Exception) -> None:
         self.verdict, self.runs, self.gate = verdict, 0, threading.Event()
         self.gate.set()
 
     def check(self) -> None: ...
+
+    def close(self) -> None: ...
 
     def run(self, code: str, tests: str) -> Verdict:
         self.runs += 1
@@ -280,6 +344,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     answers: ClassVar[list[Callable[[dict[str, Any]], tuple[int, Any]]]] = []
     requests: ClassVar[list[dict[str, Any]]] = []
     folder: Path
+    interpreter: ClassVar[list[str]] = [sys.executable]
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -297,7 +362,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         result: dict[str, Any] = {"status": "Finished"}
         try:
             done = subprocess.run(
-                [sys.executable, str(script)],
+                [*self.interpreter, str(script)],
                 capture_output=True,
                 timeout=request["run_timeout"],
                 text=True,
@@ -315,6 +380,9 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Iterator[str]:
     Endpoint.answers, Endpoint.requests, Endpoint.folder = [], [], tmp_path
+    # A service runs as a user. Root is one in a namespace, whose files it can read.
+    user = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
+    Endpoint.interpreter = [*(user if os.geteuid() == 0 else []), sys.executable]
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -328,7 +396,7 @@ def test_an_endpoint_reaches_the_same_verdicts(endpoint: str) -> None:
     backend = HttpSandbox(endpoint, LIMITS)
     backend.check()
     verdict = backend.run(PROGRAM, TESTS)
-    assert (verdict.total, verdict.score, verdict.error) == (50, 1.0, None), verdict
+    assert (verdict.total, verdict.score, verdict.error) == (11, 1.0, None), verdict
     assert backend.run(WRONG, SIMPLE).score == 0.5
     request = Endpoint.requests[0]
     assert request["language"] == "python"
@@ -372,15 +440,18 @@ def test_an_overloaded_endpoint_is_asked_again(
     ("answer", "message"),
     [
         ((404, b"nothing here"), "HTTP 404 .*nothing here"),
-        ((200, b"<html>"), "no JSON object: b'<html>'"),
-        ((200, [1]), "no JSON object"),
+        ((200, b"<html>"), "no JSON: b'<html>'"),
+        ((200, [1]), "did not run the program"),
         (
             (200, {"status": "SandboxError", "message": "no disk"}),
             "did not run the program.*no disk",
         ),
-        ((200, {"status": "Success", "run_result": None}), "ran no test"),
-        ((200, {"status": "Failed", "run_result": {"stderr": "no python"}}), "no test.*no python"),
-        ((200, {"status": "Success", "run_result": {"stdout": '{"end": null}'}}), "ran no test"),
+        ((200, {"status": "Success", "run_result": None}), "did not run"),
+        (
+            (200, {"status": "Failed", "run_result": {"stderr": "no python"}}),
+            "lacks any test.*no python",
+        ),
+        ((200, {"status": "Success", "run_result": {"stdout": '{"end": null}'}}), "lacks any"),
     ],
 )
 def test_other_answers_are_errors_at_once(endpoint: str, answer: Any, message: str) -> None:
@@ -390,6 +461,158 @@ def test_other_answers_are_errors_at_once(endpoint: str, answer: Any, message: s
     with pytest.raises(SandboxUnavailable, match=r"sandbox at .* cannot be used"):
         HttpSandbox(endpoint, LIMITS).check()
     assert len(Endpoint.requests) == 2
+
+
+def _said(request: dict[str, Any], *lines: str, status: str = "Finished") -> tuple[int, Any]:
+    """What a script would have printed, with its token."""
+    found = re.search("[0-9a-f]{32}", request["code"])
+    assert found is not None
+    text = "".join(f"{found[0]}{line}\n" for line in lines)
+    return 200, {"status": "Success", "run_result": {"status": status, "stdout": text}}
+
+
+BEGUN = '={"started": true}'
+CASE = '={"name": "test_a", "of": 2, "passed": true, "error": null, "timeout": false}'
+END = '={"end": null, "timeout": false}'
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (BEGUN, CASE),  # cut off
+        (BEGUN,),
+        (BEGUN, CASE.replace("true", "5.0", 1), END),
+        (BEGUN, CASE.replace("true", "1", 1), END),
+        (BEGUN, CASE.replace('"of": 2', '"of": 0'), END),
+        (BEGUN, CASE.replace('"of": 2', '"of": -2'), END),
+        (BEGUN, CASE.replace('"of": 2', '"of": 0.5'), END),
+        (BEGUN, CASE, CASE, CASE, END),  # more than there are
+        (BEGUN, CASE, CASE.replace("2", "3"), END),
+        (BEGUN, CASE.replace('"error": null, ', ""), END),
+        (BEGUN, CASE.replace('"timeout": false', '"timeo": 1'), END),
+        (BEGUN, "=[1]", END),
+        (BEGUN, "={", END),
+        (BEGUN, CASE, '={"end": 7, "timeout": false}'),
+        (BEGUN, '={"failed": "no disk"}', END),
+        ('={"failed": "no disk"}',),
+        (CASE, END),
+        ("=" + "[" * 100_000, END),
+    ],
+)
+def test_a_report_that_is_none_is_no_verdict(endpoint: str, lines: tuple[str, ...]) -> None:
+    Endpoint.answers = [lambda request: _said(request, *lines)]
+    with pytest.raises(SandboxError):
+        HttpSandbox(endpoint, LIMITS).run(RIGHT, SIMPLE)
+
+
+@pytest.mark.parametrize("lines", [(BEGUN, "={", END), (BEGUN, "x", END), (BEGUN, "=[]", END)])
+def test_nor_of_pytest(endpoint: str, lines: tuple[str, ...]) -> None:
+    Endpoint.answers = [lambda request: _said(request, *lines)]
+    with pytest.raises(SandboxError, match="nonsense"):
+        HttpSandbox(endpoint, LIMITS, runner="pytest").run(RIGHT, SIMPLE)
+
+
+def test_a_service_that_says_that_time_was_up_keeps_what_was_reached(endpoint: str) -> None:
+    Endpoint.answers = [lambda request: _said(request, BEGUN, CASE, status="TimeLimitExceeded")]
+    verdict = HttpSandbox(endpoint, LIMITS).run(RIGHT, SIMPLE)
+    assert (verdict.passed, verdict.total, verdict.timed_out) == (1, 2, True)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nX: "])
+def test_dripping_bytes_have_no_more_time_than_others(head: bytes) -> None:
+    stop = threading.Event()
+
+    class Dripping(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                self.request.sendall(head)
+                while not stop.wait(0.05):
+                    self.request.sendall(b"x")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dripping) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        start = time.monotonic()
+        try:
+            with pytest.raises(SandboxError):
+                HttpSandbox(url, Limits(wall_seconds=0.5), timeout=0.5).run(RIGHT, SIMPLE)
+            assert time.monotonic() - start < 5
+        finally:
+            stop.set()
+            server.shutdown()
+            thread.join()
+
+
+def test_slow_errors_are_asked_again_only_in_time(endpoint: str) -> None:
+    def slow(request: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.7)
+        return 500, b"later"
+
+    Endpoint.answers = [slow] * 99
+    start = time.monotonic()
+    with pytest.raises(SandboxError):
+        backend = HttpSandbox(endpoint, Limits(wall_seconds=1.0), timeout=1.0, retries=50)
+        backend.run(RIGHT, SIMPLE)
+    assert time.monotonic() - start < 6
+    assert len(Endpoint.requests) <= 3
+
+
+def test_an_endpoint_runs_pytest(endpoint: str) -> None:
+    backend = HttpSandbox(endpoint, LIMITS, runner="pytest")
+    backend.check()
+    verdict = backend.run(HONEST, EXAM_TESTS)
+    assert (verdict.total, verdict.score) == (15, 1.0), verdict
+    for name in ("tests that are not run", "outcomes in every descriptor", "equal to everything"):
+        assert backend.run(COMMON + EXAM_FORGERIES[name], EXAM_TESTS).tampered
+    assert "expected words" not in set_exam(EXAM_TESTS).source.partition("[")[0]
+
+
+@pytest.mark.parametrize("runner", ["separate", "pytest"])
+def test_root_runs_programs_as_another_user_or_not_at_all(
+    runner: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(uid: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(alone.isolate, "become", refuse)
+    with pytest.raises(PermissionError, match="the service runs programs as root"):
+        alone._other_user(str(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can serve as root")
+def test_served_by_root_no_memory_can_be_read(endpoint: str) -> None:
+    python = shutil.which("python3", path="/usr/bin")
+    if python is None or subprocess.run([python, "-c", VERSION]).returncode:
+        pytest.skip("there is no Python 3.11 that every user can read")
+    Endpoint.interpreter = [python]
+    os.chmod(Endpoint.folder, 0o755)
+    program = """
+import os, re
+needle = "".join(reversed(" detcepxe eht")).encode()
+def f(x):
+    pid, found = os.getpid(), []
+    while pid > 0:
+        pid = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+        try:
+            for line in open(f"/proc/{pid}/maps"):
+                low, high = (int(n, 16) for n in line.split()[0].split("-"))
+                with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+                    memory.seek(low)
+                    match = re.search(needle + b"[a-z]+", memory.read(high - low))
+                if match: return match[0].decode()
+        except OSError: pass
+    return os.getuid()
+"""
+    verdict = HttpSandbox(endpoint, LIMITS).run(program, FORGED_TESTS)
+    assert verdict.score == 0.0
+    assert "expected words" in str(verdict.cases[0].error)  # the test ran, and failed
+    other = "import os\ndef f(x): return 'the expected words' if os.getuid() > 60000 else 0"
+    assert HttpSandbox(endpoint, LIMITS).run(other, FORGED_TESTS).score == 1.0
+
+
+VERSION = "import sys; sys.exit(sys.version_info < (3, 11))"
 
 
 def test_an_unreachable_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from egspo.sandbox import Bubblewrap
+from egspo.sandbox import Bubblewrap, Limits
 from tests.sandbox.attacks import FORGERIES, PROBES
 
 TESTS = """
@@ -44,7 +44,7 @@ def sandboxed_processes() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No process, no file and no descriptor more than before."""
+    """No process, no file and no descriptor more than before, once the sandbox is closed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     processes, descriptors = sandboxed_processes(), len(os.listdir("/proc/self/fd"))
     yield
@@ -88,3 +88,62 @@ def test_the_same_attack_succeeds_where_one_process_does_all(tmp_path: Path, nam
     together = FORGERIES[name] + TESTS.replace("from solution import f", "") + "\ntest_it()\n"
     command = [sys.executable, "-I", "-c", together]
     assert subprocess.run(command, cwd=tmp_path, timeout=60, capture_output=True).returncode == 0
+
+
+def test_locks_and_asynchronous_input_are_denied(sandbox: Bubblewrap) -> None:
+    program = """
+import ctypes, fcntl, os
+def f():
+    libc, reached = ctypes.CDLL(None, use_errno=True), []
+    context = ctypes.c_ulong(0)
+    if libc.syscall(206, 1024, ctypes.byref(context)) == 0: reached.append("io_setup")
+    for path in (os.__file__, "/tmp/own"):
+        with open(path, "a" if path.startswith("/tmp") else "r") as file:
+            for lock in (fcntl.flock, fcntl.lockf):
+                try: lock(file, fcntl.LOCK_SH if lock is fcntl.flock else fcntl.LOCK_UN)
+                except OSError: continue
+                reached.append((path, lock.__name__))
+            fcntl.fcntl(file, fcntl.F_GETFL)
+    return reached
+"""
+    assert sandbox.run(program, PROBE_TESTS).score == 1.0
+
+
+def test_files_are_those_that_python_needs(sandbox: Bubblewrap) -> None:
+    program = """
+import ctypes, importlib, os, sys, zoneinfo
+def f():
+    for name in ("ssl", "sqlite3", "lzma", "bz2", "zlib", "decimal", "curses", "ctypes", "asyncio",
+                 "multiprocessing", "hashlib", "pyexpat", "readline", "uuid"):
+        importlib.import_module(name)
+    sqlite3 = sys.modules["sqlite3"]
+    assert sqlite3.connect(":memory:").execute("select 1 + 1").fetchone() == (2,)
+    assert str(zoneinfo.ZoneInfo("Europe/Vienna")) == "Europe/Vienna"
+    found = [name for name in ("/usr/bin", "/usr/lib/git-core", "/usr/lib/ssl", "/usr/include",
+                               "/usr/share/doc", "/dev/tty", "/dev/ptmx") if os.path.exists(name)]
+    packages = [path for path in sys.path if path.endswith("packages") and os.path.isdir(path)]
+    return found + [name for path in packages for name in os.listdir(path)]
+"""
+    verdict = sandbox.run(program, PROBE_TESTS)
+    assert verdict.score == 1.0, verdict
+
+
+def test_files_in_tmp_are_counted() -> None:
+    from tests.sandbox.conftest import require_bubblewrap
+
+    require_bubblewrap()
+    sandbox = Bubblewrap(Limits(tmp_files=100))
+    program = """
+import os
+def f():
+    made = 0
+    try:
+        while made < 10000:
+            os.mkdir(f"/tmp/{made}")
+            made += 1
+    except OSError: pass
+    return made < 100
+"""
+    tests = "from solution import f\ndef test_it(): assert f() is True\n"
+    assert sandbox.run(program, tests).score == 1.0
+    sandbox.close()

@@ -48,10 +48,18 @@ def reverse(node):
     return last
 """
 TESTS = """
-import collections, datetime, decimal, fractions, math, unittest
-import pytest
+import collections, contextlib, datetime, decimal, fractions, math
 import solution
 from solution import *
+
+@contextlib.contextmanager
+def raises(kind, found=None):
+    try:
+        yield
+    except kind as error:
+        found is None or found.append(error)
+    else:
+        raise AssertionError(f"did not raise {kind}")
 
 def test_objects_of_the_program():
     s = Stack()
@@ -61,15 +69,15 @@ def test_objects_of_the_program():
     assert 1 in s and 5 not in s and isinstance(s, Stack) and not isinstance(s, Vector) and s
 
 def test_exceptions():
-    with pytest.raises(CodeError, match="bad 3") as info:
+    found = []
+    with raises(CodeError, found):
         fail(3)
-    assert info.value.code == 3 and str(info.value) == "bad 3"
-    with pytest.raises(ValueError):
+    assert found[0].code == 3 and str(found[0]) == "bad 3"
+    with raises(ValueError):
         fail(4)
-    pytest.raises(solution.CodeError, solution.fail, 4)
-    with pytest.raises(AttributeError):
+    with raises(AttributeError):
         solution.absent
-    with pytest.raises(TypeError):
+    with raises(TypeError):
         fail()
 
 def test_arguments_changed_in_place():
@@ -85,14 +93,14 @@ def test_generators():
     assert list(count_up(3)) == [0, 1, 2] and sum(count_up(4)) == 6
     g = count_up(1)
     assert next(g) == 0
-    with pytest.raises(StopIteration):
+    with raises(StopIteration):
         next(g)
 
 def test_functions_of_the_tests():
     assert apply(lambda x: x + 1, [1, 2]) == [2, 3]
     assert apply(str, (1, 2)) == ["1", "2"] and apply(math.sqrt, [4]) == [2.0]
     assert apply(lambda n: n.value, [Node(7)]) == [7]
-    with pytest.raises(ZeroDivisionError):
+    with raises(ZeroDivisionError):
         apply(lambda x: 1 / 0, [1])
     @plus_one
     def f(x): return x * 2
@@ -130,44 +138,21 @@ VALUES = [None, True, 1, -5, 10**5000, 1.5, float("inf"), "é\\ud800", b"x", [1,
           collections.Counter("aab"), collections.OrderedDict(a=1), collections.deque([1], 2),
           collections.defaultdict(list, {1: [2]}), [], {}, (), "", 0.1 + 0.2]
 
-@pytest.mark.parametrize("value", VALUES)
-def test_plain_values(value):
-    result = same(value)
-    assert result == value and type(result) is type(value)
+def test_plain_values():
+    for value in VALUES:
+        result = same(value)
+        assert result == value and type(result) is type(value)
 
 def test_nan():
     result = same(float("nan"))
-    assert result != result and same([0.1 + 0.2]) == pytest.approx([0.3])
-
-@pytest.mark.parametrize("a, b", [(1, 2), (3, 4)])
-@pytest.mark.parametrize("c", [5, 6])
-def test_parameters(a, b, c):
-    assert same([a, b, c]) == [a, b, c] and a < b < c
-
-@pytest.fixture
-def stack():
-    made = Stack()
-    yield made
-    assert len(made) == 1
-
-class TestGroup:
-    def setup_method(self): self.vector = Vector(1)
-    def test_fixture(self, stack):
-        stack.push(1)
-        assert len(self.vector) == 1
-
-class TestUnittest(unittest.TestCase):
-    def setUp(self): self.value = same(1)
-    def test_equal(self): self.assertEqual(self.value, 1)
-    def test_raises(self):
-        with self.assertRaises(CodeError): fail(1)
+    assert result != result and abs(same([0.1 + 0.2])[0] - 0.3) < 1e-9
 """
 
 
 def test_what_a_test_can_do_with_a_program(sandbox: Bubblewrap) -> None:
     verdict = sandbox.run(PROGRAM, TESTS)
     assert [case for case in verdict.cases if not case.passed] == []
-    assert (verdict.total, verdict.score, verdict.error) == (50, 1.0, None)
+    assert (verdict.total, verdict.score, verdict.error) == (11, 1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +168,7 @@ def test_what_a_test_can_do_with_a_program(sandbox: Bubblewrap) -> None:
         ("def f(x): return x", "f(1) + nothing", "NameError"),
         ("import time\ndef f(x): time.sleep(9)", "f(1)", "took longer than 1 s"),
         ("import os\ndef f(x): os._exit(0)", "f(1)", "the program's process ended"),
-        ("def f(x): return x", "import pytest; pytest.importorskip('numpy')", "importorskip"),
+        ("def f(x): return x", "import pytest", "No module named 'pytest'"),
     ],
 )
 def test_a_failure_says_why(sandbox: Bubblewrap, program: str, test: str, error: str) -> None:
@@ -207,8 +192,8 @@ def test_a_program_that_does_not_load(
 
 
 def test_the_share_of_tests_passed(sandbox: Bubblewrap) -> None:
-    tests = "import pytest\nfrom solution import f\n"
-    tests += "@pytest.mark.parametrize('n', range(8))\ndef test_it(n): assert f(n) == n\n"
+    tests = "from solution import f\n"
+    tests += "".join(f"def test_{n}(): assert f({n}) == {n}\n" for n in range(8))
     program = "import os, time\ndef f(n):\n    if n == 1: os._exit(0)\n    if n == 2: return 3\n"
     verdict = sandbox.run(program + "    if n == 3: time.sleep(9)\n    return n\n", tests)
     assert [case.passed for case in verdict.cases] == [True] + [False] * 3 + [True] * 4
@@ -238,8 +223,7 @@ DIES = "import os\ndef f(x): os._exit(0)"
     ("program", "test"),
     [
         (DIES, "try: f(1)\n    except: pass"),
-        (DIES, "with pytest.raises(Exception): f(1)"),
-        (DIES, "with pytest.raises(BaseException): f(1)"),
+        (DIES, "try: f(1)\n    except Exception: pass"),
         (DIES, "assert all(map(lambda x: f(x) == 1, [1, 2]))"),
         ("import time\ndef f(x): time.sleep(9)", "try: f(1)\n    except: pass"),
         ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 1, [1, 2]))"),
@@ -249,7 +233,7 @@ DIES = "import os\ndef f(x): os._exit(0)"
 def test_what_a_careless_test_lets_pass_elsewhere(
     sandbox: Bubblewrap, program: str, test: str
 ) -> None:
-    tests = f"import pytest\nfrom solution import *\ndef test_it():\n    {test}\n"
+    tests = f"from solution import *\ndef test_it():\n    {test}\n"
     assert sandbox.run(program, tests).passed == 0
 
 
@@ -264,7 +248,6 @@ def test_what_a_careless_test_lets_pass_elsewhere(
         "assert [f(1)] == [5.25]",
         "assert {f(1)} == {5.25}",
         "assert {5.25: 1}[f(1)]",
-        "assert f(1) == pytest.approx(5.25)",
         "assert round(f(1), 2) == 5.25",
         "assert math.isclose(f(1), 5.25)",
         "assert str(f(1)) == '5.25'",
@@ -291,7 +274,7 @@ class Same:
     def __getattr__(self, name): return Same()
 def f(x): return Same()
 """
-    tests = f"import math, pytest\nfrom solution import f\ndef test_it():\n    {test}\n"
+    tests = f"import math\nfrom solution import f\ndef test_it():\n    {test}\n"
     assert sandbox.run(program, tests).passed == 0
 
 

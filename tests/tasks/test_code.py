@@ -10,11 +10,12 @@ import datasets
 import pytest
 
 from egspo.rewards.scoring import RewardError, score_completions
-from egspo.sandbox import SandboxError, SandboxUnavailable, Verdict
-from egspo.tasks import Task, build_task
+from egspo.sandbox import CaseResult, SandboxError, SandboxUnavailable, Verdict
+from egspo.tasks import Example, Task, build_task
 from egspo.tasks.code import MAX_PROGRAM, ProgramTests
 from egspo.tasks.code_tests import unsupported
 from egspo.tasks.programs import fenced
+from egspo.tasks.references import verified
 from egspo.training.evaluation import Reward
 from tests.sandbox.conftest import require_bubblewrap
 
@@ -53,28 +54,34 @@ def test_a_sandbox_that_fails_is_no_reward_of_zero() -> None:
         score_completions(runner.rewards(), ["?"], [fenced(A)], columns)
 
 
+PASSED = Verdict((CaseResult("a", True),), 1)
+
+
 # --- Test files
 
 
 @pytest.mark.parametrize(
-    ("tests", "program", "reason"),
+    ("tests", "program", "reason", "separate"),
     [
-        ("from solution import f\ndef test_a(): assert f() == 1", "import math, re", None),
-        ("import pytest\n@pytest.mark.parametrize('a', [1])\ndef test_a(a): pass", "", None),
-        ("class TestA:\n    def test_a(self): pass", "from collections import abc", None),
-        ("def test_a(): pass", "import numpy as np", "imports numpy"),
-        ("import pandas.x\ndef test_a(): pass", "", "imports pandas.x"),
-        ("from unittest.mock import patch\ndef test_a(): pass", "", "imports unittest.mock.patch"),
-        ("from unittest import mock\ndef test_a(): pass", "", "imports unittest.mock"),
-        ("def test_a(capsys): pass", "", "uses the fixture capsys"),
-        ("import pytest\ndef test_a(): pytest.skip('x')", "", "uses pytest.skip"),
-        ("from solution import f", "", "has no test function"),
-        ("def test_a(:", "", "is no Python"),
-        ("def test_a(): pass", "def f(:", "is no Python"),
+        ("from solution import f\ndef test_a(): assert f() == 1", "import math, re", None, None),
+        ("import pytest\ndef test_a(): pass", "", None, "imports pytest"),
+        ("class TestA:\n    def test_a(self): pass", "", None, "are no plain functions"),
+        ("async def test_a(): pass", "from collections import abc", None, "no plain functions"),
+        ("from unittest.mock import patch\ndef test_a(capsys): pass", "", None, "no plain"),
+        ("def test_a(): pass", "import numpy as np", "imports numpy", "imports numpy"),
+        ("import pandas.x\ndef test_a(): pass", "", "imports pandas.x", "imports pandas.x"),
+        ("def test_a(mocker): pass", "", "uses the fixture mocker", "no plain functions"),
+        ("from solution import f", "", "has no test function", "has no test function"),
+        ("def test_a(:", "", "is no Python", "is no Python"),
+        ("def test_a(): pass", "def f(:", "is no Python", "is no Python"),
     ],
 )
-def test_unsupported_test_files(tests: str, program: str, reason: str | None) -> None:
+def test_unsupported_test_files(
+    tests: str, program: str, reason: str | None, separate: str | None
+) -> None:
     assert unsupported(tests, program) == reason
+    found = unsupported(tests, program, runner="separate")
+    assert found is None if separate is None else separate in str(found)
 
 
 # --- Tasks
@@ -158,7 +165,12 @@ def score(task: Task, part: str, completions: list[str]) -> dict[str, list[float
 
 
 def test_kodcode(sources: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    options = {"train": sources["kodcode"], "validation_examples": 2, "test_examples": 3}
+    options: dict[str, Any] = {
+        "train": sources["kodcode"],
+        "validation_examples": 2,
+        "test_examples": 3,
+        "verify_solutions": "none",
+    }
     with caplog.at_level(logging.WARNING, "egspo"):
         task = build_task("kodcode", **options)
     assert "1 rows are left out: 1 imports numpy" in caplog.text
@@ -182,14 +194,55 @@ def test_kodcode(sources: dict[str, str], caplog: pytest.LogCaptureFixture) -> N
     assert score(task, "train", ["def add_5(x): return x + 5"] * 11)["tests"] == [0.0] * 11
 
 
-def test_reference_solutions_can_be_verified(
-    sources: dict[str, str], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("runner", ["pytest", "separate"])
+def test_rows_whose_reference_solution_fails_are_named(
+    sources: dict[str, str], caplog: pytest.LogCaptureFixture, runner: str
 ) -> None:
     options = {"train": sources["kodcode"], "validation_examples": 0, "test_examples": 1}
     with caplog.at_level(logging.WARNING, "egspo"):
-        task = build_task("kodcode", verify_solutions=True, **options)
+        task = build_task("kodcode", runner=runner, **options)
     assert len(task.train) + len(task.test) == 10
-    assert "their reference solution fails their tests" in caplog.text
+    assert "the reference solutions of 1 of 11 rows fail their tests, 1 rows are left out: " in (
+        caplog.text
+    )
+    assert "Write a function that adds 4 to a number." in caplog.text
+    assert "assert add_4(1) == 6" in caplog.text
+
+
+def test_a_sample_of_the_reference_solutions_is_run_where_there_are_many(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Judge(ProgramTests):
+        def verdicts(self, completions: Any, tests: Any, prelude: Any) -> list[Verdict]:
+            return [Verdict((), 1, "no") if "bad" in c else PASSED for c in completions]
+
+    judge = Judge(Echo())  # type: ignore[arg-type]
+    columns = {"tests": "", "prelude": ""}
+    train = [Example([], columns, "bad" if n % 2 else "good", f"row {n}") for n in range(100)]
+    test = [Example([], columns, "bad", f"test {n}") for n in range(10)]
+    with caplog.at_level(logging.WARNING, "egspo"):
+        kept, benchmark = verified([train, test], judge, "sample", 0, complete=1)
+    assert 60 < len(kept) < 80
+    assert len(benchmark) == 10
+    assert "of 64 rows fail their tests" in caplog.text
+    assert "verify_solutions: all runs those of all rows" in caplog.text
+    assert len(verified([train, test], judge, "all", 0, complete=1)[0]) == 50
+    assert len(verified([train, test], judge, "none", 0)[0]) == 100
+
+
+def test_tampering_is_counted(sources: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    options = {"train": sources["kodcode"], "validation_examples": 0, "test_examples": 1}
+    task = build_task("kodcode", verify_solutions="none", **options)
+    (place,) = [n for n, e in enumerate(task.train) if "adds 5 " in str(e.question)] or [0]
+    example = task.train[place]
+    name = str(example.question).split()[5]
+    forged = "class Same:\n    def __eq__(self, other): return True\n"
+    forged += f"def add_{name}(x): return Same()\n"
+    columns = {column: [value] for column, value in example.columns.items()}
+    with caplog.at_level(logging.WARNING, "egspo"):
+        scored = score_completions(task.rewards, ["?"], [fenced(forged)], columns)
+    assert scored.per_function["tests"].tolist() == [0.0]
+    assert "1 of 1 programs tampered with their tests, and score 0" in caplog.text
 
 
 def test_mbpp(sources: dict[str, str]) -> None:
@@ -233,6 +286,8 @@ def test_humaneval(sources: dict[str, str]) -> None:
     [
         ({"sandbox": "docker"}, ValueError, "sandbox must be one of"),
         ({"sandbox": "http"}, ValueError, "url goes with sandbox: http"),
+        ({"runner": "nose"}, ValueError, "runner must be one of"),
+        ({"verify_solutions": True}, ValueError, "verify_solutions must be one of"),
         ({"limits": {"memory": 1}}, ValueError, "limits has no 'memory'"),
         ({"limits": [1]}, ValueError, "limits must be a mapping"),
         ({"workers": 0}, ValueError, "workers must be >= 1"),

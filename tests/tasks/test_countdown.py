@@ -280,6 +280,37 @@ def test_problems_of_a_source(tmp_path: Path) -> None:
         build_task("countdown", train=str(file), numbers=5)
 
 
+def test_the_common_test_file_is_a_test_set(tmp_path: Path) -> None:
+    rows = [{"input": "30,100,93", "output": "23"}, {"input": "[3 5 7]", "output": "26"}]
+    rows += [{"input": "1,2", "output": "3"}]
+    file = tmp_path / "countdown_cd3_test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    easy: dict[str, Any] = {"largest": 9, "targets": [26, 26], "validation_examples": 5}
+    made = build_task("countdown", test=str(file), train_examples=50, **easy)
+    assert [e.columns for e in made.test] == [
+        {"nums": [30, 100, 93], "target": 23},
+        {"nums": [3, 5, 7], "target": 26},
+    ]
+    taken = set(keys(made.test))
+    assert not taken & set(keys(made.train)) and not taken & set(keys(made.validation))
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"numbers": [i, 5, 7], "goal": 26}) + "\n" for i in range(1, 9))
+    )
+    names = {"nums": "numbers", "target": "goal"}
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"nums": "30,100,93", "target": 23}\n{"nums": "7, 5, 3", "target": 26}\n')
+    options: dict[str, Any] = {"train": str(tmp_path / "train.jsonl"), "validation_examples": 1}
+    read = build_task("countdown", test=str(test), columns=names, **options)
+    assert (len(read.train), len(read.validation), len(read.test)) == (6, 1, 2)
+    with pytest.raises(ValueError, match=r"lacks the columns 'nums', 'target'; it has \['numbers'"):
+        build_task("countdown", test=str(test), **options)
+    test.write_text('{"nums": "30,many,1", "target": 23}\n{"nums": "7,5,3", "target": 26}\n')
+    with pytest.raises(ValueError, match=r"row 0: .*'30,many,1', expected whole.* 1 of 2 rows"):
+        build_task("countdown", test=str(test))
+    skipping = build_task("countdown", test=str(test), skip_bad_rows=0.5, train_examples=9)
+    assert len(skipping.test) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from egspo.rewards.scoring import score_completions
 from egspo.tasks import Task, build_task
 from egspo.tasks.answers import in_format
-from egspo.tasks.gsm8k import correctness, integer, number, solved
+from egspo.tasks.gsm8k import correctness, integer, solved
+from egspo.tasks.numbers import last_number, number
 from tests.tasks.hostile import HUGE, SMALL
 
 ROWS = [
@@ -108,6 +112,57 @@ def test_the_metric_is_more_lenient_than_the_reward(completion: str, right: floa
 )
 def test_spellings_of_a_number(text: str) -> None:
     assert number(text) == 1250
+
+
+@pytest.mark.parametrize(
+    "text", ["-5", "\u22125", "-$5", "$-5", "\\$-5", "- 5", "\u2212 $5.00", "-5%", "$-5$", "-5."]
+)
+def test_every_minus_sign_is_one(text: str) -> None:
+    assert number(text) == -5
+
+
+@st.composite
+def spelled(draw: st.DrawFn) -> tuple[str, Fraction]:
+    """A number, however it is written, and its value."""
+    whole, digits = draw(st.integers(0, 10**9)), draw(st.sampled_from(["", ".", ".0", ".50"]))
+    comma = draw(st.sampled_from(["", ",", "{,}", "\\,", "\u2009"]))
+    text = f"{whole:,}".replace(",", comma) + digits
+    sign = draw(st.sampled_from(["", "-", "+", "\u2212", "\u2013"]))
+    currency = draw(st.sampled_from(["", "$", "\\$", "€"]))
+    before = draw(st.sampled_from([sign + currency, currency + sign]))
+    after = draw(st.sampled_from(["", "%", "\\%", " ", "."])) if not digits else ""
+    wrapper = "{}" if "$" in currency else draw(st.sampled_from(["{}", "${}$", "\n{}\n"]))
+    value = Fraction(f"{whole}.{digits.strip('.') or 0}")
+    return wrapper.format(before + text + after), value * (1 if sign in ("", "+") else -1)
+
+
+@given(spelled())
+def test_every_spelling_of_a_number_is_read(pair: tuple[str, Fraction]) -> None:
+    text, value = pair
+    gold = str(float(value))
+    assert number(text) == last_number(text) == value
+    assert correctness(["?"], [f"<answer>{text}</answer>"], [gold]) == [1.0]
+    assert correctness(["?"], [f"<answer>{text}</answer>"], [str(float(value) + 1)]) == [0.0]
+    assert correctness(["?"], [f"<answer>{text} and 7</answer>"], [gold]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("72, altogether", 72),
+        ("9{,}500 dollars", 9500),
+        ("a loss of -$5", -5),
+        ("a loss of \u22125 dollars", -5),
+        ("10-7", 7),
+        ("10 - 7", 7),
+        ("x=-7", -7),
+        ("1,250.50 in all", Fraction("1250.5")),
+        ("12,50 €", None),
+        ("none", None),
+    ],
+)
+def test_the_last_number_in_a_text(text: str, value: Any) -> None:
+    assert last_number(text) == value
 
 
 @pytest.mark.parametrize(

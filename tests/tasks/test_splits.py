@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from egspo.tasks.columns import ColumnNames
+from egspo.tasks.rows import check_share, read_rows
 from egspo.tasks.splits import load_splits, normalise, split_off, without
 
 QUESTIONS = [f"Tom has {i} apples; how many?" for i in range(40)]
@@ -154,3 +159,75 @@ def test_bad_splits(tmp_path: Path, options: dict[str, Any], message: str) -> No
     train = write(tmp_path / "a.jsonl", QUESTIONS)
     with pytest.raises(ValueError, match=message):
         load(train, None, **options)
+
+
+COLUMNS = {"q": str, "n": int}
+
+
+def rows(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def positive(row: dict[str, Any]) -> dict[str, Any]:
+    if row["n"] < 0:
+        raise ValueError(f"n is {row['n']}, which is negative")
+    return {**row, "n": row["n"] * 10}
+
+
+def test_rows_are_read_by_the_names_of_the_file(tmp_path: Path) -> None:
+    theirs = rows(tmp_path / "a.jsonl", [{"question": "A?", "n": 1, "more": "x"}])
+    ours = rows(tmp_path / "b.jsonl", [{"q": "B?", "n": 2}])
+    names = ColumnNames({"q": "question"}, COLUMNS)
+    assert read_rows(theirs, COLUMNS, names=names) == [{"q": "A?", "n": 1}]
+    names.check_used()
+    assert read_rows(ours, COLUMNS, names=names) == [{"q": "B?", "n": 2}]
+    unused = ColumnNames({"q": "problem"}, COLUMNS)
+    assert read_rows(ours, COLUMNS, names=unused) == [{"q": "B?", "n": 2}]
+    with pytest.raises(ValueError, match="no data has the column 'problem', which 'q' stands for"):
+        unused.check_used()
+    with pytest.raises(ValueError, match=r"lacks the column 'q'; it has .* the option `columns`"):
+        read_rows(theirs, COLUMNS, names=unused)
+    text = tmp_path / "a.csv"
+    text.write_text("question,n\n007,1\n")
+    assert read_rows(str(text), COLUMNS, names=names) == [{"q": "007", "n": 1}]
+
+
+def test_wrong_rows_are_counted_and_left_out_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records: list[dict[str, Any]] = [{"q": f"{i}?", "n": i} for i in range(8)]
+    file = rows(tmp_path / "a.jsonl", [*records, {"q": "x", "n": -1}, {"q": None, "n": 3}])
+    count = r"2 of 10 rows are wrong \(rows 8, 9\)"
+    with pytest.raises(ValueError, match=rf"a\.jsonl, row 8: n is -1.* {count}; skip_bad_rows"):
+        read_rows(file, COLUMNS, read=positive)
+    with pytest.raises(ValueError, match=rf"{count}; skip_bad_rows allows a share of 0\.1"):
+        read_rows(file, COLUMNS, read=positive, skip_bad_rows=0.1)
+    with caplog.at_level(logging.WARNING, "egspo"):
+        kept = read_rows(file, COLUMNS, read=positive, skip_bad_rows=0.2)
+    assert [row["n"] for row in kept] == [i * 10 for i in range(8)]
+    assert re.search(rf"{count} are left out: .*row 8: n is -1", caplog.text)
+    with pytest.raises(ValueError, match="10 of 10 rows"):
+        read_rows(file, {"q": int, "n": int}, skip_bad_rows=1.0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, "0.1", True, None])
+def test_a_share_is_a_number(share: object) -> None:
+    with pytest.raises(ValueError, match="skip_bad_rows is the share"):
+        check_share(share)
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_and_marks_are_no_text(tmp_path: Path, ending: str, mark: str) -> None:
+    wanted = [{"q": "a\nb", "n": 1}]
+    line = json.dumps({"q": f"a{ending}b", "n": 1})
+    for name, text in (
+        ("a.jsonl", f"{mark}{line}\r\n"),
+        ("a.json", f"{mark}[{line}]"),
+        ("a.csv", f'{mark}q,n\r\n"a{ending}b",1\r\n'),
+    ):
+        (tmp_path / name).write_bytes(text.encode())
+        assert read_rows(str(tmp_path / name), COLUMNS) == wanted
+    datasets.Dataset.from_list([json.loads(line)]).to_parquet(str(tmp_path / "a.parquet"))
+    assert read_rows(str(tmp_path / "a.parquet"), COLUMNS) == wanted

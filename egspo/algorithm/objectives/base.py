@@ -45,9 +45,13 @@ class Objective(Protocol):
     def advantages(self, batch: Batch, one_step: OneStepCompletions | None) -> Tensor:
         """Of every state, float64 [M] on the CPU."""
 
-    def share(self, states: States) -> float:
-        """Weight of each state in the loss of its sequence. It must not depend on what was sampled:
-        a skipped group or a padded step counts as a zero."""
+    def counts(self, advantage: Tensor) -> Tensor:
+        """bool [M]: which states have a loss with a gradient. The others are not passed again."""
+
+    @property
+    def share(self) -> float:
+        """Weight of a state in the loss of its sequence. It must not depend on what was sampled: a
+        skipped group or a padded step counts as a zero."""
 
     def loss(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float

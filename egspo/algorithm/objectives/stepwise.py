@@ -63,8 +63,12 @@ class StepwiseObjective:
     def advantages(self, batch: Batch, one_step: OneStepCompletions | None) -> Tensor:
         return state_advantages(self.config.algorithm, batch, one_step, self.processes)
 
-    def share(self, states: States) -> float:
-        return 1.0 / states.ranks if self._joint else 1.0
+    def counts(self, advantage: Tensor) -> Tensor:
+        return (advantage != 0) | (self.config.algorithm.beta > 0)
+
+    @property
+    def share(self) -> float:
+        return 1.0 / self.config.ranks if self._joint else 1.0
 
     def loss(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float

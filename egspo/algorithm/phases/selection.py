@@ -16,7 +16,10 @@ from egspo.engines.reduction import Count, part
 def select_states(
     samples: Samples, config: TrainConfig, eos_id: int, processes: Processes
 ) -> Selection:
-    """Selected states of the groups that have something to teach.
+    """Selected states of the groups that can have something to teach.
+
+    Left out are groups of which every advantage is known to be zero, where nothing but advantages
+    counts: equal final rewards with neither one-step completions, whose rewards may differ, nor KL.
 
     Args:
         samples: with their rewards.
@@ -25,7 +28,8 @@ def select_states(
         processes: this one among all of them.
     """
     algorithm, groups = config.algorithm, samples.groups
-    teaches = groups_with_spread(samples.rewards)
+    equal = ~groups_with_spread(samples.rewards)
+    teaches = ~equal | (algorithm.stepwise or algorithm.beta > 0)
     sequences = [s for s in groups.sequences if teaches[s // groups.size]]
     device = samples.trajectory.tokens.device
     rows = torch.tensor(sequences, dtype=torch.int64) - groups.sequences.start
@@ -44,11 +48,11 @@ def select_states(
         sequence_ids=groups.ids(sequences).to(device),
     )
     if algorithm.entropy_share is not None:
-        # K of the longest row anywhere: the denominator and the optimizer steps of everyone.
+        # K of the longest row anywhere: the optimizer steps of everyone.
         used = int((selected >= 0).sum(1).max()) if len(selected) else 0
         selected = selected[:, : max(processes.largest(used), 1)]
     states = States.from_selection(trajectory, selected)
-    return Selection(states, sequences, skipped_groups=int((~teaches).sum()))
+    return Selection(states, sequences, int(equal.sum()), skipped_groups=int((~teaches).sum()))
 
 
 def selection_metrics(selection: Selection) -> Metrics:
@@ -56,6 +60,7 @@ def selection_metrics(selection: Selection) -> Metrics:
     states = selection.states
     trajectory = states.trajectory
     return {
+        "reward/equal_groups": selection.equal_groups,
         "skipped/groups": selection.skipped_groups,
         "selected/k": states.ranks,
         "selected/histogram": histogram(states.step, trajectory.num_steps).tolist(),

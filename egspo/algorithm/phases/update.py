@@ -11,11 +11,12 @@ from torch import Tensor
 from egspo.algorithm.batch import Batch, Metrics
 from egspo.algorithm.micro_batches import MicroBatches, release_memory
 from egspo.algorithm.objectives.base import Objective
+from egspo.algorithm.states import States
 from egspo.config import TrainConfig
 from egspo.engines import Engine
 from egspo.engines.optimization import NonFiniteError
 from egspo.engines.processes import Processes
-from egspo.engines.reduction import surrogate_metrics
+from egspo.engines.reduction import Count, surrogate_metrics
 from egspo_kernels import Surrogate
 
 
@@ -36,11 +37,13 @@ class Update:
         algorithm = self.config.algorithm
         # The engine's mean over processes makes this one over all sequences.
         sequences = batch.samples.rewards.numel() / self.processes.count
-        weight = self.objective.share(batch.states) / sequences
+        weight = self.objective.share / sequences
+        counts = self.objective.counts(advantage)
+        groups = [self._kept(batch.states, group, counts) for group in batch.scores.groups]
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
         for _ in range(algorithm.num_iterations):
-            for group in batch.scores.groups:
+            for group in groups:
                 outcome = self._accumulate(batch, group, advantage, weight)
                 if not self.engine.reduce_gradients(bool(group)):
                     continue
@@ -48,7 +51,16 @@ class Update:
                 self.before_step()
                 self.engine.step()
                 outcomes.append(outcome)
-        return surrogate_metrics(outcomes, norms, with_kl=algorithm.beta > 0)
+        metrics = surrogate_metrics(outcomes, norms, with_kl=algorithm.beta > 0)
+        return {"skipped/states": Count(int((~counts).sum())), **metrics}
+
+    def _kept(self, states: States, group: list[Tensor], counts: Tensor) -> list[Tensor]:
+        """The micro-batches of ``group`` without the states that do not count, packed again."""
+        kept = [index[counts[index]] for index in group]
+        if sum(map(len, kept)) == sum(map(len, group)):
+            return group  # in the shapes of the replay
+        left = torch.cat(kept)
+        return self.micro_batches.split(states, [left] if len(left) else [])
 
     def _accumulate(
         self, batch: Batch, group: list[Tensor], advantage: Tensor, weight: float

@@ -42,8 +42,9 @@ class AlgorithmConfig:
     """Over those positions."""
     entropy_at: Literal["one", "sampling"] = "one"
     """Temperature of the step entropy."""
-    stop_at_eos: bool = True
-    """Only steps up to the last one that revealed a non-EOS token are candidates."""
+    stop_at_eos: bool = False
+    """Only steps up to the last one that revealed a non-EOS token are candidates: what decides
+    where a completion ends is then left out, which biases the gradient."""
     stepwise: bool = True
     """EGSPO-SA: score the greedy one-step completion of every selected state. False is EGSPO."""
     lam: float = 0.5
@@ -58,9 +59,10 @@ class AlgorithmConfig:
     returns: Literal["joint", "split"] = "joint"
     """The baseline is subtracted from the whole stepwise return, or (``split``) from the final
     reward alone."""
-    baseline: Literal["rank", "group"] = "rank"
-    """Mean over the group at the same selection rank, or over all its selected steps. ``group``
-    averages in values of later states of the same trajectory: a bias of order 1 / group_size."""
+    baseline: Literal["group", "rank"] = "group"
+    """Mean over the whole group, of the own completion only the return itself; or over the group at
+    the same selection rank, as the published code does: biased, since the rank of a state depends
+    on what its action led to."""
     scale_by_std: bool = False
     """Divide advantages by the group's standard deviation, as GRPO does."""
     clip_low: float = 0.2

@@ -7,7 +7,9 @@ from typing import Literal
 
 from egspo.config.options.checks import require
 
-Policy = Literal["low_confidence", "random", "max_prob", "margin", "entropy"]
+Policy = Literal[
+    "low_confidence", "random", "max_prob", "margin", "entropy", "entropy_bounded", "sequential"
+]
 
 
 BlockCache = Literal["none", "prefix", "dual"]
@@ -35,7 +37,8 @@ class GenerationConfig:
     guidance: float = 0.0
     """Strength of classifier-free guidance, for a second forward pass per step; 0 for none."""
     threshold: float | None = None
-    """Besides a step's quota, reveal every position that scores at least this under ``policy``.
+    """Besides a step's quota, reveal every position that scores at least this under ``policy``, or
+    with ``entropy_bounded`` the positions of least entropy that add up to less than so many nats.
     The quota, ``block_length`` over the steps of a block, is then the least a step reveals, and
     ``steps`` the most a completion takes."""
     max_tokens_per_step: int | None = None
@@ -77,10 +80,18 @@ class GenerationConfig:
         threshold, most = self.threshold, self.max_tokens_per_step
         if threshold is None:
             require(
+                self.policy != "entropy_bounded",
+                "generation.policy: entropy_bounded needs generation.threshold, the bound in nats",
+            )
+            require(
                 most is None,
                 f"generation.max_tokens_per_step ({most}) needs generation.threshold: without it "
                 "every step reveals its quota",
             )
+            return
+        if self.policy == "entropy_bounded":
+            require(threshold > 0, f"generation.threshold must be > 0 nats, got {threshold}")
+            self._check_most()
             return
         policies = ("max_prob", "margin", "low_confidence")
         require(
@@ -89,7 +100,10 @@ class GenerationConfig:
             f"{self.policy!r} does not have; choose from {policies}",
         )
         require(0 < threshold <= 1, f"generation.threshold must be in (0, 1], got {threshold}")
-        least = -(-self.max_new_tokens // self.steps)
+        self._check_most()
+
+    def _check_most(self) -> None:
+        least, most = -(-self.max_new_tokens // self.steps), self.max_tokens_per_step
         require(
             most is None or least <= most <= self.block_length,
             f"generation.max_tokens_per_step must be between {least}, the quota of a step, and "

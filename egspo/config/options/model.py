@@ -10,7 +10,7 @@ from egspo.config.options.checks import require
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on the seven projections of every block (never the LM head)."""
+    """Low-rank adapters on the projections of attention, MLPs and shared experts."""
 
     rank: int = 128
     """Columns of each factor."""
@@ -19,7 +19,7 @@ class LoraConfig:
     dropout: float = 0.05
     """Of the adapter's inputs, where training is supervised: RL runs without."""
     target_modules: list[str] | None = None
-    """Module names or suffixes; None for all seven projections."""
+    """Module names or suffixes; None for all of these projections."""
 
     def __post_init__(self) -> None:
         require(self.rank > 0, f"model.lora.rank must be > 0, got {self.rank}")
@@ -35,8 +35,8 @@ class ModelConfig:
     """Local folder or hub name, for example ``GSAI-ML/LLaDA-8B-Instruct`` or
     ``Dream-org/Dream-v0-Instruct-7B``."""
     config: dict[str, Any] | None = None
-    """Fields of a configuration for a new model, LLaDA's unless ``model_type: Dream`` is among
-    them; the vocabulary comes from the tokenizer."""
+    """Fields of a configuration for a new model, LLaDA's unless a ``model_type`` is among them
+    (``Dream``, ``sdar``, ``sdar_moe``, ``llada2_moe``); the vocabulary comes from the tokenizer."""
     tokenizer: str | None = None
     """Folder or hub name; None takes ``path``'s, or the character tokenizer for a new model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -45,7 +45,12 @@ class ModelConfig:
     """``nf4``: the frozen base under an adapter in 4 bits (QLoRA), by bitsandbytes. The head stays
     in ``dtype``."""
     attn_implementation: str = "sdpa"
-    """As transformers names them, for example ``eager``, ``sdpa`` or ``flash_attention_2``."""
+    """As transformers names them, for example ``eager``, ``sdpa`` or ``flash_attention_2``; with a
+    block-causal model on a GPU, ``flex_attention`` leaves out what a pass over copies masks."""
+    block_size: int | None = None
+    """Of a block-causal model, in place of its own; ``generation.block_length`` must equal it."""
+    train_routers: bool = False
+    """Without an adapter, also train which experts a token goes to, where the model has any."""
     gradient_checkpointing: bool = False
     """The backward pass computes each layer again, and only the layers' inputs are kept for it."""
     activation_offload: bool = False
@@ -60,6 +65,14 @@ class ModelConfig:
         require(
             (self.path is None) != (self.config is None),
             "model needs exactly one of model.path (a checkpoint) and model.config (a new model)",
+        )
+        require(
+            self.block_size is None or self.block_size > 0,
+            f"model.block_size must be > 0, got {self.block_size}",
+        )
+        require(
+            not (self.train_routers and self.has_adapter),
+            "model.train_routers: true trains weights of the base, which an adapter freezes",
         )
         require(
             self.adapter is None or self.lora is None,

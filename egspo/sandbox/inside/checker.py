@@ -10,7 +10,6 @@ import socket
 import sys
 import types
 
-from . import pytest_subset
 from .remote import TESTS_MODULE, Session
 from .wire import Channel
 
@@ -54,16 +53,18 @@ def run(
 ) -> None:
     """Every test in ``tests``, each with a fresh process of the program.
 
-    Writes to ``results`` lines of JSON: ``{"started"}`` once both sides run, for each test
-    ``{"name", "of": number of tests, "passed", "error", "timeout"}``, and at last ``{"end": why
-    there are no more, or None, "timeout"}``. ``prefix`` begins each.
+    A test is a function whose name begins with ``test`` and that has no parameters.
+
+    Writes to ``results`` lines of JSON, after ``=``: ``{"started"}`` once both sides run, for each
+    test ``{"name", "of": number of tests, "passed", "error", "timeout"}``, and at last ``{"end":
+    why there are no more, or None, "timeout"}``. ``prefix`` begins each.
     """
     linecache.cache[_FILE] = (len(tests), None, tests.splitlines(keepends=True), _FILE)
     if control.recv(1) != b"S":
         return  # the other sandbox could not be set up, and says why
 
     def write(line: dict[str, Any]) -> None:
-        os.write(results, f"{prefix}{json.dumps(line)}\n".encode())
+        os.write(results, f"{prefix}={json.dumps(line)}\n".encode())
 
     write({"started": True})
     write(_run_all(tests, control, test_seconds, write))
@@ -135,12 +136,15 @@ def _no_test() -> None:
 
 
 def _load(tests: str, session: Session) -> list[tuple[str, Callable[[], None]]]:
-    sys.modules["pytest"] = pytest_subset.as_module()
     sys.modules["solution"] = _RemoteModule(session)
     module = types.ModuleType(TESTS_MODULE)
     sys.modules[TESTS_MODULE] = module
     exec(compile(tests, _FILE, "exec", dont_inherit=True), module.__dict__)
-    return pytest_subset.collect(module.__dict__)
+    return [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, types.FunctionType) and name.startswith("test")
+    ]
 
 
 class _RemoteModule(types.ModuleType):
@@ -153,7 +157,7 @@ class _RemoteModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name == "__all__":  # `import *` must not give the tests another `len`
             names = self._egspo_session.request("names")
-            own = ("pytest", "solution", *dir(sys.modules["builtins"]))
+            own = ("solution", *dir(sys.modules["builtins"]))
             return [str(name) for name in names if name not in own]
         if name.startswith("__"):
             raise AttributeError(name)
