@@ -66,7 +66,7 @@ def evaluation(folder: Path, rank: int) -> None:
     from egspo.cli import main
 
     lengths = ["--lengths", "20", "--steps", "5", "--block-length", "20"]
-    more = ["--limit", "2", "--samples", "3", "--batch-size", "2"]
+    more = ["--limit", "2", "--samples", "3", "--batch-size", "2", "--temperature", "0.7"]
     arguments = ["eval", str(folder.parent / "model" / "run"), *lengths, *more]
     code = main([*arguments, "--output-dir", str(folder / "run")])
     if code:
