@@ -259,7 +259,7 @@ def test_a_full_disk_is_said_whoever_noticed_it(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0")
 
-    with pytest.raises(OSError, match="final could not be saved: .*failed writing"):
+    with pytest.raises(OSError, match=r"final could not be saved: .*failed writing"):
         publish(tmp_path / "final", write)
     assert not list(tmp_path.iterdir())
 
