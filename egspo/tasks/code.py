@@ -80,6 +80,8 @@ class ProgramTests:
         if not (extract_tested(completion, tests) or "").strip():
             return "no block with a program"
         (verdict,) = self.verdicts([completion], [tests], [prelude])
+        if verdict.tampered:
+            return "forged the results of its tests"
         failed = [f"{case.name}: {case.error}" for case in verdict.cases if not case.passed]
         told = [verdict.error] if verdict.error else failed[:3]
         return "; ".join([f"{verdict.passed} of {verdict.total} tests pass", *told])
