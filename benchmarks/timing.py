@@ -162,16 +162,19 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return max(itertools.accumulate((size for _, size in sorted(changes)), initial=0))
 
 
-def measure_ceilings(device: torch.device) -> dict[str, Any]:
+def measure_ceilings(device: torch.device, *, tiny: bool = False) -> dict[str, Any]:
     """What this device reaches: copy bandwidth and matrix product rate.
+
+    Args:
+        tiny: of sizes that take no time and say nothing, for rehearsals.
 
     Returns:
         ``bytes_per_second``, read and written bytes of a copy far larger than any cache;
         ``flops_per_second`` by dtype of the operands of a square product.
     """
     gpu = device.type == "cuda"
-    bandwidth = _copy_bandwidth(2**30 if gpu else 2**28, device)
-    size = 8192 if gpu else 1024
+    bandwidth = _copy_bandwidth(2**16 if tiny else 2**30 if gpu else 2**28, device)
+    size = 64 if tiny else 8192 if gpu else 1024
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

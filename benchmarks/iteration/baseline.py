@@ -6,14 +6,15 @@ loss and gradient (``tests/benchmarks/test_iteration.py``). What differs is how:
 * every forward pass has logits of the whole canvas, prompt included;
 * the rollout keeps every canvas, and the probabilities of the revealed tokens over the whole
   vocabulary, from which step entropies are taken afterwards;
-* states are replayed one at a time, with a softmax over the whole canvas, and gradients of the
-  states accumulate.
+* states are passed one at a time, with a softmax over the whole canvas, by the reference policy
+  and by the policy, and gradients of the states accumulate.
 
 Nothing slows it down beyond that: sequences are denoised in the same batches, attention is the same
-fused one, a state's replay gives its old log-probability and its one-step completion in one pass,
-nothing is read back from the device between steps or states, and noise is drawn only where a token
-may be revealed (published code draws float64 noise over the canvas). On a GPU that noise comes from
-plain tensor operations, where egspo's sampling kernel draws its own.
+fused one, one-step completions are read off the logits of the rollout, old log-probabilities are
+those of the update's own pass, nothing is read back from the device between steps or states, and
+noise is drawn only where a token may be revealed (published code draws float64 noise over the
+canvas). On a GPU that noise comes from plain tensor operations, where egspo's sampling kernel draws
+its own.
 
 Not in it, as published code has it otherwise or not at all: padding, early exit, block caches,
 guidance, several inner epochs, exact KL.
@@ -46,16 +47,16 @@ class Denoised:
     """T tensors int64 [B, n], the columns that each step revealed."""
     probs: list[Tensor]
     """T tensors float32 [B, n, V], the probabilities that the revealed tokens had."""
+    greedy: list[Tensor]
+    """T tensors int64 [B, S], each canvas completed by the most likely tokens; none for EGSPO."""
     final: Tensor
     """int64 [B, S]."""
 
 
 @dataclass
 class Replayed:
-    """What replay found for the K selected states of B trajectories."""
+    """What is known of the K selected states of B trajectories before the update."""
 
-    old_log_prob: Tensor
-    """float32 [B, K]."""
     ref_log_prob: Tensor
     """float32 [B, K]; zeros without a reference."""
     completions: Tensor
@@ -132,6 +133,7 @@ class Baseline:
             denoised = self.rollout()
         if follow is not None:
             redirect(denoised, *follow[:2])
+            self._complete(denoised)
         with meter.phase("select"):
             selected = self.select(denoised)
         if follow is not None:
@@ -163,7 +165,7 @@ class Baseline:
         config, mask_id = self.config.generation, self.denoiser.mask_id
         rows, offset = prompts.shape
         canvas = torch.nn.functional.pad(prompts, (0, config.max_new_tokens), value=mask_id)
-        canvases, revealed, stored = [], [], []
+        canvases, revealed, stored, greedy = [], [], [], []
         steps = config.steps * config.block_length // config.max_new_tokens
         quotas = [
             config.block_length // steps + (i < config.block_length % steps) for i in range(steps)
@@ -183,12 +185,14 @@ class Baseline:
                 score[:, block] = probs[:, block].amax(2)
                 score = score.masked_fill(canvas != mask_id, float("-inf"))
                 chosen = score.sort(dim=1, descending=True, stable=True).indices[:, :quota]
+                if self.config.algorithm.stepwise:
+                    greedy.append(canvas.where(canvas != mask_id, logits.argmax(2)))
                 canvases.append(canvas)
                 revealed.append(chosen)
                 index3 = chosen[:, :, None].expand(-1, -1, probs.shape[2])
                 stored.append(probs.gather(1, index3))
                 canvas = canvas.scatter(1, chosen, sampled.gather(1, chosen))
-        return Denoised(canvases, revealed, stored, canvas)
+        return Denoised(canvases, revealed, stored, greedy, canvas)
 
     def select(self, denoised: Denoised) -> Tensor:
         """The K steps of highest entropy, int64 [B, K]."""
@@ -201,26 +205,21 @@ class Baseline:
 
     @torch.no_grad()
     def replay(self, denoised: Denoised, selected: Tensor) -> Replayed:
-        """Old and reference log-probabilities, and greedy one-step completions, state by state."""
+        """Reference log-probabilities and greedy one-step completions, state by state."""
         algorithm = self.config.algorithm
         length = self.config.generation.max_new_tokens
-        old = torch.empty(selected.shape, device=selected.device)
-        ref = torch.zeros_like(old)
+        ref = torch.zeros(selected.shape, device=selected.device)
         completions = selected.new_empty((*selected.shape, length if algorithm.stepwise else 0))
         for row, steps in enumerate(selected.tolist()):
             for rank, step in enumerate(steps):
                 canvas = denoised.canvases[step][row : row + 1]
-                logits = self._logits(canvas)
-                old[row, rank] = self._step_log_prob(logits, denoised, row, step)
                 if algorithm.stepwise:
-                    masked = canvas == self.denoiser.mask_id
-                    greedy = torch.where(masked, logits.argmax(2), canvas)
-                    completions[row, rank] = greedy[0, -length:]
+                    completions[row, rank] = denoised.greedy[step][row, -length:]
                 if algorithm.beta > 0:
                     with self.denoiser.reference():
                         logits = self._logits(canvas)
                     ref[row, rank] = self._step_log_prob(logits, denoised, row, step)
-        return Replayed(old, ref, completions)
+        return Replayed(ref, completions)
 
     def advantages(self, denoised: Denoised, replayed: Replayed) -> Tensor:
         """float32 [B, K]: the return less its mean over the group at the same rank."""
@@ -229,9 +228,9 @@ class Baseline:
         returns = self._rewards(denoised.final[:, -length:])[:, None]
         if algorithm.stepwise:
             values = self._rewards(replayed.completions.flatten(0, 1))
-            values = values.view(replayed.old_log_prob.shape)
+            values = values.view(replayed.ref_log_prob.shape)
             returns = (returns + algorithm.lam * (returns - values)) / (1 + algorithm.lam)
-        groups = returns.expand_as(replayed.old_log_prob).unflatten(0, (-1, algorithm.group_size))
+        groups = returns.expand_as(replayed.ref_log_prob).unflatten(0, (-1, algorithm.group_size))
         return (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
 
     def update(
@@ -245,7 +244,7 @@ class Baseline:
             for rank, step in enumerate(steps):
                 logits = self._logits(denoised.canvases[step][row : row + 1])
                 log_prob = self._step_log_prob(logits, denoised, row, step)
-                ratio = (log_prob - replayed.old_log_prob[row, rank]).exp()
+                ratio = (log_prob - log_prob.detach()).exp()
                 gain = advantage[row, rank]
                 loss = -torch.minimum(ratio * gain, ratio.clamp(low, high) * gain)
                 if algorithm.beta > 0:
@@ -260,6 +259,16 @@ class Baseline:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(total)
+
+    @torch.no_grad()
+    def _complete(self, denoised: Denoised) -> None:
+        """One-step completions of other canvases than those of the rollout; not counted."""
+        work, mask_id = self.work.copy(), self.denoiser.mask_id
+        for step in range(len(denoised.greedy)):
+            canvas = denoised.canvases[step]
+            logits = self._logits(canvas)
+            denoised.greedy[step] = canvas.where(canvas != mask_id, logits.argmax(2))
+        self.work = work
 
     def _logits(self, canvas: Tensor) -> Tensor:
         """float32 [B, S, V] of the whole canvas, [MASK] left out."""
@@ -288,7 +297,7 @@ class Baseline:
         return torch.tensor(total, device=tokens.device)
 
 
-_BY_STEP = ("canvases", "revealed", "probs")
+_BY_STEP = ("canvases", "revealed", "probs", "greedy")
 
 
 def redirect(denoised: Denoised, tokens: Tensor, unmask_step: Tensor) -> None:

@@ -94,6 +94,8 @@ class Problem:
                 selected_steps=self.selected_steps,
                 stepwise=stepwise,
                 stop_at_eos=False,
+                baseline="rank",  # as published code has it
+                one_step="rollout",  # as ``auto`` decides at the size of an 8B model
                 beta=self.beta,
             ),
             optimizer=OptimizerConfig(learning_rate=1e-30),

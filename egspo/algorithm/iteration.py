@@ -48,8 +48,12 @@ class Iteration:
             denoiser.block_size is not None,
         )
         self.phase = PhaseClock(denoiser, processes)
-        self.rollout = Rollout(config, data, denoiser, self.rewards)
-        self.objective = StepwiseObjective(config, denoiser, self.micro_batches, processes)
+        lengths = [len(ids) for ids in data.train.token_ids]
+        self.objective = StepwiseObjective(
+            config, denoiser, self.micro_batches, processes, sum(lengths) / len(lengths)
+        )
+        complete = self.objective.completes_in_rollout
+        self.rollout = Rollout(config, data, denoiser, self.rewards, complete)
         self.optimize = Update(
             config, self.objective, self.micro_batches, engine, processes, self.mark_updated
         )

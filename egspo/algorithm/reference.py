@@ -23,8 +23,9 @@ class ReferenceRefresh:
     """Moves the reference policy of ``denoiser`` towards the policy, between training steps.
 
     Of a model whose weights are trained that is the frozen copy. Of adapters it is the second one
-    (:func:`egspo.models.lora.add_reference_adapter`), which answers from the first refresh on;
-    until then it is the base, without adapter.
+    (:func:`egspo.models.lora.add_reference_adapter`). Of a new one it answers from the first
+    refresh on; until then the reference is the base. Of an adapter that training goes on from it is
+    a copy, and answers from the beginning.
 
     A blend is one of numbers: ``reference <- blend * policy + (1 - blend) * reference``, rounded to
     the dtype of the weights. Of adapters it is one of the factors B and A, not of what they add to
@@ -33,8 +34,8 @@ class ReferenceRefresh:
         (b B + (1 - b) B') (b A + (1 - b) A') = b^2 B A + (1 - b)^2 B' A' + b (1 - b) (B A' + B' A)
 
     which is the blend of the products where b is 1, or where the two have a factor in common; it
-    stays of the adapter's rank, as a blend of products would not. In the beginning A' is A, and B'
-    zero.
+    stays of the adapter's rank, as a blend of products would not. In the beginning A' is A and B'
+    is B, which of a new adapter is zero.
 
     Args:
         config: nothing is refreshed without ``reference_every``.

@@ -28,8 +28,11 @@ from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate,
 class Scores:
     """What replay found for M states."""
 
-    old_log_prob: Tensor
-    """float [M], aggregated over the tokens of the step as the loss does."""
+    old_log_prob: Tensor | None
+    """float [M], aggregated over the tokens of the step as the loss does; None where it is that of
+    the update's own pass."""
+    recorded: Tensor
+    """float64 [M], the same by the rollout, in the shapes and the precision of its passes."""
     ref_log_prob: Tensor | None
     """float [M], the same under the reference policy (``kl: k3``)."""
     ref_hidden: list[Tensor] | None
@@ -65,6 +68,7 @@ class Scorer:
         groups: list[list[Tensor]],
         *,
         complete: bool,
+        old: bool = True,
         on_completions: Callable[[Tensor, Tensor], object] = lambda index, completions: None,
         limit: MicroBatches | None = None,
     ) -> Scores:
@@ -74,11 +78,15 @@ class Scorer:
             states: M states.
             groups: their micro-batches.
             complete: also make the greedy one-step completions.
+            old: whether log-probabilities of the policy are needed before the update.
             on_completions: called with int64 [m] and the one-step completions [m, L] of each
                 micro-batch as soon as it is done.
             limit: splits what does not fit into memory; None raises torch.OutOfMemoryError.
         """
-        scores = self._unscored(states, complete)
+        scores = self._unscored(states, complete, old)
+        if not (complete or old or self.algorithm.beta > 0):
+            scores.groups.extend(groups)
+            return scores
         for group in groups:
             waiting, done = list(group), []
             while waiting:
@@ -99,33 +107,49 @@ class Scorer:
             scores.groups.append(done)
         return scores
 
-    def _unscored(self, states: States, complete: bool) -> Scores:
+    def _unscored(self, states: States, complete: bool, old: bool) -> Scores:
         """Room for what replay finds."""
         tokens, config, count = states.trajectory.tokens, self.algorithm, len(states)
         log_prob = torch.empty(count, dtype=torch.float64, device=tokens.device)
         k3, exact = (config.beta > 0 and config.kl == kind for kind in ("k3", "exact"))
         return Scores(
-            old_log_prob=log_prob,
+            old_log_prob=log_prob if old else None,
+            recorded=self._recorded(states),
             ref_log_prob=torch.empty_like(log_prob) if k3 else None,
             ref_hidden=[log_prob.new_empty(0)] * count if exact else None,
             completions=tokens.new_empty(count, tokens.shape[1]) if complete else None,
             groups=[],
         )
 
+    def _recorded(self, states: States) -> Tensor:
+        """What the rollout recorded of the steps, at the temperature of the scores."""
+        trajectory = states.trajectory
+        revealed = trajectory.unmask_step[states.row] == states.step[:, None]
+        if self.temperature == self.generation.temperature:
+            total = trajectory.log_prob[states.row, states.step].double()
+        else:  # the other temperature is 1
+            token = trajectory.confidence[states.row].double().log()
+            total = token.masked_fill(~revealed, 0.0).sum(1)
+        return total / revealed.sum(1) if self.algorithm.aggregation == "mean" else total
+
     def _score(self, states: States, index: Tensor, scores: Scores) -> None:
         """Fill in ``scores`` at the micro-batch ``index``."""
         with self.denoiser.autocast():
             batch, complete = self._batch(states, index), scores.completions is not None
-            window, context = batch.window(self.decoder, keep=complete)
-            log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
-            scores.old_log_prob[index] = log_prob.double()
-            if scores.completions is not None:
-                scores.completions[index] = self._completed(batch, window, context, argmax)
+            if complete or scores.old_log_prob is not None:
+                window, context = batch.window(self.decoder, keep=complete)
+                self.denoiser.work.head_rows += len(batch.targets)
+                log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
+                if scores.old_log_prob is not None:
+                    scores.old_log_prob[index] = log_prob.double()
+                if scores.completions is not None:
+                    scores.completions[index] = self._completed(batch, window, context, argmax)
             if scores.ref_log_prob is None and scores.ref_hidden is None:
                 return
             with self.denoiser.reference():
                 rows = batch.revealed_rows(batch.window(self.decoder)[0])
                 if scores.ref_log_prob is not None:
+                    self.denoiser.work.head_rows += len(batch.targets)
                     scores.ref_log_prob[index] = self._revealed(batch, rows)[0].double()
                 if scores.ref_hidden is not None:
                     counts = batch.step_ids.bincount(minlength=len(batch)).tolist()
@@ -148,6 +172,12 @@ class Scorer:
             batch = self._batch(states, index)
             hidden = batch.revealed_rows(batch.window(self.decoder)[0])
             self.denoiser.work.head_rows += hidden.shape[0]
+            if scores.old_log_prob is not None:
+                old_log_prob = scores.old_log_prob[index]
+            else:
+                self.denoiser.work.scored_rows += hidden.shape[0]
+                with torch.no_grad():
+                    old_log_prob = self._revealed(batch, hidden.detach())[0].double()
             ref_hidden = ref_weight = ref_log_prob = None
             if scores.ref_hidden is not None:
                 ref_hidden = torch.cat([scores.ref_hidden[i] for i in index.tolist()])
@@ -160,7 +190,7 @@ class Scorer:
                 self.denoiser.head_weight,
                 batch.targets,
                 batch.step_ids,
-                scores.old_log_prob[index],
+                old_log_prob,
                 advantage[index],
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
@@ -178,7 +208,6 @@ class Scorer:
 
     def _revealed(self, batch: _Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Step log-probability [m] and argmax [N] of the revealed tokens."""
-        self.denoiser.work.head_rows += rows.shape[0]
         stats = linear_token_stats(
             rows,
             self.denoiser.head_weight,

@@ -196,6 +196,8 @@ _FLOAT = re.compile(
     r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
+# Of a recipe, generously: its own tree is four levels deep, and its options are some hundred.
+_MOST_LEVELS, _MOST_VALUES = 64, 100_000
 _SCALARS = {
     "bool": (re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
     "int": (re.compile(r"(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"), "-+0123456789"),
@@ -208,6 +210,51 @@ for _name, (_pattern, _first) in _SCALARS.items():
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+def load_yaml(text: str) -> Any:
+    """What ``text`` says in YAML.
+
+    Raises:
+        yaml.YAMLError: it is not valid, an alias refers to what it is in, or it is nested or grows
+            by its aliases beyond what any recipe needs.
+    """
+    try:
+        _check_size(text)
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, OverflowError, RecursionError) as error:  # dates and numbers that are none
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _check_size(text: str) -> None:
+    """Follow the events of the parser, before anything is built of them."""
+    sizes: dict[str, int] = {}  # of complete anchors, with all that their aliases stand for
+    open_nodes: list[list[Any]] = [[None, 0]]  # anchor and size so far
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise _refused(event, f"the alias *{event.anchor} refers to what it is in")
+            open_nodes[-1][1] += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            open_nodes[-1][1] += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append([event.anchor, 1])
+            if len(open_nodes) > _MOST_LEVELS:
+                raise _refused(event, f"nested more than {_MOST_LEVELS - 1} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            open_nodes[-1][1] += size
+            if anchor is not None:
+                sizes[anchor] = size
+        if open_nodes[-1][1] > _MOST_VALUES:
+            raise _refused(event, f"more than {_MOST_VALUES} values, with those of its aliases")
+
+
+def _refused(event: yaml.Event, problem: str) -> yaml.YAMLError:
+    mark: Any = event.start_mark
+    return yaml.YAMLError(f"{problem} (line {mark.line + 1}, column {mark.column + 1})")
+
+
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; errors as :func:`load_config`."""
     path = Path(path)
@@ -216,7 +263,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {path}{_near_file(path)}")
     try:
-        tree = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+        tree = load_yaml(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), [f"not a text file in UTF-8: {error}"]) from error
     except yaml.YAMLError as error:
@@ -251,7 +298,7 @@ def _override(tree: dict[str, Any], text: str, problems: list[str]) -> str:
         problems.append(f"override {text!r}: expected dotted.path=value")
         return path
     try:
-        value = yaml.load(value_text, Loader=_Loader)
+        value = load_yaml(value_text)
     except yaml.YAMLError as error:
         problems.append(f"override {text!r}: the value is not valid YAML: {_yaml_problem(error)}")
         return path

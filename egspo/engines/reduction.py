@@ -90,7 +90,7 @@ def _join(parts: Sequence[Part]) -> float | None:
 
 
 def surrogate_metrics(
-    outcomes: list[list[Surrogate]], norms: list[float], *, with_kl: bool
+    outcomes: list[list[Surrogate]], norms: list[float], drift: Tensor, *, with_kl: bool
 ) -> dict[str, Any]:
     """What the updates of one iteration did.
 
@@ -98,12 +98,13 @@ def surrogate_metrics(
         outcomes: by optimizer step and micro-batch; a step to which only other processes had
             something to give is an empty list.
         norms: of the gradient, by optimizer step.
+        drift: of the first optimizer step, log-probabilities less those that the rollout recorded.
         with_kl: whether there is a reference policy.
     """
     every = [outcome for group in outcomes for outcome in group]
 
-    def of(name: str, source: list[Surrogate] = every) -> Tensor:
-        return torch.cat([getattr(outcome, name) for outcome in source] or [torch.empty(0)])
+    def of(name: str) -> Tensor:
+        return torch.cat([getattr(outcome, name) for outcome in every] or [torch.empty(0)])
 
     loss = [sum(float(outcome.loss) for outcome in every) / len(outcomes)] if outcomes else []
     return {
@@ -111,8 +112,8 @@ def surrogate_metrics(
         "loss": part(torch.tensor(loss)),
         "ratio/mean": part(of("ratio")),
         "ratio/max": part(of("ratio"), "max"),
-        # Of the first update, where the policy has not moved: anything but rounding is a defect.
-        "ratio/drift": part((of("ratio", outcomes[0] if outcomes else []) - 1).abs(), "max"),
+        # There the policy has not moved: anything but rounding is a defect.
+        "ratio/drift": part((drift.exp() - 1).abs(), "max"),
         "ratio/clamped": Count(sum(int(outcome.clamped) for outcome in every)),
         "clip/low": part(of("clipped_low")),
         "clip/high": part(of("clipped_high")),

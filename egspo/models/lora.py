@@ -13,6 +13,7 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from egspo.models.folders import check_folder, readable
 from egspo.models.loading import seeded
 
 LORA_TARGETS = (
@@ -97,10 +98,13 @@ def load_adapter(
             another shape (the message names them; ``model`` is left without adapter).
     """
     path = os.fspath(path)
-    config = PeftConfig.from_pretrained(path)
+    check_folder(path)
+    with readable(path):
+        config = PeftConfig.from_pretrained(path)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{path} is an adapter of type {config.peft_type}, expected LoRA")
-    weights = load_peft_weights(path, device="cpu")
+    with readable(path):
+        weights = load_peft_weights(path, device="cpu")
     head = _matched_head(model, config.target_modules)
     if head is not None and not any(f".{head[0]}.lora_" in key for key in weights):
         config.exclude_modules = _joined(config.exclude_modules, head[0])
@@ -116,9 +120,9 @@ def load_adapter(
 
 
 def add_reference_adapter(model: PeftModel) -> None:
-    """Put a second adapter beside the one of ``model``, frozen and not active.
+    """Put a second adapter beside the one of ``model``, frozen and not active: a copy of it.
 
-    Its first factors are those of the other, its second ones zero: it changes nothing yet.
+    Of a new adapter it changes nothing, as its second factors are zero.
     """
     config = copy.deepcopy(model.peft_config[POLICY_ADAPTER])
     config.inference_mode = True
@@ -130,10 +134,7 @@ def add_reference_adapter(model: PeftModel) -> None:
     policy, reference = reference_factors(model)
     for name, factor in reference.items():
         factor.requires_grad_(False)
-        if ".lora_B." in name:
-            factor.detach().zero_()
-        else:
-            factor.detach().copy_(policy[name])
+        factor.detach().copy_(policy[name])
 
 
 def reference_factors(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -100,9 +100,11 @@ def causal_training(config: TrainConfig, lengths: Sequence[int]) -> tuple[Work, 
     revealed = sum(step.quota for step in drawn)
     score, update = Work(), Work()
     reference = algorithm.beta > 0
-    for _ in range(2 if reference else 1):
+    # Completions are always those of a replay: see egspo.algorithm.one_step.
+    policy = config.replays or algorithm.stepwise
+    for _ in range(policy + reference):
         score += passes
-    score.head_rows = revealed * (2 if reference and algorithm.kl == "k3" else 1)
+    score.head_rows = revealed * (policy + (reference and algorithm.kl == "k3"))
     if algorithm.stepwise:
         score.head_rows += sum(step.masked - step.quota for step in drawn)
         if algorithm.completion_blocks == "all":
@@ -110,6 +112,7 @@ def causal_training(config: TrainConfig, lengths: Sequence[int]) -> tuple[Work, 
     for _ in range(algorithm.num_iterations):
         update += passes
     update.head_rows = revealed * algorithm.num_iterations
+    update.scored_rows = 0 if config.replays else revealed
     return score, update
 
 

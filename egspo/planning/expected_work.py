@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from egspo.algorithm.micro_batches import Columns
+from egspo.algorithm.one_step import cheaper_source
 from egspo.config import TrainConfig
 from egspo.planning.causal_work import causal_rollout, causal_training
 from egspo.rollouts.engine import MAX_PADDING
 from egspo.rollouts.unmasking import Step, schedule
-from egspo.rollouts.work import Work
+from egspo.rollouts.work import ModelCost, Work
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def expected_work(
     config: TrainConfig,
     prompts: Sequence[int],
     prediction_shift: int,
+    cost: ModelCost,
     block_size: int | None = None,
 ) -> dict[str, Work]:
     """The passes of the phases ``rollout``, ``score`` and ``update`` of one step.
@@ -50,26 +52,36 @@ def expected_work(
     Args:
         config: of the run.
         prompts: tokens of the prompts of the step.
-        prediction_shift: of the model.
+        prediction_shift, cost: of the model.
         block_size: of a block-causal model; None where attention has no direction.
     """
     if block_size is not None:
         lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
         score, update = causal_training(config, lengths)
         return {"rollout": causal_rollout(config, prompts), "score": score, "update": update}
+    source = None
+    if config.algorithm.stepwise:
+        source = cheaper_source(config, cost, sum(prompts) / len(prompts), prediction_shift)
     plan = schedule(
         config.generation.max_new_tokens, config.generation.steps, config.generation.block_length
     )
     lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
-    score, update = _training(config, plan, lengths, prediction_shift)
+    score, update = _training(config, plan, lengths, prediction_shift, completes=source == "replay")
     return {
-        "rollout": _rollout(config, plan, lengths, prediction_shift),
+        "rollout": _rollout(config, plan, lengths, prediction_shift, completes=source == "rollout"),
         "score": score,
         "update": update,
     }
 
 
-def _rollout(config: TrainConfig, plan: Sequence[Step], lengths: Sequence[int], shift: int) -> Work:
+def _rollout(
+    config: TrainConfig,
+    plan: Sequence[Step],
+    lengths: Sequence[int],
+    shift: int,
+    *,
+    completes: bool,
+) -> Work:
     generation, work = config.generation, Work()
     length, copies = generation.max_new_tokens, 2 if generation.guidance else 1
     queue = sorted(lengths, reverse=True)
@@ -88,13 +100,19 @@ def _rollout(config: TrainConfig, plan: Sequence[Step], lengths: Sequence[int], 
                 window = generation.block_length if dual else length - step.start
                 work.add(sequences, window + shift, width)
             work.head_rows += len(batch) * step.masked
-            if config.algorithm.entropy_over == "masked":
+            once = generation.cache == "dual" and step.masked < generation.block_length
+            if config.algorithm.entropy_over == "masked" or (completes and not once):
                 work.head_rows += len(batch) * (length - step.end)
     return work
 
 
 def _training(
-    config: TrainConfig, plan: Sequence[Step], lengths: Sequence[int], shift: int
+    config: TrainConfig,
+    plan: Sequence[Step],
+    lengths: Sequence[int],
+    shift: int,
+    *,
+    completes: bool,
 ) -> tuple[Work, Work]:
     """Of replay and update."""
     algorithm, generation = config.algorithm, config.generation
@@ -129,12 +147,14 @@ def _training(
 
     score, update = Work(), Work()
     reference = algorithm.beta > 0
-    for _ in range(2 if reference else 1):
+    policy = config.replays or completes
+    for _ in range(policy + reference):
         score += passes
-    score.head_rows = revealed * (2 if reference and algorithm.kl == "k3" else 1)
-    if algorithm.stepwise:
+    score.head_rows = revealed * (policy + (reference and algorithm.kl == "k3"))
+    if completes:
         score.head_rows += sum(after[step] for _, _, step in states)
     for _ in range(algorithm.num_iterations):
         update += passes
     update.head_rows = revealed * algorithm.num_iterations
+    update.scored_rows = 0 if config.replays else revealed
     return score, update

@@ -183,7 +183,8 @@ def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[Memory
     items.append(MemoryItem(name, trained, "their number x their bytes", "always"))
     if config.algorithm.beta > 0 and not sizes.adapters:
         items.append(MemoryItem("reference policy", frozen + trained, "a frozen copy", "always"))
-    if config.algorithm.reference_every is not None and sizes.adapters:
+    second = config.continues_from_reference or config.algorithm.reference_every is not None
+    if second and sizes.adapters:
         text = "a second adapter, frozen"
         items.append(MemoryItem("reference adapter", trained, text, "always"))
     items.append(_optimizer(config, sum(p.numel() for p in trainable), trained))

@@ -132,7 +132,7 @@ class Planner:
         for step in range(steps):
             count = each.prompts_per_step
             prompts = [lengths[i] for i in data_order(each.seed, len(lengths), step * count, count)]
-            work = expected_work(each, prompts, shift, block_size)
+            work = expected_work(each, prompts, shift, cost, block_size)
             for phase in PHASES:
                 counted = cost.training if phase == "update" else cost.forward
                 total[phase] += counted(work[phase])

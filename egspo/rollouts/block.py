@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
-from egspo.rollouts.decoder import Sequences, Window
+from egspo.rollouts.decoder import Decoder, Sequences, Window
 from egspo.rollouts.decoding import Decoding
 from egspo.rollouts.unmasking import Candidates, Step, schedule, unmasking_policy
 from egspo_kernels import SampledTokens, linear_token_stats, sample_tokens
@@ -26,6 +26,8 @@ class Recording:
     entropy_over: EntropyOver = "revealed"
     entropy_reduce: EntropyReduce = "mean"
     entropy_temperature: float = 1.0
+    complete: bool = False
+    """Also the most likely token of every masked position at every step."""
 
 
 @dataclass
@@ -46,6 +48,19 @@ class DenoisedBlock:
     """float [B, S], summed over the tokens revealed in a step; 0 at steps not taken."""
     steps: list[int]
     """Steps taken by each sequence."""
+    greedy: Tensor | None
+    """int32 [B, S, L], see :attr:`egspo.rollouts.trajectory.Trajectory.greedy`."""
+
+
+class _Later(NamedTuple):
+    """N positions of the blocks not begun, masked throughout."""
+
+    sequence: Tensor
+    """int64 [N] in [0, R)."""
+    position: Tensor
+    """int64 [N] in [0, L)."""
+    entropy: Tensor
+    argmax: Tensor
 
 
 class BlockDenoising:
@@ -82,6 +97,12 @@ class BlockDenoising:
         steps = (shape[0], len(block_plan(config)))
         self.entropy = torch.full(steps, float("nan"), dtype=dtype, device=device)
         self.log_prob = torch.zeros(steps, dtype=dtype, device=device)
+        # Only the pass that makes the cache computes later blocks.
+        self.later_once = isinstance(decoder, Decoder) and decoder.cache == "dual"
+        self.greedy: Tensor | None = None
+        if recording.complete:
+            size = (*steps, config.max_new_tokens)
+            self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
 
     def run(self) -> DenoisedBlock:
         """All steps of the block."""
@@ -116,6 +137,7 @@ class BlockDenoising:
             self.entropy,
             self.log_prob,
             steps,
+            self.greedy,
         )
 
     def _advance(
@@ -131,7 +153,17 @@ class BlockDenoising:
         sequence, offset = flat // known.shape[1], flat % known.shape[1]
         positions = self.positions[rows[sequence], offset]
         hidden = window.rows(sequence, positions)
-        sample, score = self._sample(index, hidden, rows[sequence], positions)
+        sample, score, argmax = self._sample(index, hidden, rows[sequence], positions)
+        later = self._later(index, context, window, rows)
+        if self.greedy is not None:
+            self.greedy[rows[sequence], index, positions] = argmax
+            if later is not None:
+                # Those that only the pass before a block computes are the same at all its steps.
+                at = slice(index, None) if self.later_once else index
+                found = later.argmax.int()
+                if isinstance(at, slice):
+                    found = found[:, None].expand(-1, self.greedy.shape[1] - index)
+                self.greedy[rows[later.sequence], at, later.position] = found
 
         def dense(values: Tensor, fill: float = 0) -> Tensor:
             full = values.new_full((known.numel(),), fill)
@@ -144,17 +176,18 @@ class BlockDenoising:
             index,
             rows,
             log_prob.gather(1, chosen).masked_fill(~valid, 0.0).sum(1),
-            self._entropy(entropy, known, chosen, valid, window, rows),
+            self._entropy(entropy, known, chosen, valid, later),
         )
 
     def _sample(
         self, index: int, hidden: Tensor, rows: Tensor, positions: Tensor
-    ) -> tuple[SampledTokens, Tensor]:
-        """Samples and unmasking scores of hidden states [M, D], in parts where M is large."""
+    ) -> tuple[SampledTokens, Tensor, Tensor]:
+        """Samples, unmasking scores and, if recorded, most likely tokens (int32) of hidden states
+        [M, D], in parts where M is large."""
         denoiser, config = self.decoder.denoiser, self.config
         weight = denoiser.head_weight
         part = max(1, LOGITS_BYTES // (weight.shape[0] * weight.element_size()))
-        samples, scores = [], []
+        samples, scores, argmaxes = [], [], []
         for begin in range(0, hidden.shape[0], part):
             piece = slice(begin, begin + part)
             row_ids = self.batch.ids[rows[piece]] * config.max_new_tokens + positions[piece]
@@ -174,8 +207,12 @@ class BlockDenoising:
             )
             samples.append(sample)
             scores.append(self.policy.score(candidates))
+            if self.recording.complete:
+                logits[:, denoiser.mask_id] = float("-inf")
+                argmaxes.append(logits.argmax(1).int())
         merged = (torch.cat(values) for values in zip(*samples, strict=True))
-        return SampledTokens(*merged), torch.cat(scores)
+        none = hidden.new_empty(0, dtype=torch.int32)
+        return SampledTokens(*merged), torch.cat(scores), torch.cat(argmaxes or [none])
 
     def _choose(self, quotas: list[int], scores: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Block offsets int64 [R, K], best first, ties to the left; bool [R, K], which count."""
@@ -218,8 +255,7 @@ class BlockDenoising:
         known: Tensor,
         chosen: Tensor,
         valid: Tensor,
-        window: Window,
-        rows: Tensor,
+        later: _Later | None,
     ) -> Tensor:
         """Step entropies [R] from those of the masked positions of the block [R, W]."""
         over = self.recording.entropy_over
@@ -228,21 +264,34 @@ class BlockDenoising:
         else:
             member = ~known
             if over == "masked":
-                later, outside = self._later_entropy(window, rows)
-                entropy = torch.cat([entropy, later], dim=1)
+                assert later is not None
+                shape = (len(entropy), self.config.max_new_tokens)
+                outside = torch.zeros(shape, dtype=torch.bool, device=entropy.device)
+                outside[later.sequence, later.position] = True
+                beyond = later.entropy.new_zeros(shape)
+                beyond[later.sequence, later.position] = later.entropy
+                entropy = torch.cat([entropy, beyond], dim=1)
                 member = torch.cat([member, outside], dim=1)
         total = entropy.masked_fill(~member, 0.0).sum(1)
         return total if self.recording.entropy_reduce == "sum" else total / member.sum(1)
 
-    def _later_entropy(self, window: Window, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Entropies [R, L] of the blocks not begun, masked throughout; and where those are."""
+    def _later(self, index: int, context: Any, window: Window, rows: Tensor) -> _Later | None:
+        """The blocks not begun, where something of them is recorded at this step."""
+        wanted = self.recording.entropy_over == "masked" or self.recording.complete
+        if not wanted or (self.later_once and index > 0):
+            return None
         denoiser, length = self.decoder.denoiser, self.config.max_new_tokens
         end = self.start[rows] + self.config.block_length
         later = torch.arange(length, device=rows.device) >= end[:, None]
         sequence, position = later.nonzero(as_tuple=True)
         with denoiser.autocast():
+            if self.later_once:
+                assert isinstance(self.decoder, Decoder)
+                hidden = self.decoder.completions(context, window)[sequence, position]
+            else:
+                hidden = window.rows(sequence, position)
             stats = linear_token_stats(
-                window.rows(sequence, position),
+                hidden,
                 denoiser.head_weight,
                 None,
                 bias=denoiser.head_bias,
@@ -250,9 +299,7 @@ class BlockDenoising:
                 banned_token=denoiser.mask_id,
             )
         denoiser.work.head_rows += len(sequence)
-        entropy = stats.entropy.new_zeros(later.shape)
-        entropy[sequence, position] = stats.entropy
-        return entropy, later
+        return _Later(sequence, position, stats.entropy, stats.argmax)
 
 
 def block_plan(config: GenerationConfig, masked: int | None = None) -> list[Step]:

@@ -112,9 +112,11 @@ def rollout_blocks(
     entropy_over: EntropyOver = "revealed",
     entropy_reduce: EntropyReduce = "mean",
     entropy_temperature: float = 1.0,
+    complete: bool = False,
 ) -> Iterator[RolloutBlock]:
-    """:func:`rollout` block by block, for who takes completions as they come."""
-    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature)
+    """:func:`rollout` block by block, for who takes completions as they come; with ``complete``
+    also the most likely tokens at every step, :attr:`Trajectory.greedy`."""
+    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature, complete)
     return _Rollout(denoiser, prompts, config, recording, sequence_ids).blocks()
 
 
@@ -147,6 +149,10 @@ class _Rollout:
         most = self.num_steps + config.block_length
         self.entropy = self.confidence.new_full((count, most), float("nan"))
         self.log_prob = torch.zeros_like(self.entropy)
+        self.greedy = None
+        if recording.complete:
+            size = (count, config.steps, length)
+            self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.starts = [0] * count
         """First position not denoised, by sequence; where that is in the first block of a
@@ -216,6 +222,7 @@ class _Rollout:
             steps=torch.tensor(self.steps, device=self.tokens.device),
             lengths=length_before(self.tokens, self.denoiser.eos_id),
             mask_id=self.denoiser.mask_id,
+            greedy=self.greedy,
         )
 
     def _sequences(self, rows: list[int]) -> Sequences:
@@ -273,6 +280,8 @@ class _Rollout:
         columns = before + torch.arange(steps, device=device)
         self.entropy[index, columns] = block.entropy
         self.log_prob[index, columns] = block.log_prob
+        if self.greedy is not None and block.greedy is not None:
+            self.greedy[index, columns] = block.greedy
 
         broken = block.token_entropy.isnan() & inside
         ended = ((block.tokens == self.denoiser.eos_id) & inside).any(1)

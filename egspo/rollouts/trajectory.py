@@ -76,6 +76,9 @@ class Trajectory:
     lengths: Tensor
     """int64 [B], completion tokens before the first EOS."""
     mask_id: int
+    greedy: Tensor | None = None
+    """int32 [B, T, L], the most likely token of every position that is masked before a step, where
+    the rollout was asked for it; what else is in it means nothing."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -93,6 +96,20 @@ class Trajectory:
         """
         hidden = self.unmask_step[rows] >= steps[:, None]
         return self.tokens[rows].masked_fill(hidden, self.mask_id)
+
+    def one_step_completions(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """Canvases before a step, completed by the most likely tokens: int64 [M, L].
+
+        Args:
+            rows, steps: as :meth:`canvas`; the steps were taken.
+
+        Raises:
+            ValueError: the rollout did not record them.
+        """
+        if self.greedy is None:
+            raise ValueError("the rollout did not record one-step completions")
+        canvas = self.canvas(rows, steps)
+        return canvas.where(canvas != self.mask_id, self.greedy[rows, steps].long())
 
     def block_canvas(self, rows: Tensor, starts: Tensor) -> Tensor:
         """Completion part of the canvas before the first step of a block: int64 [M, L].
@@ -126,6 +143,8 @@ class Trajectory:
     @classmethod
     def _map(cls, prompts: PromptBatch, function, parts: Sequence[Trajectory]) -> Trajectory:  # type: ignore[no-untyped-def]
         names = [f.name for f in fields(cls) if f.name not in ("prompts", "mask_id")]
+        if parts[0].greedy is None:
+            names.remove("greedy")
         merged = {name: function([getattr(part, name) for part in parts]) for name in names}
         return cls(prompts=prompts, mask_id=parts[0].mask_id, **merged)
 

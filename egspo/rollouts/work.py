@@ -27,6 +27,8 @@ class Work:
     """Pairs of a query and a key."""
     head_rows: int = 0
     """Rows multiplied by the LM head."""
+    scored_rows: int = 0
+    """Those that were without gradients, in a pass that has them."""
     cache_bytes: int = 0
     """Keys and values stored."""
     logits_bytes: int = 0
@@ -113,7 +115,7 @@ class ModelCost:
         return (
             work.tokens * self.per_token
             + work.pairs * self.per_pair
-            + work.head_rows * self.per_head_row
+            + (work.head_rows + work.scored_rows) * self.per_head_row
         )
 
     def training(self, work: Work) -> int:
@@ -125,6 +127,7 @@ class ModelCost:
             work.tokens * (self.per_token + self.per_token_backward)
             + attention * 7 // 2
             + head * (4 if self.head_trained else 3)
+            + self.per_head_row * work.scored_rows
         )
         if self.checkpointed:
             flops += work.tokens * self.per_token_again + attention

@@ -16,7 +16,7 @@ from egspo.config import ModelConfig, TrainConfig
 from egspo.models import add_lora, load_adapter, load_model, new_model
 from egspo.models.experts import freeze_routers
 from egspo.models.loading import set_block_size
-from egspo.models.lora import add_reference_adapter
+from egspo.models.lora import REFERENCE_ADAPTER, add_reference_adapter
 from egspo.models.quantization import keep_differentiable, nf4_config
 from egspo.rollouts.decoding import check_decoding
 from egspo.rollouts.denoiser import Denoiser
@@ -135,9 +135,13 @@ def build_denoiser(
     copied = config.algorithm.beta > 0 and not config.model.has_adapter
     reference = copy.deepcopy(base) if copied else None
     model = trainable_model(config.model, base, config.seed)
-    if config.algorithm.reference_every is not None and isinstance(model, PeftModel):
+    continued = config.continues_from_reference
+    if isinstance(model, PeftModel) and (continued or config.algorithm.reference_every is not None):
         add_reference_adapter(model)
-    return plain_denoiser(config, model, tokenizer, device, reference=reference)
+    denoiser = plain_denoiser(config, model, tokenizer, device, reference=reference)
+    if continued:
+        denoiser.reference_adapter = REFERENCE_ADAPTER
+    return denoiser
 
 
 def plain_denoiser(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ def test_egspo() -> None:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_rank_baseline_averages_over_those_present(normalize: bool) -> None:
-    result = egspo_sa_advantages(REWARDS, VALUES, VALID, LAM, normalize_returns=normalize)
+    result = egspo_sa_advantages(
+        REWARDS, VALUES, VALID, LAM, normalize_returns=normalize, baseline="rank"
+    )
     # G_ik = R + 0.5 (R - V)
     returns = [[1.25, 1.0], [0.0, -0.125], [0.5, NAN]]
     rank0 = (1.25 + 0.0 + 0.5) / 3
@@ -51,10 +54,29 @@ def test_rank_baseline_averages_over_those_present(normalize: bool) -> None:
 
 def test_group_baseline() -> None:
     result = egspo_sa_advantages(REWARDS, VALUES, VALID, LAM, baseline="group")
-    mean = (1.25 + 1.0 + 0.0 - 0.125 + 0.5) / 5
-    assert result[0, 0, 0].item() == pytest.approx((1.25 - mean) / 1.5)
-    assert result[0].sum().item() == pytest.approx(0.0)
+    others = (0.0 - 0.125) / 2 + 0.5
+    assert result[0, 0, 0].item() == pytest.approx((1.25 - (1.25 + others) / 3) / 1.5)
+    assert result[0, 0, 1].item() == pytest.approx((1.0 - (1.0 + others) / 3) / 1.5)
     assert result[0, 2, 1] == 0
+
+
+def test_a_member_without_selected_steps_counts_with_its_reward() -> None:
+    rewards = torch.tensor([[1.0, 0.0, NAN]], dtype=torch.float64)
+    values = torch.tensor([[[0.5, 1.0], [NAN, NAN], [0.2, 0.2]]], dtype=torch.float64)
+    result = egspo_sa_advantages(rewards, values, ~values.isnan(), LAM, normalize_returns=False)
+    assert result[0].tolist() == [[1.25 - 1.25 / 2, 1.0 - 1.0 / 2], [0.0, 0.0], [0.0, 0.0]]
+    valid = torch.tensor([[[True, True], [True, False], [False, False]]])
+    egspo = egspo_advantages(rewards, valid)
+    assert egspo[0].tolist() == [[0.5, 0.5], [-0.5, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("baseline", ["group", "rank"])
+def test_equal_returns_give_exactly_nothing(baseline: Any) -> None:
+    rewards = torch.full((1, 3), 0.1, dtype=torch.float64)
+    values = torch.full((1, 3, 3), 0.7, dtype=torch.float64)
+    valid = torch.ones(1, 3, 3, dtype=torch.bool)
+    result = egspo_sa_advantages(rewards, values, valid, LAM, baseline=baseline)
+    assert not result.any() and not egspo_advantages(rewards, valid).any()
 
 
 def test_split_returns() -> None:

@@ -243,7 +243,7 @@ def test_out_of_memory_splits_and_the_gradient_stays(
         assert actual[name] == expected[name]
     # The metrics of a group that began again are of its last attempt alone.
     assert actual["ratio/mean"].number == expected["ratio/mean"].number
-    assert actual["ratio/drift"].largest < 1e-6
+    assert actual["ratio/drift"].largest < 1e-4  # the rollout is in other shapes
 
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == memory.failures > 0
@@ -267,7 +267,8 @@ def test_out_of_memory_splits_and_the_gradient_stays(
 
 @pytest.mark.parametrize("phase", DOING)
 def test_a_state_that_does_not_fit_alone(phase: str, tmp_path: Path) -> None:
-    step = FirstStep(runs.config(tmp_path, SMALL, {"micro_batch_size": 4}))
+    with_reference = {"algorithm": {"beta": 0.1}, **LORA}
+    step = FirstStep(runs.config(tmp_path, SMALL, with_reference, {"micro_batch_size": 4}))
     # So little memory only after the rollout, which has its own way out.
     score = step.iteration.objective.score
 
@@ -286,7 +287,7 @@ def test_a_whole_run_by_budget(tmp_path: Path) -> None:
     """Also that it may be continued with another one."""
     recipe = (SMALL, {"steps": 2}, limited(micro_batch_tokens=60))
     Trainer(runs.config(tmp_path, *recipe)).run()
-    assert [record["ratio/drift"] for record in read_metrics(tmp_path)[1:]] == [0.0, 0.0]
+    assert [record["ratio/max"] for record in read_metrics(tmp_path)[1:]] == [1.0, 1.0]
     more = (SMALL, {"steps": 3, "micro_batch_size": 5})
     Trainer(runs.config(tmp_path, *more), resume=tmp_path).run()
     assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]

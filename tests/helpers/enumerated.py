@@ -100,7 +100,8 @@ class EnumeratedRun:
         size = self.config.algorithm.group_size
         tokens = torch.tensor(wanted)
         assert tokens.shape[1] == size and self.config.steps > len(wanted)
-        self._force(tokens.flatten(), monkeypatch)
+        # A pipeline makes one step more.
+        self._force(torch.cat([tokens, tokens[:1]]).flatten(), monkeypatch)
         reduce, outcomes = self.engine.reduce_gradients, []
 
         def keep(has_gradient: bool) -> bool:

@@ -98,7 +98,7 @@ def test_a_run_on_a_four_bit_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     train(recipe(tmp_path / "whole", {"steps": 4, "checkpoint": {"every": 2}}))
     records = read_metrics(tmp_path / "whole")
     updated = [record for record in records[1:] if record["updates"]]
-    assert updated and all(record["ratio/drift"] == 0.0 for record in updated)
+    assert updated and all(record["ratio/max"] == 1.0 for record in updated)
     assert updated[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert (tmp_path / "whole/final/adapter/adapter_model.safetensors").is_file()
 

@@ -267,7 +267,7 @@ def test_a_reward_that_fails_is_skipped_counted_and_reported(
         # All 24, or the 4 of the prompt at place 1; each epoch has every one of 6 prompts once.
         assert record["skipped/rewards"] == (24 if whole else 4)
         assert (record["reward/mean"] is None) == (record["updates"] == 0) == whole
-        assert record["skipped/groups"] == 6 if whole else record["skipped/groups"] >= 1
+        assert record["reward/equal_groups"] == 6 if whole else record["reward/equal_groups"] >= 1
     assert records[0]["eval/skipped"] == (1.0 if whole else 0.25)
     warnings = [record.getMessage() for record in caplog.records if record.name == "egspo"]
     count = 24 if whole else 4
@@ -402,13 +402,17 @@ def test_a_supervised_loss_that_is_no_number(
     assert find_checkpoint(tmp_path).name == "step-000003"
 
 
-def test_nothing_to_learn_from_is_no_error(tmp_path: Path) -> None:
-    """Every completion is worth the same: no update, and no metric made up."""
+@pytest.mark.parametrize(("stepwise", "beta"), [(True, 0.0), (False, 0.0), (False, 0.1)])
+def test_nothing_to_learn_from_is_no_error(tmp_path: Path, stepwise: bool, beta: float) -> None:
+    """Every completion is worth the same: no update but for the KL, and no metric made up."""
     runs.rewards[:] = [Reward("flat", lambda completions, **_: [0.5] * len(completions))]
-    train(runs.config(tmp_path, LETTERS, {"steps": 2, "algorithm": {"beta": 0.1}}))
+    options = {"stepwise": stepwise, "beta": beta}
+    train(runs.config(tmp_path, LETTERS, {"steps": 2, "algorithm": options}))
     for record in read_metrics(tmp_path)[1:]:
-        assert record["reward/mean"] == 0.5
-        assert record["reward/std"] == record["updates"] == record["selected/states"] == 0
-        assert record["skipped/groups"] == 2
-        for name in ("loss", "kl", "ratio/drift", "grad_norm", "advantage/mean", "clip/low"):
-            assert record[name] is None
+        assert record["reward/mean"] == 0.5 and record["reward/std"] == 0
+        assert record["reward/equal_groups"] == 2
+        assert record["skipped/groups"] == (0 if stepwise or beta else 2)
+        assert record["skipped/states"] == (record["selected/states"] if stepwise else 0)
+        assert record["updates"] == (1 if beta else 0)
+        for name in ("loss", "kl", "ratio/drift", "grad_norm", "clip/low"):
+            assert (record[name] is None) == (beta == 0)

@@ -29,7 +29,7 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 EVERY_STEP = {
     *("step", "reward/mean", "reward/std", "reward/cell_accuracy", "solved", "length/mean"),
     *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy", "selected/k"),
-    *("skipped/rewards", "skipped/groups"),
+    *("skipped/rewards", "skipped/groups", "skipped/states", "reward/equal_groups"),
     *("advantage/mean", "advantage/std", "advantage/max"),
     *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped", "staleness"),
     *("clip/low", "clip/high", "kl", "grad_norm", "lr", "speed/tokens_per_second"),
@@ -37,6 +37,9 @@ EVERY_STEP = {
     *("rollout/saved", "rollout/head_rows", "rollout/logits_bytes", "rollout/cache_bytes"),
     *(f"time/{phase}" for phase in ("rollout", "reward", "select", "score", "update", "step")),
 }
+DRIFT = 1e-4
+"""Of float32 products in the shapes of the rollout and of the update: log-probabilities of some
+tokens differ by units in the last place of logits of about 10."""
 EVALUATED = {"eval/reward", "eval/cell_accuracy", "eval/solved", "eval/skipped", "time/eval"}
 
 
@@ -89,11 +92,15 @@ def test_presets(preset: str, tmp_path: Path, no_plots: None) -> None:
     train(config)
     for record in read_metrics(tmp_path / "run")[1:]:
         assert set(record) >= EVERY_STEP
-        assert record["ratio/drift"] == (0.0 if record["updates"] else None)
+        assert (record["ratio/drift"] is None) == (record["updates"] == 0)
+        assert (record["ratio/drift"] or 0.0) < DRIFT
         assert record["reward/mean"] == record["reward/cell_accuracy"]
         groups = 2 - record["skipped/groups"]
+        stepwise = preset in ("egspo-sa", "reference")
+        assert record["skipped/groups"] == (0 if stepwise else record["reward/equal_groups"])
         assert sum(record["selected/histogram"]) == record["selected/states"] == groups * 4 * 3
-        assert record["updates"] == (0 if not groups else 3 if preset == "reference" else 1)
+        assert record["updates"] <= (0 if not groups else 3 if preset == "reference" else 1)
+        assert record["updates"] > 0 or record["skipped/states"] == record["selected/states"]
         assert record["selected/k"] == 3
         assert ("step_reward/mean" in record) == (preset in ("egspo-sa", "reference"))
         assert record["kl"] is None
@@ -125,7 +132,7 @@ COMBINATIONS: list[dict[str, Any]] = [
 def test_combinations(
     changes: dict[str, Any], tmp_path: Path, no_plots: None, letters: list[Reward]
 ) -> None:
-    """The first ratio is 1, bit for bit, and the KL to the reference starts at 0.
+    """The ratio of the only update is 1, bit for bit, and the KL to the reference starts at 0.
 
     Prompts of different lengths, two blocks.
     """
@@ -136,7 +143,9 @@ def test_combinations(
     trainer.run()
     first, *others = read_metrics(tmp_path)[1:]
     for record in (first, *others):
-        assert record["ratio/drift"] == 0.0
+        assert record["ratio/drift"] < (0.3 if "mixed_precision" in changes else DRIFT)
+        if config.algorithm.schedule == "joint" and config.algorithm.num_iterations == 1:
+            assert record["ratio/max"] == 1.0
         assert record["grad_norm"] > 0
     algorithm = config.algorithm
     if algorithm.beta > 0:
@@ -154,7 +163,7 @@ def test_combinations(
 
 
 def test_an_adapter_is_continued(tmp_path: Path, no_plots: None) -> None:
-    """From its own weights, with the base alone as the reference."""
+    """From its own weights, which are the reference too."""
     train(runs.config(tmp_path / "base"))
     base = {"model": {"config": None, "path": str(tmp_path / "base" / "final" / "model")}}
     train(runs.config(tmp_path / "first", base, LORA))
@@ -163,9 +172,9 @@ def test_an_adapter_is_continued(tmp_path: Path, no_plots: None) -> None:
     config = runs.config(tmp_path / "second", base, continued)
     trainer = Trainer(config)
     trainer.run()
-    record = read_metrics(tmp_path / "second")[1]
-    assert record["ratio/drift"] == 0.0
-    assert record["kl"] > 1e-6  # the adapter had moved already
+    first, *_, last = read_metrics(tmp_path / "second")[1:]
+    assert first["ratio/drift"] < DRIFT
+    assert abs(first["kl"]) < 1e-6 < last["kl"]  # and not what the first run moved
     old, new = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (adapter, tmp_path / "second" / "final" / "adapter")

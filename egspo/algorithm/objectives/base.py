@@ -29,6 +29,8 @@ class Objective(Protocol):
 
     completes: bool
     """Whether it wants one-step completions of its states, and their rewards."""
+    completes_in_rollout: bool
+    """Whether it takes them from the rollout's own passes."""
 
     def select(self, samples: Samples) -> Selection:
         """M states of the samples here, and the sequences that they are of."""

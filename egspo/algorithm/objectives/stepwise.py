@@ -11,6 +11,7 @@ from egspo.algorithm.advantages import egspo_advantages, egspo_sa_advantages, la
 from egspo.algorithm.batch import Batch, OneStepCompletions, Samples, Selection
 from egspo.algorithm.micro_batches import MicroBatches
 from egspo.algorithm.objectives.base import OnCompletions
+from egspo.algorithm.one_step import cheaper_source
 from egspo.algorithm.phases.selection import select_states
 from egspo.algorithm.replay import Scorer, Scores
 from egspo.algorithm.states import States
@@ -18,6 +19,7 @@ from egspo.config import AlgorithmConfig, TrainConfig
 from egspo.engines.processes import Processes
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.trajectory import Trajectory
+from egspo.rollouts.work import ModelCost
 from egspo_kernels import Surrogate
 
 
@@ -29,6 +31,7 @@ class StepwiseObjective:
         denoiser: of the policy.
         micro_batches: how many states share a pass.
         processes: this one among all of them.
+        prompt_tokens: of a prompt, on average.
     """
 
     def __init__(
@@ -37,10 +40,21 @@ class StepwiseObjective:
         denoiser: Denoiser,
         micro_batches: MicroBatches,
         processes: Processes,
+        prompt_tokens: float,
     ) -> None:
         self.config, self.micro_batches, self.processes = config, micro_batches, processes
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
         self.completes = config.algorithm.stepwise
+        self.completes_in_rollout = self.completes and (
+            cheaper_source(
+                config,
+                ModelCost.of(denoiser.model),
+                prompt_tokens,
+                denoiser.prediction_shift,
+                causal=denoiser.block_size is not None,
+            )
+            == "rollout"
+        )
 
     def select(self, samples: Samples) -> Selection:
         return select_states(samples, self.config, self.scorer.denoiser.eos_id, self.processes)
@@ -52,13 +66,19 @@ class StepwiseObjective:
         on_completions: OnCompletions = lambda index, completions: None,
     ) -> Scores:
         ranks = self.config.algorithm.update_ranks(states.ranks)
-        return self.scorer.replay(
+        made = None
+        if self.completes_in_rollout:
+            made = states.trajectory.one_step_completions(states.row, states.step)
+            on_completions(torch.arange(len(states), device=made.device), made)
+        scores = self.scorer.replay(
             states,
             self.micro_batches.plan(states, ranks=ranks),
-            complete=self.completes,
+            complete=self.completes and made is None,
+            old=self.config.replays,
             on_completions=on_completions,
             limit=self.micro_batches,
         )
+        return scores if made is None else replace(scores, completions=made)
 
     def advantages(self, batch: Batch, one_step: OneStepCompletions | None) -> Tensor:
         return state_advantages(self.config.algorithm, batch, one_step, self.processes)
@@ -85,7 +105,8 @@ class StepwiseObjective:
             self.config.algorithm, beta=0.0, reference_every=None, reference_blend=1.0
         )
         scorer = replace(self.scorer, algorithm=algorithm)
-        return scorer.surrogate(states, zero, Scores(none, None, None, None, []), none, 0.0).loss
+        unscored = Scores(none, none, None, None, None, [])
+        return scorer.surrogate(states, zero, unscored, none, 0.0).loss
 
 
 def state_advantages(

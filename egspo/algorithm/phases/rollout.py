@@ -23,6 +23,8 @@ class Rollout:
     data: Data
     denoiser: Denoiser
     rewards: TrainingRewards
+    complete: bool
+    """Whether the most likely tokens of every step are recorded."""
 
     def __call__(self, groups: Groups, queue: RewardQueue) -> Trajectory:
         """The B trajectories of ``groups.sequences``; what has ended goes into the ``queue``."""
@@ -38,6 +40,7 @@ class Rollout:
             entropy_over=algorithm.entropy_over,
             entropy_reduce=algorithm.entropy_reduce,
             entropy_temperature=1.0 if algorithm.entropy_at == "one" else generation.temperature,
+            complete=self.complete,
         ):
             if block.finished:
                 texts = self.rewards.decode(block.ended.tokens)

@@ -42,16 +42,20 @@ class Update:
         groups = [self._kept(batch.states, group, counts) for group in batch.scores.groups]
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
+        drift = advantage.new_empty(0)
         for _ in range(algorithm.num_iterations):
             for group in groups:
-                outcome = self._accumulate(batch, group, advantage, weight)
+                outcome, done = self._accumulate(batch, group, advantage, weight)
                 if not self.engine.reduce_gradients(bool(group)):
                     continue
+                if not norms and outcome:
+                    now = torch.cat([one.log_prob for one in outcome]).double()
+                    drift = now - batch.scores.recorded[torch.cat(done)]
                 norms.append(self.engine.clip(self.config.optimizer.max_grad_norm))
                 self.before_step()
                 self.engine.step()
                 outcomes.append(outcome)
-        metrics = surrogate_metrics(outcomes, norms, with_kl=algorithm.beta > 0)
+        metrics = surrogate_metrics(outcomes, norms, drift, with_kl=algorithm.beta > 0)
         return {"skipped/states": Count(int((~counts).sum())), **metrics}
 
     def _kept(self, states: States, group: list[Tensor], counts: Tensor) -> list[Tensor]:
@@ -64,8 +68,8 @@ class Update:
 
     def _accumulate(
         self, batch: Batch, group: list[Tensor], advantage: Tensor, weight: float
-    ) -> list[Surrogate]:
-        """Add up the gradient of a group.
+    ) -> tuple[list[Surrogate], list[Tensor]]:
+        """Add up the gradient of a group; also returns its micro-batches as they were done.
 
         Where memory runs out, the group begins again with smaller micro-batches: a backward pass
         that failed may have added the gradients of some of the weights. The passes of a sharded
@@ -93,7 +97,7 @@ class Update:
                     break
                 outcomes.append(outcome)
             else:
-                return outcomes
+                return outcomes, group
             self.engine.optimizer.zero_grad(set_to_none=True)
             release_memory(batch.samples.trajectory.tokens.device)
 

@@ -49,6 +49,10 @@ class AlgorithmConfig:
     where a completion ends is then left out, which biases the gradient."""
     stepwise: bool = True
     """EGSPO-SA: score the greedy one-step completion of every selected state. False is EGSPO."""
+    one_step: Literal["auto", "rollout", "replay"] = "auto"
+    """Where one-step completions come from: the passes of the ``rollout``, with the head at every
+    masked position of every step; or the ``replay`` of the selected states. ``auto`` counts both
+    and takes the cheaper."""
     lam: float = 0.5
     """Lambda, the weight of the stepwise term."""
     lam_schedule: Literal["constant", "late", "halving"] = "constant"

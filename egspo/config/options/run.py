@@ -147,6 +147,19 @@ class TrainConfig:
         )
 
     @property
+    def continues_from_reference(self) -> bool:
+        """Whether the KL goes to the adapter that training began from, and not to the base."""
+        return self.model.adapter is not None and self.algorithm.beta > 0
+
+    @property
+    def replays(self) -> bool:
+        """Whether old log-probabilities must be known before the update: it changes the weights
+        more than once, or they have changed since the rollout."""
+        algorithm = self.algorithm
+        once = algorithm.schedule == "joint" and algorithm.num_iterations == 1
+        return self.pipeline or not once
+
+    @property
     def ranks(self) -> int:
         """Columns of the selection: denoising steps trained per trajectory, at most."""
         everything = self.algorithm.strategy == "all"

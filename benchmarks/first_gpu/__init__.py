@@ -1,0 +1,1 @@
+"""The first minutes on a GPU: what they are spent on, in order of value."""
