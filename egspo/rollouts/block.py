@@ -275,9 +275,7 @@ class BlockDenoising:
         total = entropy.masked_fill(~member, 0.0).sum(1)
         return total if self.recording.entropy_reduce == "sum" else total / member.sum(1)
 
-    def _later(
-        self, index: int, context: Any, window: Window, rows: Tensor
-    ) -> _Later | None:
+    def _later(self, index: int, context: Any, window: Window, rows: Tensor) -> _Later | None:
         """The blocks not begun, where something of them is recorded at this step."""
         wanted = self.recording.entropy_over == "masked" or self.recording.complete
         if not wanted or (self.later_once and index > 0):

@@ -47,7 +47,7 @@ def build_arithmetic(
     _check(changes, careless, prompt_style)
     counts = {"test": test_examples, "validation": validation_examples, "train": train_examples}
     taken: set[str] = set()
-    parts: dict[str, list[Example]] = {}
+    parts: dict[str, Any] = {}
     for name, count in counts.items():
         least = int(name != "validation")
         if type(count) is not int or count < least:

@@ -79,7 +79,9 @@ class ProgramTests:
         """Why :meth:`tests` pays what it does."""
         if not (extract_tested(completion, tests) or "").strip():
             return "no block with a program"
-        (verdict,) = self._verdicts([completion], [tests], [prelude])
+        (verdict,) = self.verdicts([completion], [tests], [prelude])
+        if verdict.tampered:
+            return "forged the results of its tests"
         failed = [f"{case.name}: {case.error}" for case in verdict.cases if not case.passed]
         told = [verdict.error] if verdict.error else failed[:3]
         return "; ".join([f"{verdict.passed} of {verdict.total} tests pass", *told])

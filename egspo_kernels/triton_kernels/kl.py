@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    OPTIONS,
     alignment,
     is_aligned,
     on_device_of,
     prepare_logits,
     row_options,
     segment_count,
+    segment_options,
 )
 from egspo_kernels.triton_kernels.normaliser import Normaliser, target_logit
 from egspo_kernels.triton_kernels.rows import merge_segments, row_partials, statistics_arguments
@@ -253,7 +253,7 @@ def exact_kl(
                 REF_ALIGN=alignment(ref_logits),
                 ALIGNED=is_aligned(logits) and is_aligned(ref_logits),
                 **scalars,
-                **OPTIONS,
+                **segment_options(),
             )
             row_kl_kernel[(rows,)](
                 logits,

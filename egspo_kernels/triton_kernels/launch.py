@@ -13,8 +13,7 @@ from torch import Tensor
 
 from egspo_kernels.triton_kernels.tiles import SEGMENT, THREADS
 
-WARPS = THREADS.value // 32
-OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
+OPTIONS: dict[str, Any] = {"num_warps": THREADS.value // 32, "enable_fp_fusion": True}
 """Launch options of kernels that read rows of logits."""
 
 
@@ -56,15 +55,23 @@ def _dependent_launches(target: Any) -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
-def segment_options(registers: int) -> dict[str, Any]:
-    """Launch options of the kernels over segments; registers for a thread, where that can be said.
+def segment_options(registers: int | None = None) -> dict[str, Any]:
+    """Launch options of the kernels over segments: their threads, and a limit on registers.
 
-    Without a limit the compiler spends more on paths that are hardly ever taken.
+    Without a limit the compiler may spend more on paths that are hardly ever taken; it is known to
+    NVIDIA's compiler alone.
     """
     if triton.knobs.runtime.interpret:
         return OPTIONS
-    target = triton.runtime.driver.active.get_current_target()
-    return OPTIONS | {"maxnreg": registers} if target.backend == "cuda" else OPTIONS
+    return _segment_options(triton.runtime.driver.active.get_current_target(), registers)
+
+
+@functools.lru_cache(maxsize=64)
+def _segment_options(target: Any, registers: int | None) -> dict[str, Any]:
+    options = OPTIONS | {"num_warps": THREADS.value // target.warp_size}
+    if registers is not None and target.backend == "cuda":
+        options["maxnreg"] = registers
+    return options
 
 
 def row_options(dependent: bool) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def row_gradient_kernel(
     l = load_coefficient(logsumexp_coefficient, index, valid, factor)  # noqa: E741
     h = load_coefficient(entropy_coefficient, index, valid, factor)
     b = load_coefficient(kl_coefficient, index, valid, factor)
-    # All that is read beside the logits, before the branch: these loads wait for none of the others.
+    # What is read beside the logits, before the branch: these loads wait for none of the others.
     shift = finite_or_zero(tl.load(maximum + row))
     log2_total = tl.load(log_total + row) * LOG2_E
     row_entropy = load_number(entropy, row)
@@ -162,7 +162,7 @@ def row_gradient_kernel(
         if kl_coefficient is not None:
             factor_of_p += b * (tl.minimum(x - y, FAR) * inverse_temperature - mean)
         grad = p * factor_of_p
-        if log_prob_coefficient is not None:
+        if log_prob_coefficient is not None:  # noqa: SIM102
             if (target >= first) & (target < first + BLOCK):
                 grad += tl.where(columns == target, c, 0.0)
         if (banned >= first) & (banned < first + BLOCK):

@@ -18,6 +18,7 @@ from egspo_kernels.types import Surrogate
 
 BLOCK_STEPS = 16
 BLOCK_TOKENS = 128
+SCAN_TOKENS = 1024
 BLOCK_TERMS = 1024
 
 
@@ -74,28 +75,39 @@ def step_kernel(
     AGGREGATION: tl.constexpr,
     BLOCK_STEPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    SCAN_TOKENS: tl.constexpr,
 ):
     """A few steps: their outputs, their terms of the loss, their tokens' coefficients.
 
     ``token_reference`` holds the tokens' log-probabilities under the reference policy (k3 without
     ``ref_log_prob``) or their KL (exact).
     """
-    steps = tl.program_id(0) * BLOCK_STEPS + tl.arange(0, BLOCK_STEPS)
+    first = tl.program_id(0) * BLOCK_STEPS
+    steps = first + tl.arange(0, BLOCK_STEPS)
     inside = steps < num_steps
     log_probs = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
     references = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
     counts = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.int32)
-    strays = tl.zeros((BLOCK_TOKENS,), tl.int32)
-    for start in range(0, num_tokens, BLOCK_TOKENS):
-        tokens = start + tl.arange(0, BLOCK_TOKENS)
-        present = tokens < num_tokens
-        step = tl.load(step_ids + tokens, mask=present, other=0)
-        strays += (present & ((step < 0) | (step >= num_steps))).to(tl.int32)
-        member = (steps[:, None] == step[None, :]) & present[None, :]
-        counts += member.to(tl.int32)
-        log_probs = add_token_values(log_probs, token_log_prob, tokens, present, member)
-        if token_reference is not None:
-            references = add_token_values(references, token_reference, tokens, present, member)
+    strays = tl.zeros((SCAN_TOKENS,), tl.int32)
+    for scan in range(0, num_tokens, SCAN_TOKENS):
+        # All ids are looked at, many at once; values only where a token of these steps is near.
+        scanned = scan + tl.arange(0, SCAN_TOKENS)
+        exists = scanned < num_tokens
+        ids = tl.load(step_ids + scanned, mask=exists, other=0)
+        strays += (exists & ((ids < 0) | (ids >= num_steps))).to(tl.int32)
+        near = exists & (ids >= first) & (ids < first + BLOCK_STEPS)
+        if tl.max(near.to(tl.int32), 0) > 0:
+            for start in range(scan, min(scan + SCAN_TOKENS, num_tokens), BLOCK_TOKENS):
+                tokens = start + tl.arange(0, BLOCK_TOKENS)
+                present = tokens < num_tokens
+                step = tl.load(step_ids + tokens, mask=present, other=0)
+                member = (steps[:, None] == step[None, :]) & present[None, :]
+                counts += member.to(tl.int32)
+                log_probs = add_token_values(log_probs, token_log_prob, tokens, present, member)
+                if token_reference is not None:
+                    references = add_token_values(
+                        references, token_reference, tokens, present, member
+                    )
     count = tl.maximum(tl.sum(counts, 1), 1).to(tl.float32)
     log_prob = tl.sum(log_probs, 1)
     reference = tl.sum(references, 1)
@@ -226,6 +238,7 @@ def step_objective(
                 AGGREGATION=objective.aggregation,
                 BLOCK_STEPS=BLOCK_STEPS,
                 BLOCK_TOKENS=BLOCK_TOKENS,
+                SCAN_TOKENS=SCAN_TOKENS,
                 **options,
             )
         total_kernel[(1,)](

@@ -121,7 +121,7 @@ def load_column(start, columns, end, banned, ABSENT: tl.constexpr):
 
 @triton.jit
 def load_ragged(start, first, end, banned, ABSENT: tl.constexpr):
-    """The same of a tile that is not whole or holds the banned token, or of a row without alignment.
+    """The same of a tile that is not whole or holds the banned token, or of an unaligned row.
 
     In the registers of the same threads: sums come out the same to the bit.
     """
@@ -140,11 +140,7 @@ def load_ragged(start, first, end, banned, ABSENT: tl.constexpr):
 @triton.jit
 def load_whole(start, first, end, ALIGNED: tl.constexpr):
     """The same of a whole tile without the banned token; 16 bytes at a time where rows allow it."""
-    if ALIGNED:
-        x = load_tile(start, first)
-    else:
-        x = load_ragged(start, first, end, -1, NO_LOGIT)
-    return x
+    return load_tile(start, first) if ALIGNED else load_ragged(start, first, end, -1, NO_LOGIT)
 
 
 @triton.jit

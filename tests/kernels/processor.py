@@ -75,6 +75,7 @@ PIPES = {
 }
 LATENCIES = {"special": 20, "memory": 25, "fma": 4, "half": 5, "alu": 5, "constant": 25}
 DRAM_LATENCY, L2_LATENCY = 700, 300
+BARRIER = 20
 LAUNCH = 300
 """Cycles until a program that ended is replaced."""
 
@@ -91,7 +92,6 @@ def pipe_of(instruction: Instruction, gpu: Gpu) -> tuple[str, int]:
 
 @dataclasses.dataclass
 class _Program:
-    warps: int
     ended: int = 0
     waiting: list[_Warp] = dataclasses.field(default_factory=list)
 
@@ -99,27 +99,37 @@ class _Program:
 @dataclasses.dataclass
 class _Warp:
     program: _Program
-    scheduler: int
     place: int = 0
     ready: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def cycles(path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, resident: int) -> float:
-    """Cycles in which a processor runs so many programs of so many warps, ``resident`` at once."""
+def cycles(
+    path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, resident: int
+) -> float:
+    """Cycles in which a processor runs so many programs of so many warps, ``resident`` at once.
+
+    The schedulers do the same things: one is modelled, with its part of warps and of memory.
+    """
+    if warps < SCHEDULERS:
+        programs, resident = (-(-count * warps // SCHEDULERS) for count in (programs, resident))
+    warps = max(1, warps // SCHEDULERS)
+    speed = gpu.bytes_per_cycle / SCHEDULERS
     steps = [(each, *pipe_of(each, gpu)) for each in path]
     queue: list[tuple[float, int, _Warp]] = []
-    order = 0
-    clocks = [0.0] * SCHEDULERS
-    pipes: list[dict[str, float]] = [{} for _ in range(SCHEDULERS)]
-    memory = end = 0.0
-    started = 0
+    free: dict[str, float] = {}
+    clock = memory = end = 0.0
+    order = started = 0
+
+    def enqueue(time: float, warp: _Warp, age: int | None = None) -> None:
+        nonlocal order
+        heapq.heappush(queue, (time, order if age is None else age, warp))
+        order += age is None
 
     def start(time: float) -> None:
-        nonlocal started, order
-        program = _Program(warps)
-        for number in range(warps):
-            heapq.heappush(queue, (time, order, _Warp(program, (started * warps + number) % 4)))
-            order += 1
+        nonlocal started
+        program = _Program()
+        for _ in range(warps):
+            enqueue(time, _Warp(program))
         started += 1
 
     for _ in range(min(resident, programs)):
@@ -127,18 +137,15 @@ def cycles(path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, res
     while queue:
         time, age, warp = heapq.heappop(queue)
         instruction, pipe, busy = steps[warp.place]
-        free = pipes[warp.scheduler]
-        when = max(time, clocks[warp.scheduler], free.get(pipe, 0.0))
+        when = max(time, clock, free.get(pipe, 0.0))
         for name in (*instruction.reads, *instruction.writes):
             when = max(when, warp.ready.get(name, 0.0))
         if when > time and queue and queue[0][0] < when:
-            heapq.heappush(queue, (when, age, warp))  # others go first
+            enqueue(when, warp, age)  # others go first
             continue
-        clocks[warp.scheduler] = when + 1
-        free[pipe] = when + busy
-        size = 512 if ".128" in instruction.opcode else 0
-        if instruction.name in ("LDG", "STG") and size:
-            memory = max(memory, when) + size / gpu.bytes_per_cycle
+        clock, free[pipe] = when + 1, when + busy
+        if instruction.name in ("LDG", "STG") and ".128" in instruction.opcode:
+            memory = max(memory, when) + 512 / speed
             done = max(memory, when + DRAM_LATENCY)
         elif instruction.name == "LDG":
             done = when + L2_LATENCY
@@ -148,18 +155,17 @@ def cycles(path: Sequence[Instruction], gpu: Gpu, programs: int, warps: int, res
             warp.ready[name] = done
         warp.place += 1
         end = max(end, when)
+        program = warp.program
         if instruction.name == "BAR":
-            program = warp.program
             program.waiting.append(warp)
-            if len(program.waiting) == program.warps:
+            if len(program.waiting) == warps:
                 for other in program.waiting:
-                    heapq.heappush(queue, (when + 20, age, other))
-                    age, order = order, order + 1
+                    enqueue(when + BARRIER, other)
                 program.waiting = []
         elif warp.place < len(steps):
-            heapq.heappush(queue, (when + 1, age, warp))
+            enqueue(when + 1, warp, age)
         else:
-            warp.program.ended += 1
-            if warp.program.ended == warps and started < programs:
+            program.ended += 1
+            if program.ended == warps and started < programs:
                 start(when + LAUNCH)
     return max(end, memory)

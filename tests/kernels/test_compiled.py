@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 FILES = ("stats", "sampling", "surrogate", "surrogate_autograd")
-LEFT_OUT = ("any_values", "interpreter", "frequencies", "real_size", "traffic", "opcheck", "compile")
+LEFT_OUT = ("any_values", "interpreter", "frequencies", "real_size", "opcheck", "compile")
 """Hypothesis compiles for every vocabulary that it tries; the rest is not about what kernels do."""
 
 
@@ -26,7 +26,16 @@ def test_kernel_tests_pass_on_compiled_code(name: str, capability: int) -> None:
     result = subprocess.run(
         [
             sys.executable,
-            *("-m", "pytest", "-q", "-x", "-p", "tests.kernels.ptx.plugin", "-p", "no:cacheprovider"),
+            *(
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-p",
+                "tests.kernels.ptx.plugin",
+                "-p",
+                "no:cacheprovider",
+            ),
             f"tests/kernels/test_triton_{name}.py",
             *("-k", "not (" + " or ".join(LEFT_OUT) + ")"),
         ],

@@ -81,9 +81,9 @@ def test_what_waits_for_each_load_needs_more_warps() -> None:
             sass.Instruction("FADD", (f"R{number + 2}",), ("R1",)),
         )
     ]
-    taken = processor.cycles(path, gpu, 4, 1, 1)
+    taken = processor.cycles(path, gpu, 4, 4, 1)
     assert taken >= 4 * 16 * processor.DRAM_LATENCY
-    assert taken > 3 * processor.cycles(path, gpu, 4, 1, 4)
+    assert taken > 3 * processor.cycles(path, gpu, 4, 4, 4)
 
 
 def test_the_special_unit_binds() -> None:

@@ -68,7 +68,7 @@ TEMPERATURES = [(1.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.0, 2.0), (0.5, 2.0), (0.0
         (4, 2, torch.float16),
         (4, 1000, torch.float32),
         (3, 4097, torch.bfloat16),
-        (1, 32000, torch.float16),
+        pytest.param(1, 32000, torch.float16, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(("temperature", "entropy_temperature"), TEMPERATURES)
@@ -78,6 +78,7 @@ def test_agrees_with_the_reference(
     check_against_reference(rows, vocab, dtype, temperature, entropy_temperature)
 
 
+@pytest.mark.slow
 def test_agrees_with_the_reference_at_the_size_of_llada() -> None:
     check_against_reference(1, 126464, torch.bfloat16, 0.8, 1.0)
 
@@ -156,6 +157,7 @@ def test_uniform_numbers_are_those_of_the_reference_to_the_last_bit() -> None:
     torch.testing.assert_close(exponentials.double(), exact, rtol=5e-7, atol=0)
 
 
+@pytest.mark.slow
 def test_frequencies() -> None:
     count = 20000 if DEVICE == "cuda" else 120  # 20 ms each in the interpreter
     temperature, banned = 0.7, 3

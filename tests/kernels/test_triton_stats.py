@@ -67,10 +67,13 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(
     ("rows", "vocab", "dtype"),
     [
-        *itertools.product((0, 1, 7), (1, 2, 1000, 4097, 32000), FLOATS),
+        *itertools.product((0, 1, 7), (1, 2, 1000, 4097), FLOATS),
         (300, 2, torch.bfloat16),
-        (1, 126464, torch.bfloat16),
-        (1, 126464, torch.float32),
+        (1, 20001, torch.bfloat16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product((1, 7), (32000, 126464), FLOATS)
+        ),
     ],
 )
 def test_error_is_that_of_eager(rows: int, vocab: int, dtype: torch.dtype) -> None:

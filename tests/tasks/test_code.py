@@ -47,6 +47,27 @@ def test_what_is_run() -> None:
     assert pool.programs == [(f"\n{A}", "a"), (f"import os\n{B}", "e")]
 
 
+def test_why_a_program_is_paid_so() -> None:
+    cases = (CaseResult("test_1", True), CaseResult("test_2", False, "AssertionError"))
+
+    class Pool:
+        verdict = Verdict(cases, 2)
+
+        def run_many(self, programs: list[tuple[str, str]]) -> list[Verdict]:
+            return [self.verdict for _ in programs]
+
+    pool = Pool()
+    tests, form = ProgramTests(pool).rewards()  # type: ignore[arg-type]
+    assert tests.explain is not None and form.explain is not None
+    columns = {"tests": "t", "prelude": ""}
+    assert tests.explain(fenced(A), **columns) == "1 of 2 tests pass; test_2: AssertionError"
+    assert tests.explain("no program", **columns) == "no block with a program"
+    pool.verdict = Verdict((), 0, "the program failed to load")
+    assert tests.explain(fenced(A), **columns).endswith("; the program failed to load")
+    assert form.explain(fenced(A), **columns) == "has a closed Python block"
+    assert form.explain("```\nx\n```", **columns).startswith("none of 1 blocks is closed")
+
+
 def test_a_sandbox_that_fails_is_no_reward_of_zero() -> None:
     runner = ProgramTests(Echo())  # type: ignore[arg-type]
     columns = {"tests": ["broken"], "prelude": [""]}

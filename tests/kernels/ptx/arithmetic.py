@@ -53,7 +53,9 @@ def nudge(values: np.ndarray, ulps: int) -> np.ndarray:
     if not ulps:
         return values
     bits = np.ascontiguousarray(values).view(np.uint32)
-    offset = (bits * np.uint32(2654435761) >> np.uint32(20)).astype(np.int64) % (2 * ulps + 1) - ulps
+    offset = (bits * np.uint32(2654435761) >> np.uint32(20)).astype(np.int64) % (
+        2 * ulps + 1
+    ) - ulps
     moved = (bits.astype(np.int64) + offset).astype(np.uint32).view(np.float32)
     # Powers of two are exact, and what is zero, infinite or NaN stays so.
     exact = (bits << np.uint32(9) == 0) | ~np.isfinite(values) | (values < SMALLEST_NORMAL)
@@ -119,7 +121,9 @@ def shifted(name: str, values: np.ndarray, by: np.ndarray) -> np.ndarray:
     size = 8 * values.dtype.itemsize
     inside = np.minimum(by, size - 1).astype(values.dtype)
     result = values << inside if name == "shl" else values >> inside
-    filled = values >> inside if name == "shr" and values.dtype.kind == "i" else np.zeros_like(values)
+    filled = (
+        values >> inside if name == "shr" and values.dtype.kind == "i" else np.zeros_like(values)
+    )
     return np.where(by >= size, filled, result)
 
 

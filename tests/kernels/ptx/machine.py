@@ -192,11 +192,15 @@ class Machine:
                 result = self._float(name, modifiers, kind, sources)
             elif kind == "pred":
                 values = [self.bits(source, 8) for source in sources]
-                result = {"not": np.logical_not}[name](*values) if len(values) == 1 else {
-                    "and": np.logical_and,
-                    "or": np.logical_or,
-                    "xor": np.logical_xor,
-                }[name](*values)
+                result = (
+                    {"not": np.logical_not}[name](*values)
+                    if len(values) == 1
+                    else {
+                        "and": np.logical_and,
+                        "or": np.logical_or,
+                        "xor": np.logical_xor,
+                    }[name](*values)
+                )
                 self.put(target, result, active)
                 return
             else:

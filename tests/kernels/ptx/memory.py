@@ -58,7 +58,9 @@ class Memory:
         offsets = addresses - self._starts[np.maximum(which, 0)]
         outside = (which < 0) | (offsets + width > self._sizes[np.maximum(which, 0)])
         if outside.any():
-            raise AccessProblem(f"{what} of {width} bytes out of bounds, {int(outside.sum())} lanes")
+            raise AccessProblem(
+                f"{what} of {width} bytes out of bounds, {int(outside.sum())} lanes"
+            )
         return [
             (int(number), lanes, offsets[lanes])
             for number in np.unique(which)

@@ -14,14 +14,15 @@ import os
 import pkgutil
 
 import pytest
+import triton
 
-# Kernels are made for the interpreter or for a compiler when they are imported.
-os.environ["TRITON_INTERPRET"] = "0"
 _STACK = contextlib.ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     del config
+    # Kernels are made for the interpreter or for a compiler when they are imported.
+    triton.knobs.runtime.interpret = False
     from egspo_kernels import triton_kernels
 
     for module in pkgutil.iter_modules(triton_kernels.__path__):
@@ -31,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     capability = int(os.environ.get("EGSPO_PTX_CAPABILITY", "90"))
     ulps = int(os.environ.get("EGSPO_PTX_ULPS", "2"))
     _STACK.enter_context(simulated(capability, ulps))
-    # So that the backend is allowed on CPU tensors.
+    # Read when a backend is chosen: it allows CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from tests.kernels.ptx import instructions as _  # noqa: F401
+from tests.kernels.ptx import instructions  # noqa: F401
 from tests.kernels.ptx.machine import Machine
 from tests.kernels.ptx.memory import Memory
 from tests.kernels.ptx.program import Program, parse
@@ -68,7 +68,9 @@ def _launch(kernel: Any, arguments: dict[str, Any], grid: tuple[int, int, int], 
     program = _parsed(kernel.asm["ptx"])
     names = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
     values = [arguments[name] for name in names]
-    bits = [_bits(value, kernel.src.signature[name]) for name, value in zip(names, values)]
+    bits = [
+        _bits(value, kernel.src.signature[name]) for name, value in zip(names, values, strict=True)
+    ]
     # Triton adds pointers to scratch memory, which these kernels do not use.
     bits += [0] * (len(program.parameters) - len(bits))
     parameters = dict(zip(program.parameters, bits, strict=True))

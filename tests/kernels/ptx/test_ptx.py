@@ -40,7 +40,9 @@ def run(
 
 
 def test_what_is_parsed() -> None:
-    program = parse(HEAD.format(threads=64) + "$L_x:\n@!%p1 st.global.v2.b32 [%rd2+8], {%r1, %r2};}")
+    program = parse(
+        HEAD.format(threads=64) + "$L_x:\n@!%p1 st.global.v2.b32 [%rd2+8], {%r1, %r2};}"
+    )
     assert (program.name, program.threads) == ("kernel", 64)
     assert program.parameters == ("kernel_param_0", "kernel_param_1")
     assert program.labels == {"$L_x": 4}
@@ -78,7 +80,7 @@ def test_accesses_out_of_bounds_and_out_of_line_are_refused() -> None:
     for access in ("ld.global.b32 %r3, [%rd2+4];", "st.global.b32 [%rd2+-4], %r1;"):
         with pytest.raises(MachineProblem, match="out of bounds, 1 lanes"):
             run(access, values)
-    with pytest.raises(MachineProblem, match="16 bytes at 0x.* not aligned"):
+    with pytest.raises(MachineProblem, match=r"16 bytes at 0x.* not aligned"):
         run("ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd2];", values)
     # What a predicate holds back is not an access.
     run("setp.eq.s32 %p1, %r2, 31;\n@!%p1 ld.global.b32 %r3, [%rd2+4];", values)
