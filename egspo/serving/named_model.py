@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egspo.config import GenerationConfig
-from egspo.config.recipe import from_mapping
+from egspo.config.convert import from_mapping
 
 if TYPE_CHECKING:
     import torch

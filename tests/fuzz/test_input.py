@@ -18,7 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from egspo.cli import main
-from egspo.config.recipe import config_to_dict, load_yaml
+from egspo.config.recipe import config_to_dict
+from egspo.config.yaml_text import load_yaml
 from egspo.models import new_model
 from egspo.models.tokenization import character_tokenizer
 from egspo.training.warm_start import save_model

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from egspo.config import TrainConfig
-from egspo.config.recipe import from_mapping
+from egspo.config.convert import from_mapping
 from egspo.runs.metrics import deterministic, read_metrics
 from egspo.tasks import Example, Reward, Task
 from egspo.tasks.base import register_task
