@@ -38,7 +38,7 @@ PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
 BLOCKS = [
-    {"model": {"config": None}, "generation": {"block_length": 4, "steps": 10}},
+    {"model": {"config": None}, "generation": {"block_length": 4, "steps": 4}},
     {"model": {"config": new_fields("llada2")}, "algorithm": {"beta": 0.1}},
 ]
 
