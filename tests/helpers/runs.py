@@ -304,7 +304,8 @@ def _become_rank(rank: int, world_size: int, port: int) -> None:
 def forkserver() -> ForkServerContext:
     """Processes forked from one that has the imports done: a start takes no seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["egspo.training.trainer", "egspo.training.warm_start"])
+    modules = ["egspo.training.trainer", "egspo.training.warm_start", "egspo.evaluations.run"]
+    context.set_forkserver_preload(modules)
     return context
 
 

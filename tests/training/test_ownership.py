@@ -264,7 +264,10 @@ def test_a_full_disk_is_said_whoever_noticed_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_spells_the_mask_token_is_named(tmp_path: Path) -> None:
+def test_a_target_that_spells_the_mask_token_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "rewards", [runs.Reward("ones", runs.ones)])
     task = {"task": {"name": "letters", "options": {"target": "1<|mask|>"}}}
     with pytest.raises(ValueError, match="training example 0 spells the mask token"):
         train(runs.config(tmp_path, runs.LETTERS, task, {"sft": {"steps": 1}}))
