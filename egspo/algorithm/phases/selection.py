@@ -60,11 +60,15 @@ def selection_metrics(selection: Selection) -> Metrics:
     """What is logged of the selected states."""
     states = selection.states
     trajectory = states.trajectory
-    return {
+    metrics: Metrics = {
         "reward/equal_groups": selection.equal_groups,
         "skipped/groups": selection.skipped_groups,
+        "selected/states": Count(len(states)),
+    }
+    if not selection.of_rollout:
+        return metrics
+    return metrics | {
         "selected/k": states.ranks,
         "selected/histogram": histogram(states.step, trajectory.num_steps).tolist(),
-        "selected/states": Count(len(states)),
         "selected/entropy": part(trajectory.entropy[states.row, states.step]),
     }

@@ -12,6 +12,7 @@ from egspo.config.options.distributed import DistributedConfig
 from egspo.config.options.evaluation import EvalConfig
 from egspo.config.options.generation import GenerationConfig
 from egspo.config.options.model import ModelConfig
+from egspo.config.options.objectives import REMASKED
 from egspo.config.options.optimizer import OptimizerConfig
 from egspo.config.options.sft import SFTConfig
 from egspo.config.options.task import TaskConfig
@@ -99,6 +100,14 @@ class TrainConfig:
             f"algorithm.selected_steps ({self.algorithm.selected_steps}) must be at most "
             f"generation.steps ({self.generation.steps})",
         )
+        if self.algorithm.objective in REMASKED:
+            for option, none in (("cache", "none"), ("guidance", 0.0)):
+                value = getattr(self.generation, option)
+                require(
+                    value == none,
+                    f"algorithm.objective: {self.algorithm.objective} scores canvases that no "
+                    f"rollout was at: it needs generation.{option}: {none}, got {value}",
+                )
         if self.distributed.engine not in ("auto", "replicated"):
             self.check_shardable(self.distributed.engine)
         cache = self.generation.cache
