@@ -59,11 +59,6 @@ def expected_work(
         lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
         score, update = causal_training(config, lengths)
         return {"rollout": causal_rollout(config, prompts), "score": score, "update": update}
-    if config.algorithm.objective != "stepwise":
-        raise ValueError(
-            "FLOPs are planned for algorithm.objective: stepwise only, got "
-            f"{config.algorithm.objective}"
-        )
     source = None
     if config.algorithm.stepwise:
         source = cheaper_source(config, cost, sum(prompts) / len(prompts), prediction_shift)

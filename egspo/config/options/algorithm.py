@@ -9,7 +9,13 @@ from egspo.config.options.checks import require
 from egspo.config.options.objectives import check_objective
 
 Strategy = Literal[
-    "high_entropy", "uniform", "random", "all", "uniform_reference", "random_reference"
+    "high_entropy",
+    "uniform",
+    "random",
+    "all",
+    "sign_aware",
+    "uniform_reference",
+    "random_reference",
 ]
 
 
@@ -50,7 +56,8 @@ class AlgorithmConfig:
     """K, denoising steps trained per trajectory."""
     strategy: Strategy = "high_entropy"
     """Which steps are trained: those of largest entropy, evenly spaced ones, random ones, or
-    all."""
+    all; or by the sign of ``R_i - mean_j R_j`` (``sign_aware``): the least confident steps where it
+    is positive or zero, the most confident ones where it is negative."""
     entropy_share: float | None = None
     """Adaptive K, with ``high_entropy``: of each trajectory the fewest steps that hold this share
     of the entropy of its candidates, at most ``selected_steps``. None trains so many always."""
