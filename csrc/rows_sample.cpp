@@ -83,7 +83,8 @@ struct Sampler {
   // The column that wins the race, and the sum of the exponentials of all.
   int64_t draw(int64_t row, uint64_t row_id, const float* partials, float maximum,
                double* total) const {
-    float best = -1;
+    // A block without weight never wins, nor one beyond the row: among NaN the first stays.
+    float best = 0;
     int64_t winner = 0;
     *total = 0;
     for (int64_t first = 0; first * kSegment < rows.vocab; first += kBlockSegment / kSegment) {

@@ -92,7 +92,7 @@ def sample_tokens(
 ) -> SampledTokens:
     """A sample of every row, with its log-probability, confidence and entropy.
 
-    Drawn in two levels, a block of 1024 columns and then a token of that block, exact in
+    Drawn in two levels, a block of 128 columns and then a token of that block, exact in
     distribution (:mod:`egspo_kernels.reference.sampling` has the definition). The noise is a
     function of (seed, step, row id) alone, drawn in float32: what a row samples does not depend on
     the batch it is in, nor on the precision of the logits. Tokens are the same in every backend

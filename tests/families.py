@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from egspo.models import new_model
 from egspo.models.experts import GroupedRouter
@@ -75,7 +74,7 @@ def make(
     return model
 
 
-def blocks_of(model: nn.Module) -> int:
-    """The block size of a block-causal model."""
-    size: int = model.config.block_size  # type: ignore[union-attr, assignment]
-    return size
+def new_fields(family: str) -> dict[str, Any]:
+    """Of a new model in a recipe: the tokenizer decides the rest."""
+    left_out = ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id")
+    return {k: v for k, v in FAMILIES[family].items() if k not in left_out}

@@ -9,10 +9,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from egspo import __version__
 from egspo.cli import data, evaluate, export, generate, inspect, options, plan, tools, training
 from egspo.cli.common import Command
+from egspo.inspection.printable import printable
 
 _DESCRIPTION = """\
 Reinforcement learning for masked diffusion language models by entropy-guided
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or code == 1:
             traceback.print_exc()
         else:
-            print(f"egspo: error: {error}", file=sys.stderr)
+            print(printable(f"egspo: error: {error}"), file=sys.stderr)
         return code
     return code or 0
 
@@ -75,12 +77,17 @@ def sleep_while_waiting() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages repeat what was typed, or came from a script."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message), file)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "egspo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw
-    )
+    parser = _Parser("egspo", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"egspo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -124,4 +131,4 @@ def _take_overrides(
 def _is_expected(error: Exception) -> bool:
     """Whether the message alone says what to change: bad input, files, or an error of egspo's."""
     own = type(error).__module__.partition(".")[0] in ("egspo", "egspo_kernels")
-    return own or isinstance(error, ValueError | OSError)
+    return own or isinstance(error, ValueError | OSError | FloatingPointError)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from egspo.cli.common import AddCommand, load_tasks_of, named_task
 from egspo.cli.score import add_score
+from egspo.inspection.printable import show
 
 if TYPE_CHECKING:
     from egspo.tasks.overlap import Overlap
@@ -57,18 +58,18 @@ def add_commands(add: AddCommand) -> None:
     compare.set_defaults(run=_overlap)
 
     text = "print the first examples of a task, and its rewards"
-    show = commands.add_parser(
+    shown = commands.add_parser(
         "show", help=text, description=f"{text}.", epilog=_EPILOG, formatter_class=raw
     )
-    show.add_argument("task", metavar="TASK", help="name of a task, or a recipe")
-    show.add_argument(
+    shown.add_argument("task", metavar="TASK", help="name of a task, or a recipe")
+    shown.add_argument(
         "options", nargs="*", metavar="key=value", help="of the task, or overrides of the recipe"
     )
-    show.add_argument("--split", default="train", metavar="NAME", help="train (default), ...")
-    show.add_argument("--examples", type=int, default=2, metavar="N", help="(default 2)")
-    show.set_defaults(run=_show)
+    shown.add_argument("--split", default="train", metavar="NAME", help="train (default), ...")
+    shown.add_argument("--examples", type=int, default=2, metavar="N", help="(default 2)")
+    shown.set_defaults(run=_show)
     add_score(commands)
-    for command in (compare, show):
+    for command in (compare, shown):
         command.add_argument("--file", metavar="FILE", help="Python file that registers tasks")
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -102,16 +103,16 @@ def _overlap(args: argparse.Namespace) -> None:
 
 
 def _print_overlap(a: str, b: str, found: Overlap) -> None:
-    print(f"{'':24}{'A':>12}{'B':>12}    A = {a}, B = {b}")
+    show(f"{'':24}{'A':>12}{'B':>12}    A = {a}, B = {b}")
     for label, counts in (
         ("questions", found.size),
         ("distinct", found.distinct),
         ("in the other, exactly", found.exact),
         ("in the other, normalised", found.normalised),
     ):
-        print(f"{label:24}{counts[0]:>12}{counts[1]:>12}")
+        show(f"{label:24}{counts[0]:>12}{counts[1]:>12}")
     for number, (left, right) in enumerate(found.examples, start=1):
-        print(f"\n{number}. A: {left}\n   B: {right if right != left else '(the same)'}")
+        show(f"\n{number}. A: {left}\n   B: {right if right != left else '(the same)'}")
 
 
 def _questions(name: str, column: str | None) -> list[str]:
@@ -138,14 +139,14 @@ def _show(args: argparse.Namespace) -> None:
     _prepare(args)
     task = named_task(args.task, args.options)
     sizes = (("train", task.train), ("validation", task.validation), ("test", task.test))
-    print(f"task {task.name}: " + ", ".join(f"{len(part)} {name}" for name, part in sizes))
+    show(f"task {task.name}: " + ", ".join(f"{len(part)} {name}" for name, part in sizes))
     for reward in task.rewards:
         also = "" if reward.intermediate else ", not for one-step completions"
-        print(f"reward {reward.name}: weight {reward.weight:g}{also}")
+        show(f"reward {reward.name}: weight {reward.weight:g}{also}")
     for number, example in enumerate(split_of(task, args.split)[: args.examples]):
-        print(f"\n--- {args.split} example {number}")
+        show(f"\n--- {args.split} example {number}")
         for message in example.prompt:
-            print(f"[{message['role']}]\n{message['content']}")
-        print(f"[columns] {example.columns}")
+            show(f"[{message['role']}]\n{message['content']}")
+        show(f"[columns] {example.columns}")
         if example.target is not None:
-            print(f"[target]\n{example.target}")
+            show(f"[target]\n{example.target}")

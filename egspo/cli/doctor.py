@@ -174,10 +174,13 @@ def _attention() -> dict[str, str | None]:
 def _sandbox() -> dict[str, str]:
     from egspo.sandbox import Bubblewrap, SandboxUnavailable
 
+    backend = Bubblewrap()
     try:
-        Bubblewrap().check()
+        backend.check()
     except SandboxUnavailable as error:
         return {"error": str(error)}
+    finally:
+        backend.close()
     return {}
 
 

@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egspo.cli.common import AddCommand, configure_output
-from egspo.cli.model import (
-    add_adapter_argument,
-    add_generation_arguments,
-    given_generation,
-)
+from egspo.cli.model import add_adapter_argument, add_generation_arguments, given_generation
 from egspo.files import set_aside
 
 if TYPE_CHECKING:
@@ -237,11 +233,10 @@ def _set_aside(output: Path, state: Any) -> None:
 
 
 def _show(rows: Any, name: str, notes: list[str], output: Path) -> None:
-    from rich.console import Console
-
     from egspo.evaluations.summary import MARKDOWN, footnotes, to_table
+    from egspo.inspection.console import PlainConsole
 
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     console.print(to_table(rows, name))
     for line in (*footnotes(rows), *notes):
         console.print(line, markup=False)

@@ -11,8 +11,7 @@ from egspo.cli.common import AddCommand
 from egspo.files import replacing
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from egspo.inspection.console import PlainConsole
     from egspo.runs.samples import TrajectoryRecord
 
 _EPILOG = """\
@@ -44,11 +43,10 @@ def add_commands(add: AddCommand) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from egspo.inspection.console import PlainConsole
     from egspo.runs.samples import read_trajectories
 
-    console = Console(highlight=False)
+    console = PlainConsole(highlight=False)
     if args.list and args.step is None and args.source.is_dir():
         _list_steps(args.source, console)
         return
@@ -104,7 +102,7 @@ def _chosen(group: Sequence[TrajectoryRecord], index: int | None, file: Path) ->
     raise ValueError(f"{file} has no trajectory {index}; it has {listed}")
 
 
-def _list_steps(run: Path, console: Console) -> None:
+def _list_steps(run: Path, console: PlainConsole) -> None:
     from egspo.inspection.terminal import samples_table
     from egspo.runs.samples import list_samples, read_trajectories
 

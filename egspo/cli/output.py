@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from egspo.cli.prompts import Prompt
 from egspo.config import GenerationConfig
 from egspo.files import set_aside
+from egspo.inspection.printable import printable
 
 if TYPE_CHECKING:
     from egspo.rollouts.completion import Completion, TextDelta
@@ -95,14 +96,15 @@ class TextWriter:
             title = self.prompts[completion.index].title
             self._write(f"{gap}### {title}\n{completion.text}\n")
         if completion.step_map is not None:
-            from rich.console import Console
-
+            from egspo.inspection.console import PlainConsole
             from egspo.inspection.terminal import StepMapView
 
-            console = Console(file=self.stream, highlight=False)
+            console = PlainConsole(file=self.stream, highlight=False)
             console.print(StepMapView(completion.step_map))
 
     def _write(self, text: str) -> None:
+        if self.stream.isatty():  # a file or program gets what the model wrote
+            text = printable(text)
         self.stream.write(text)
         self.stream.flush()
 
@@ -160,7 +162,7 @@ def answered(file: Path, prompts: Sequence[Prompt]) -> set[int]:
 def _index(line: str) -> int | None:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     index = record.get("index") if isinstance(record, dict) else None
     return index if isinstance(index, int) and "completion" in record else None

@@ -85,7 +85,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json(report), indent=1))
     else:
-        from rich.console import Console
+        from egspo.inspection.console import PlainConsole
 
-        print_plan(report, Console())
+        print_plan(report, PlainConsole())
     return 0 if report.fits else 3

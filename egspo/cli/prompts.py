@@ -67,8 +67,11 @@ def is_jsonl(choice: str, file: str | Path | None) -> bool:
 def _parse(line: str, where: str) -> Prompt:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()  # as it will be written
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
+    except (RecursionError, UnicodeEncodeError, ValueError) as error:
+        raise ValueError(f"{where} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with prompt or messages, got {line[:60]}")
     if ("prompt" in record) == ("messages" in record):

@@ -92,9 +92,10 @@ def _record(audited: Audited) -> dict[str, object]:
 
 def _show(task: Task, audited: Sequence[Audited]) -> None:
     """A section per completion, a line per reward."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from egspo.inspection.console import PlainConsole
 
     def cell(value: object) -> Text:
         return Text(_shortened(value), overflow="fold")
@@ -109,7 +110,7 @@ def _show(task: Task, audited: Sequence[Audited]) -> None:
             table.add_row(*map(cell, (*first, reward.name, pays, why)))
             first = ["", "", ""]
         table.add_row(*map(cell, (*first, "total, weighted", each.total, "")), end_section=True)
-    console = Console()
+    console = PlainConsole()
     console.width = console.width if console.is_terminal else _WIDTH
     console.print(table)
     solved = [each.solved for each in audited if each.solved is not None]

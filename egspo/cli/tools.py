@@ -23,9 +23,9 @@ def _doctor(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report, indent=1))
     else:
-        from rich.console import Console
+        from egspo.inspection.console import PlainConsole
 
-        print_report(report, Console())
+        print_report(report, PlainConsole())
 
 
 def _plot(args: argparse.Namespace) -> None:

@@ -162,12 +162,11 @@ def _train(args: argparse.Namespace) -> None:
 def _dry_run(args: argparse.Namespace, config: TrainConfig) -> None:
     if args.resume is not None or args.overwrite:
         raise ValueError("--dry-run starts nothing: leave out --resume and --overwrite")
-    from rich.console import Console
-
+    from egspo.inspection.console import PlainConsole
     from egspo.planning.dry_run import DryRunError, dry_run, print_report
 
     report = dry_run(config)
-    print_report(report, Console())
+    print_report(report, PlainConsole())
     if report.failed:
         names = ", ".join(check.name for check in report.failed)
         raise DryRunError(f"{args.recipe} would not run: {names}")

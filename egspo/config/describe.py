@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 import yaml
 
+from egspo.config.convert import expected, field_types, near_names, plain
 from egspo.config.options.run import TrainConfig
 from egspo.config.presets import PRESETS
-from egspo.config.recipe import config_to_dict, expected, field_types, near_names, plain
+from egspo.config.recipe import config_to_dict
 
 
 @dataclass(frozen=True)

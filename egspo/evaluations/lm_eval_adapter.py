@@ -20,7 +20,7 @@ from accelerate.utils import gather, gather_object
 from tqdm import tqdm
 
 from egspo.config import GenerationConfig
-from egspo.config.recipe import from_mapping
+from egspo.config.convert import from_mapping
 from egspo.engines.processes import process_state
 from egspo.rollouts.completion import completions_of
 from egspo.rollouts.denoiser import Denoiser

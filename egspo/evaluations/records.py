@@ -76,7 +76,7 @@ def _read(file: Path) -> list[Record]:
 def _parse(line: str, number: int, file: Path) -> Record:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not {"index", "sample", "score"} <= record.keys():
         raise ValueError(f"{file}, line {number} is no sample of an evaluation: {line[:80]!r}")

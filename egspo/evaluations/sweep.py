@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from egspo.config import TrainConfig
-from egspo.config.recipe import ConfigError, from_mapping, load_config, read_yaml, task_content
+from egspo.config.convert import ConfigError, from_mapping
+from egspo.config.recipe import load_config, read_yaml, task_content
 from egspo.inspection.plotting import comparison_table, plot_comparison
 
 logger = logging.getLogger("egspo")

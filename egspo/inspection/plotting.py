@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from egspo.config.recipe import ConfigError, load_config
+from egspo.config.convert import ConfigError
+from egspo.config.recipe import load_config
 from egspo.files import replacing
 from egspo.runs.metrics import read_metrics
 

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from transformers import PretrainedConfig
 
+MOST, MOST_LAYERS = 2**31 - 1, 1000
+"""Of a size, and of blocks: beyond it a configuration is damaged, and building it would not end."""
+
 
 def check_fixed(config: PretrainedConfig, fixed: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse a configuration that describes a function which is not implemented.
@@ -51,6 +54,9 @@ def check_ranges(
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{kind}.{name} must be an integer >= 1, got {value!r}")
+        most = MOST_LAYERS if "layers" in name else MOST
+        if value > most:
+            raise ValueError(f"{kind}.{name} is {value}, no model has more than {most}")
     for name in dropouts:
         value = getattr(config, name)
         if not 0.0 <= value < 1.0:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from egspo.models.dream import DreamForMaskedLM
+from egspo.models.folders import check_amount, check_folder, readable
 from egspo.models.llada import LLaDAForMaskedLM
 from egspo.models.llada2 import LLaDA2ForMaskedLM
 from egspo.models.sdar import SDARForMaskedLM, SDARMoeForMaskedLM
@@ -67,15 +68,20 @@ def load_model(
         ValueError: it is of another architecture (raised before weights are read), or its
             tensors do not fit (the message names them).
     """
+    check_folder(path_or_id)
     hub = {
         k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs
     }
     model_class = _class_of(path_or_id, **hub)
     if dtype is not None:
         kwargs["dtype"] = dtype
-    model: Any = model_class.from_pretrained(
-        os.fspath(path_or_id), attn_implementation=attn_implementation, **kwargs
-    )
+    if Path(path_or_id).is_dir() and not kwargs.get("quantization_config"):
+        described = model_on_meta(load_config(path_or_id))
+        check_amount(path_or_id, sum(p.numel() for p in described.parameters()))
+    with readable(path_or_id):
+        model: Any = model_class.from_pretrained(
+            os.fspath(path_or_id), attn_implementation=attn_implementation, **kwargs
+        )
     loaded: PreTrainedModel = model
     return loaded
 
@@ -90,9 +96,11 @@ def load_config(path_or_id: str | os.PathLike[str], **hub: Any) -> PretrainedCon
     Raises:
         FileNotFoundError, ValueError: as :func:`load_model`.
     """
+    check_folder(path_or_id)
     config_class = _class_of(path_or_id, **hub).config_class
     assert config_class is not None
-    config: PretrainedConfig = config_class.from_pretrained(path_or_id, **hub)
+    with readable(path_or_id):
+        config: PretrainedConfig = config_class.from_pretrained(path_or_id, **hub)
     return config
 
 
@@ -193,11 +201,16 @@ def load_tokenizer(
         ValueError: neither tokenizer nor configuration names a mask token, or the tokenizer has
             no token of the configuration's id.
     """
+    check_folder(path_or_id)
     folder = Path(path_or_id)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: it has no such files")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path_or_id)
+        # False, not the default: that one asks the user, and a y runs what is in the folder.
+        with readable(path_or_id):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path_or_id, trust_remote_code=False
+            )
     except OSError as error:
         raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: {error}") from error
     if tokenizer.mask_token_id is not None:
@@ -284,7 +297,8 @@ def _by_type(
 
 def _read_config(path_or_id: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
     try:
-        fields, _ = PretrainedConfig.get_config_dict(path_or_id, **kwargs)
+        with readable(path_or_id):
+            fields, _ = PretrainedConfig.get_config_dict(path_or_id, **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"no model at {os.fspath(path_or_id)!r}: {error}") from error
     if not fields:  # a folder without config.json
@@ -294,7 +308,7 @@ def _read_config(path_or_id: str | os.PathLike[str], **kwargs: Any) -> dict[str,
 
 def _config_beside(path_or_id: str | os.PathLike[str]) -> PretrainedConfig | None:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path_or_id)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except (OSError, ValueError):  # no config.json, or one that does not describe a model
         return None
     return config

@@ -13,6 +13,7 @@ from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from egspo.models.folders import check_folder, readable
 from egspo.models.loading import seeded
 
 LORA_TARGETS = (
@@ -97,10 +98,13 @@ def load_adapter(
             another shape (the message names them; ``model`` is left without adapter).
     """
     path = os.fspath(path)
-    config = PeftConfig.from_pretrained(path)
+    check_folder(path)
+    with readable(path):
+        config = PeftConfig.from_pretrained(path)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{path} is an adapter of type {config.peft_type}, expected LoRA")
-    weights = load_peft_weights(path, device="cpu")
+    with readable(path):
+        weights = load_peft_weights(path, device="cpu")
     head = _matched_head(model, config.target_modules)
     if head is not None and not any(f".{head[0]}.lora_" in key for key in weights):
         config.exclude_modules = _joined(config.exclude_modules, head[0])

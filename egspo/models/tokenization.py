@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 
-from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -67,8 +67,8 @@ def encode_prompts(
 
     Raises:
         TypeError: if a prompt is not a list of messages.
-        ValueError: if the tokenizer has no chat template, a prompt is empty, or it has characters
-            that the tokenizer does not know.
+        ValueError: if the tokenizer has no chat template or it fails, a prompt is empty, or it has
+            characters that the tokenizer does not know or that are none.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -79,10 +79,7 @@ def encode_prompts(
             raise TypeError(f"prompt {number} must be a list of chat messages, got {prompt!r}")
         if not prompt or not any(message.get("content") for message in prompt):
             raise ValueError(f"prompt {number} is empty")
-    texts = [
-        str(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False))
-        for prompt in prompts
-    ]
+    texts = [_rendered(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
     if prefills is not None:
         texts = [text + prefill for text, prefill in zip(texts, prefills, strict=True)]
     if not texts:
@@ -90,6 +87,25 @@ def encode_prompts(
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     _check_known(tokenizer, prompts, encoded)
     return encoded
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[dict[str, str]], number: int
+) -> str:
+    try:
+        text = str(
+            tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        )
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} does not take prompt {number}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt {number} has half of a character: {error}") from error
+    return text
 
 
 def _check_known(
@@ -142,10 +158,37 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except TemplateError:  # of prompts only
+    except Exception:  # it takes prompts only, or nothing: encode_prompts says what
         return None
     behind: list[int] = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     if not behind:
         return None
     token = tokenizer.added_tokens_decoder.get(behind[0])
     return behind[0] if token is not None and token.special else None
+
+
+# How chat templates say whether to think: SDAR's by a variable that may be given, LLaDA2's in a
+# line of its own.
+_VARIABLE = re.compile(r"\{%- set enable_thinking = (?:true|false) %\}")
+_OPTION = re.compile(r"set thinking_option = '(?:on|off)'")
+
+
+def set_thinking(tokenizer: PreTrainedTokenizerBase, on: bool | None) -> None:
+    """Make the chat template ask for thoughts before the answer, or not; None changes nothing.
+
+    Raises:
+        ValueError: the template knows no difference.
+    """
+    if on is None:
+        return
+    template = tokenizer.chat_template
+    if isinstance(template, str) and _OPTION.search(template):
+        template = _OPTION.sub(f"set thinking_option = '{'on' if on else 'off'}'", template)
+    elif isinstance(template, str) and "enable_thinking" in template:
+        template = f"{{%- set enable_thinking = {str(on).lower()} %}}{_VARIABLE.sub('', template)}"
+    else:
+        raise ValueError(
+            f"model.thinking is {str(on).lower()}, but the chat template of "
+            f"{tokenizer.name_or_path!r} has no thinking to set: leave it out"
+        )
+    tokenizer.chat_template = template

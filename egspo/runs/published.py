@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,13 @@ from egspo.files import CheckpointError, partial_path, set_aside, sync
 logger = logging.getLogger("egspo")
 
 MANIFEST = "manifest.json"
+_FULL = (
+    "No space left",
+    "os error 28",
+    "file write failed",
+    "PytorchStreamWriter",
+    "File too large",
+)
 
 
 class NotOursError(ValueError):
@@ -43,7 +50,8 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
     partial = partial_path(target)
     partial.mkdir(parents=True)
     try:
-        write(partial)
+        with _full_disk_said(target):
+            write(partial)
         (partial / MANIFEST).write_text(json.dumps(_inventory(partial), indent=1))
         for path in (*partial.rglob("*"), partial):
             sync(path)
@@ -61,6 +69,19 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
         sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _full_disk_said(target: Path) -> Iterator[None]:
+    """Libraries that write tensors say in errors of their own that the disk is full."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if not any(sign in str(error) for sign in _FULL):
+            raise
+        raise OSError(f"{target} could not be saved: {error}") from error
 
 
 def check_ours(target: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from egspo.config import GenerationConfig
-from egspo.config.recipe import from_mapping
+from egspo.config.convert import from_mapping
 from egspo.files import remove_partial, replacing, set_aside
 from egspo.rollouts.completion import FinishReason, TokenStep
 

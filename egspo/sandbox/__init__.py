@@ -1,39 +1,40 @@
 """A sandbox for programs that a model wrote, and verdicts that they cannot forge.
 
-A run has two sides in two sandboxes that share nothing but a socket. One holds the program, the
-other the tests. ``from solution import f`` in the tests gives an object that stands for the
-program's ``f``: calling it sends the arguments, as plain data, and what ``f`` returned comes back
-as plain data, from which the tests' side builds lists, numbers and strings of its own. Objects that
-are not plain data stay where they are and are referred to; their methods and attributes work.
+There are two runners. With ``separate`` a run has two sides in two sandboxes that share nothing but
+a socket: one holds the program, the other the tests, plain functions of asserts. ``from solution
+import f`` in the tests gives an object that stands for the program's ``f``: calling it sends the
+arguments, as plain data, and what ``f`` returned comes back as plain data, from which the tests'
+side builds lists, numbers and strings of its own. Objects that are not plain data stay where they
+are and are referred to; their methods and attributes work.
+
+With ``pytest`` real pytest runs the tests in the program's process. Nothing can be hidden there, so
+they are set as an exam, multiple choice, and the key stays outside: :mod:`egspo.sandbox.exam`.
 
 **Guaranteed** (``bubblewrap``), whatever the program does:
 
-* It sees no network, no file of this machine but the interpreter's, the C library's and time
-  zones, no other process, no environment, and can write nowhere but to a small /tmp of its own.
-* CPU time, memory, file size, number of processes and open files are limited by the kernel, and
-  the run ends at its deadline with every process in it. It leaves nothing behind.
-* The verdict is made and reported where the program cannot reach it. The expected results, the
-  tests' source, the checker's memory, frames and files are never in the program's process; its exit
-  code and its output mean nothing; ending early fails the test. Each test has a fresh process.
-* An object of the program is never equal to a plain value, and no comparison or arithmetic with
-  one, nor ``in``, is left to it: an ``__eq__`` that always agrees agrees with nothing.
+* It sees no network, no file of this machine but those that the interpreter needs, no other
+  process, no environment, and can write nowhere but to a small /tmp of its own.
+* CPU time, memory, file size, number of processes, of files and of open files are limited by the
+  kernel, and the run ends at its deadline with every process in it. It leaves nothing behind.
+* The verdict is made where the program cannot reach it; its exit code and its output mean nothing,
+  and ending early fails the test.
+* ``separate``: the expected results, the tests' source, the checker's memory, frames and files are
+  never in the program's process, and each test has a fresh one. An object of the program is never
+  equal to a plain value, and no comparison or arithmetic with one, nor ``in``, is left to it.
+* ``pytest``: which of the candidates for a value is the expected one, and whether a condition
+  should hold, is never in the program's process. Reports that no honest run makes score 0.
 
 **Not guaranteed**:
 
-* Tests that ask an object of the program whether it is right (``assert result.is_valid()``,
-  ``assert result``, two objects compared by the program's own ``__eq__``) get its answer. Tests
-  that pass without an answer being right (``assert f(x) or True``) pass.
+* Tests that ask an object of the program whether it is right (``assert result.is_valid()``) get its
+  answer. Tests that pass without an answer being right (``assert f(x) or True``) pass.
+* ``pytest``: guesses, which are right once in sixteen times for most values, and expected results
+  that the tests compute themselves.
 * The program sees the arguments of each call, so tests that pass the expected result to it give
   it away, and it may recognise a test set that it has learned by heart.
 * Bugs in the kernel are not protected against beyond a list of denied system calls. Sandboxes
-  share the machine: a program may make others slower, up to their time limits. The number of empty
-  files in /tmp is limited by CPU time alone.
+  share the machine: a program may make others slower, up to their time limits.
 * ``http`` and ``unsafe`` guarantee less: :class:`HttpSandbox`, :class:`Unsafe`.
-
-**What works differently from one process**: containers are copied (changes that a function makes to
-its arguments are copied back); ``in`` on an object of the program iterates over it; arithmetic of
-such an object with a plain number is a TypeError; tests that patch or capture what the program
-prints or reads (``capsys``, ``monkeypatch``, ``mock``) cannot reach it; files are not shared.
 """
 
 from __future__ import annotations

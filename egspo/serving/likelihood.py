@@ -95,7 +95,8 @@ def greedily_decoded(
 
     Token by token, each time where the most likely token is the most probable, in one block or
     in those of a block-causal model: what a rollout does at temperature 0 with ``steps =
-    max_new_tokens`` and the policy ``max_prob``. A request is given up at its first wrong token, mostly after one pass.
+    max_new_tokens`` and the policy ``max_prob``. A request is given up at its first wrong token,
+    mostly after one pass.
     """
     _check(requests)
     order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egspo.config import GenerationConfig
-from egspo.config.recipe import from_mapping
+from egspo.config.convert import from_mapping
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def generation_config(given: Mapping[str, Any], folder: str) -> GenerationConfig
     A note on standard error says where the options given leave the policy that was trained.
     """
     file = Path(folder) / GENERATION_FILE
-    stored = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    stored = _stored(file) if file.is_file() else {}
     source = "generation options" + (f" (of {file} and the command line)" if stored else "")
     config = from_mapping(GenerationConfig, {**stored, **given}, source)
     if stored:
@@ -93,6 +93,16 @@ def generation_config(given: Mapping[str, Any], folder: str) -> GenerationConfig
                 f"egspo: note: this is not the policy that was trained: {listed}", file=sys.stderr
             )
     return config
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file} has no options, it is {type(stored).__name__}")
+    return stored
 
 
 def _policy_changes(trained: GenerationConfig, used: GenerationConfig) -> list[str]:

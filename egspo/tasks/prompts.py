@@ -10,7 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from egspo.config import ModelConfig, TaskConfig, TrainConfig
 from egspo.models import load_tokenizer
-from egspo.models.tokenization import SUDOKU_CHARACTERS, character_tokenizer, encode_prompts
+from egspo.models.tokenization import (
+    SUDOKU_CHARACTERS,
+    character_tokenizer,
+    encode_prompts,
+    set_thinking,
+)
 from egspo.tasks import Example, Task, build_task, load_task_file
 
 
@@ -60,8 +65,11 @@ def build_tokenizer(config: ModelConfig, characters: str | None) -> PreTrainedTo
     """The tokenizer named in the recipe, the checkpoint's, or one of the task's ``characters``."""
     source = config.tokenizer or config.path
     if source is not None:
-        return load_tokenizer(source)
-    return character_tokenizer(characters or SUDOKU_CHARACTERS)
+        tokenizer = load_tokenizer(source)
+    else:
+        tokenizer = character_tokenizer(characters or SUDOKU_CHARACTERS)
+    set_thinking(tokenizer, config.thinking)
+    return tokenizer
 
 
 def recipe_task(config: TaskConfig) -> Task:

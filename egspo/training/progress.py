@@ -11,6 +11,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from egspo.inspection.console import PlainConsole
+
 _LABELS = {
     "reward/mean": "reward",
     "eval/reward": "held-out reward",
@@ -25,7 +27,7 @@ _SILENCE = 60.0  # but not longer than so many seconds without one
 @cache
 def stderr_console() -> Console:
     """The console of progress and log messages: only on a shared one do they not overwrite."""
-    return Console(stderr=True)
+    return PlainConsole(stderr=True)
 
 
 class RunProgress:

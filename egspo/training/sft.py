@@ -91,7 +91,8 @@ def encode_targets(
     """Tokens of the reference completions.
 
     Raises:
-        ValueError: an example has none, or one longer than ``length``.
+        ValueError: an example has none, or one that is longer than ``length`` or has the mask
+            token; names it.
     """
     rows = []
     for number, example in enumerate(examples):
@@ -102,6 +103,11 @@ def encode_targets(
             raise ValueError(
                 f"the target of training example {number} has {len(tokens)} tokens, "
                 f"generation.max_new_tokens is {length}"
+            )
+        if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in tokens:
+            raise ValueError(
+                f"the target of training example {number} spells the mask token "
+                f"{tokenizer.mask_token!r}, which no model writes: its loss would be infinite"
             )
         rows.append(tokens)
     return rows

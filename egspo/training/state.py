@@ -39,6 +39,9 @@ def save_weights(model: nn.Module, folder: Path, weights: dict[str, Tensor] | No
         weights: by name, where ``model`` itself has parts of them only.
     """
     target = folder / (ADAPTER if isinstance(model, PeftModel) else WEIGHTS)
+    if weights is not None:  # of what is sharded: buffers, such as biases of routers, are whole
+        kept = model.state_dict().keys()
+        weights = {**{n: b for n, b in model.named_buffers() if n in kept}, **weights}
     # Of an adapter's model only the one that was trained, so that the folder is a plain adapter.
     chosen = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(model, PeftModel) else {}
     model.save_pretrained(target, state_dict=weights, **chosen)  # type: ignore[operator]

@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {"num_warps": THREADS.value // 32, "enable_fp_fusion":
 
 def segment_count(vocab_size: int) -> int:
     """Segments of a row: they depend on the vocabulary alone."""
-    return -(-vocab_size // SEGMENT.value)
+    return -(-vocab_size // int(SEGMENT.value))
 
 
 def prepare_logits(logits: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +52,7 @@ def dependent_launches() -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _dependent_launches(target: Any) -> bool:
-    return target.backend == "cuda" and target.arch >= 90
+    return bool(target.backend == "cuda" and target.arch >= 90)
 
 
 def segment_options(registers: int | None = None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ the segments' winners compete. :mod:`egspo_kernels.reference.sampling` is the de
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -308,7 +310,7 @@ def sample_tokens(
     partials = logits.new_empty((FIELDS, programs), dtype=torch.float32)
     shared = entropy_temperature == temperature
     with on_device_of(logits):
-        scalars = {
+        scalars: dict[str, Any] = {
             "programs": programs,
             "inverse_temperature": 1.0 if temperature == 0 else 1.0 / temperature,
             "inverse_entropy_temperature": 1.0 / entropy_temperature,

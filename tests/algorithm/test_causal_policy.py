@@ -177,7 +177,7 @@ def recorded_log_probs(denoiser: Denoiser, sampled: Trajectory, config: Generati
     return result
 
 
-@pytest.mark.parametrize("threshold", [None, 0.1])
+@pytest.mark.parametrize("threshold", [None, 0.05])
 @pytest.mark.parametrize("policy", ["max_prob", "low_confidence", "random"])
 @pytest.mark.parametrize("family", BLOCK_CAUSAL)
 def test_the_cache_is_exact_behind_any_prompt(

@@ -93,8 +93,6 @@ def test_both_sources_give_one_gradient(schedule: str, tmp_path: Path) -> None:
         metrics = step.run()
         gradients.append(step.gradients)
         flops.append(metrics["flops/score"].value)
-        assert metrics["ratio/max"].largest == 1.0
-        assert 0 < metrics["ratio/drift"].largest < 1e-4 or schedule == "per_step"
     assert_same(*gradients)
     assert flops[0] < flops[1]
 

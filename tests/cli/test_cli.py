@@ -18,6 +18,7 @@ from egspo.cli import main
 from egspo.config import GenerationConfig, TrainConfig
 from egspo.files import CheckpointError
 from egspo.rollouts.completion import Completion
+from egspo.runs.folder import MARK
 from egspo.runs.metrics import MetricsWriter
 
 
@@ -35,6 +36,7 @@ class Calls(list[tuple[TrainConfig, Path | None]]):
         writer.write({"step": 0, "eval/reward": 0.25})
         writer.write({"step": 1, "eval/reward": 0.5})
         (output / "checkpoints" / "step-000001").mkdir(parents=True, exist_ok=True)
+        (output / MARK).touch()
         (output / "final").mkdir(exist_ok=True)
         return output / "final"
 
@@ -128,7 +130,11 @@ def test_a_second_run_is_refused_with_the_ways_out(
     assert "\n  --resume   continue it\n" in error
     (tmp_path / "run" / "checkpoints" / "step-000001").rmdir()
     assert main([command, recipe]) == 2
-    assert "--resume" not in capsys.readouterr().err  # there is nothing to resume from
+    error = capsys.readouterr().err
+    assert "\n  --resume auto   begin again: it has no checkpoint yet\n" in error
+    assert "continue it" not in error
+    assert main([command, recipe, "--resume", "auto"]) == 0
+    assert calls[-1][1] == "auto"
 
 
 def test_other_processes_leave_the_output_to_the_first(

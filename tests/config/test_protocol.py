@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from egspo.config.convert import ConfigError
 from egspo.config.protocol import deviations
-from egspo.config.recipe import ConfigError, load_config, load_with_origins, save_config
+from egspo.config.recipe import load_config, load_with_origins, save_config
 from egspo.models import add_lora, model_on_meta, new_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"

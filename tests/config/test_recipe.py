@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from egspo.config import PRESETS, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
-from egspo.config.recipe import ConfigError, config_to_dict, from_mapping, load_config, save_config
+from egspo.config.convert import ConfigError, from_mapping
+from egspo.config.recipe import config_to_dict, load_config, save_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(set(FOLDER.glob("**/*.yaml")) - set(FOLDER.glob("sweeps/*.yaml")))

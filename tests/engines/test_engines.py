@@ -19,6 +19,7 @@ from egspo.engines.processes import Processes
 from egspo.runs.checkpoint import list_checkpoints
 from egspo.runs.metrics import deterministic, read_metrics
 from egspo.runs.published import verify_published
+from tests.families import new_fields
 from tests.helpers import runs
 from tests.helpers.runs import Strike, start
 
@@ -36,6 +37,10 @@ JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "join
 PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
+BLOCKS = [
+    {"model": {"config": None}, "generation": {"block_length": 4, "steps": 4}},
+    {"model": {"config": new_fields("llada2")}, "algorithm": {"beta": 0.1}},
+]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -77,6 +82,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(2, [FSDP2, REFRESH, LORA], id="2-fsdp2-refresh-lora"),
         pytest.param(2, [FSDP2, SHORT, EXACT_KL], id="2-fsdp2-exact-kl"),
         pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache"),
+        pytest.param(2, [FSDP2, SHORT, *BLOCKS], id="2-fsdp2-blocks"),
         pytest.param(
             2,
             [{"distributed": {"engine": "fsdp2", "reshard": False}}, SHORT],

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from egspo.cli import main
-from egspo.config.recipe import ConfigError, load_config
+from egspo.config.convert import ConfigError
+from egspo.config.recipe import load_config
 from egspo.evaluations import sweep as module
 from egspo.evaluations.sweep import PLOT, TABLE, Run, load_sweep, plan, run_sweep
 from egspo.training.trainer import train

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from egspo.config import TrainConfig
-from egspo.config.recipe import from_mapping
+from egspo.config.convert import from_mapping
 from egspo.runs.metrics import deterministic, read_metrics
 from egspo.tasks import Example, Reward, Task
 from egspo.tasks.base import register_task
@@ -304,7 +304,8 @@ def _become_rank(rank: int, world_size: int, port: int) -> None:
 def forkserver() -> ForkServerContext:
     """Processes forked from one that has the imports done: a start takes no seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["egspo.training.trainer", "egspo.training.warm_start"])
+    modules = ["egspo.training.trainer", "egspo.training.warm_start", "egspo.evaluations.run"]
+    context.set_forkserver_preload(modules)
     return context
 
 

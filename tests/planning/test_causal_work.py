@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from egspo.config import TrainConfig
-from egspo.config.recipe import from_mapping
+from egspo.config.convert import from_mapping
 from egspo.models import LLaDAConfig, SDARConfig, model_on_meta
 from egspo.planning.expected_work import Shares, expected_work
 from egspo.planning.plan import PHASES, Planner

@@ -103,7 +103,7 @@ BAD_VALUES = [
     np.array([1.0, 2.0]),
     torch.tensor(NAN),
     torch.ones(2),
-    object(),
+    pytest.param(object(), id="an object"),
 ]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_rollout_engine import CONFIG, LENGTHS
 from torch import Tensor
 
 from egspo.rollouts.denoiser import Denoiser
@@ -16,6 +15,8 @@ from egspo.rollouts.engine import rollout
 from egspo.rollouts.graphs import GraphReplay
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
 from tests.algorithm.test_replay import prompts_of, small_denoiser
+from tests.families import make
+from tests.rollouts.test_engine import CONFIG, LENGTHS
 
 OPTIONS = [
     {},
@@ -59,6 +60,23 @@ def test_replayed_rollouts_are_the_same(options: dict[str, Any], batch_size: int
                 assert_same(run(denoiser, False, lengths, **options), eager)
     assert denoiser.graphs.recorded >= 2
     assert len(denoiser.graphs) <= 3
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_replayed_rollouts_of_a_block_causal_model_are_the_same(threshold: float | None) -> None:
+    """What rides with the first step of a block writes the cache, and is not replayed."""
+    model = make("sdar", max_position_embeddings=256)
+    denoiser = Denoiser(model, mask_id=5, eos_id=1, pad_id=1)
+    denoiser.graphs = GraphReplay(limit=8, record=record)
+    options = {"batch_size": 2, "threshold": threshold, "early_exit": False}
+    expected = run(denoiser, False, LENGTHS, **options)
+    for _ in range(2):
+        with denoiser.graphed():
+            replayed = run(denoiser, False, LENGTHS, **options)
+        assert torch.equal(replayed.tokens, expected.tokens)
+        # Keys beside the block are masked, and not left out as they are without graphs.
+        torch.testing.assert_close(replayed.log_prob, expected.log_prob, rtol=0, atol=1e-5)
+    assert denoiser.graphs.recorded >= 1
 
 
 def test_a_shape_is_recorded_the_second_time_and_the_oldest_is_dropped() -> None:

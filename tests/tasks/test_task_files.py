@@ -123,7 +123,8 @@ def test_a_recipe_names_the_file(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_of_a_sweep_is_of_the_same_file(tmp_path: Path) -> None:
-    from egspo.config.recipe import ConfigError, save_config
+    from egspo.config.convert import ConfigError
+    from egspo.config.recipe import save_config
     from egspo.evaluations.sweep import _check_same
 
     config = train_config(tmp_path / "run", write(tmp_path, "words"))

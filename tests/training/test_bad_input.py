@@ -19,7 +19,7 @@ import egspo.engines.whole
 import egspo.training.sft
 from egspo.algorithm.replay import Scorer
 from egspo.cli import main
-from egspo.config.recipe import ConfigError
+from egspo.config.convert import ConfigError
 from egspo.engines.optimization import NonFiniteError
 from egspo.models import new_model
 from egspo.models.tokenization import character_tokenizer

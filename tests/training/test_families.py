@@ -24,7 +24,7 @@ from egspo.runs.metrics import read_metrics
 from egspo.tasks import Reward
 from egspo.training.sft import SupervisedData, masking_rates, supervised_loss
 from egspo.training.trainer import train
-from tests.families import BLOCK_CAUSAL, FAMILIES, make
+from tests.families import BLOCK_CAUSAL, FAMILIES, make, new_fields
 from tests.helpers.runs import LETTERS, config
 
 SFT = {"sft": {"steps": 6, "batch_size": 4, "log_every": 2}}
@@ -38,15 +38,9 @@ def ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     runs.rewards.clear()
 
 
-def fields(family: str) -> dict[str, Any]:
-    """Of a new model; the tokenizer decides the rest."""
-    left_out = ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id")
-    return {k: v for k, v in FAMILIES[family].items() if k not in left_out}
-
-
 def new(family: str) -> dict[str, Any]:
     """Changes to the tiny recipe."""
-    return {"model": {"config": None}} | {"model": {"config": fields(family)}}
+    return {"model": {"config": new_fields(family)}}
 
 
 def recipe(family: str, output: Path, *changes: dict[str, Any]) -> Any:
@@ -57,7 +51,7 @@ def checkpoint(family: str, folder: Path) -> Path:
     """A tiny model with its tokenizer, as a user has it on disk."""
     tokenizer = character_tokenizer()
     tokens = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("mask", "eos", "pad")}
-    model = new_model({**fields(family), **tokens, "vocab_size": len(tokenizer)}, seed=3)
+    model = new_model({**new_fields(family), **tokens, "vocab_size": len(tokenizer)}, seed=3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -162,7 +156,7 @@ def test_routers_stay_as_they_are_unless_asked_for(
         tokens = {
             f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("mask", "eos", "pad")
         }
-        start = new_model({**fields(family), **tokens, "vocab_size": len(tokenizer)}, seed=0)
+        start = new_model({**new_fields(family), **tokens, "vocab_size": len(tokenizer)}, seed=0)
         first = [m for m in start.modules() if isinstance(m, Router)]
         assert len(routers) == len(first) == {"sdar": 0, "sdar_moe": 2, "llada2": 2}[family]
         for mine, theirs in zip(routers, first, strict=True):

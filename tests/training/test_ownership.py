@@ -253,3 +253,21 @@ def test_starts_on_a_cold_cache_do_not_take_it_from_each_other(
     publish(target, write("fourth"), replace=False)
     assert (target / "model").read_text() == "fourth"
     assert not list(tmp_path.glob(".egspo-partial*"))
+
+
+def test_a_full_disk_is_said_whoever_noticed_it(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0")
+
+    with pytest.raises(OSError, match=r"final could not be saved: .*failed writing"):
+        publish(tmp_path / "final", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_spells_the_mask_token_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "rewards", [runs.Reward("ones", runs.ones)])
+    task = {"task": {"name": "letters", "options": {"target": "1<|mask|>"}}}
+    with pytest.raises(ValueError, match="training example 0 spells the mask token"):
+        train(runs.config(tmp_path, runs.LETTERS, task, {"sft": {"steps": 1}}))

@@ -29,7 +29,8 @@ LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}}
 EVERY_STEP = {
     *("step", "reward/mean", "reward/std", "reward/cell_accuracy", "solved", "length/mean"),
     *("entropy/mean", "selected/histogram", "selected/states", "selected/entropy", "selected/k"),
-    *("skipped/rewards", "skipped/groups", "skipped/states", "reward/equal_groups"),
+    *("skipped/rewards", "skipped/groups", "skipped/states", "skipped/steps"),
+    "reward/equal_groups",
     *("advantage/mean", "advantage/std", "advantage/max"),
     *("updates", "loss", "ratio/mean", "ratio/max", "ratio/drift", "ratio/clamped", "staleness"),
     *("clip/low", "clip/high", "kl", "grad_norm", "lr", "speed/tokens_per_second"),

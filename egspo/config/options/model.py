@@ -39,6 +39,9 @@ class ModelConfig:
     (``Dream``, ``sdar``, ``sdar_moe``, ``llada2_moe``); the vocabulary comes from the tokenizer."""
     tokenizer: str | None = None
     """Folder or hub name; None takes ``path``'s, or the character tokenizer for a new model."""
+    thinking: bool | None = None
+    """Whether the chat template asks for thoughts before the answer, where it can (SDAR, LLaDA2);
+    null leaves that to the template. Kept in the tokenizer that a run saves."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights in memory; ``auto`` is bfloat16 for a frozen base on a GPU, else float32."""
     quantization: Literal["none", "nf4"] = "none"

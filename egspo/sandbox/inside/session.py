@@ -85,11 +85,12 @@ def _holds(relation: Callable[..., Any], value: Any, expected: Any) -> int:
 
 def _another(value: Any) -> Any:
     """A value of the same type, if it is a plain one, that is not equal to it."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind in (int, float, complex, bool):
         return not value if kind is bool else -value - 1
-    if kind in (str, bytes, list, tuple):
-        return value + (value[:1] or {str: "x", bytes: b"x", list: [0], tuple: (0,)}[kind])
+    for plain, more in ((str, "x"), (bytes, b"x"), (list, [0]), (tuple, (0,))):
+        if kind is plain:
+            return value + (value[:1] or more)
     if kind in (set, frozenset):
         return value ^ {0}
     if kind is dict:

@@ -227,6 +227,11 @@ class Machine:
     ) -> np.ndarray:
         if name in ("shl", "shr"):
             return ops.shifted(name, self.typed(sources[0], kind), self.bits(sources[1], 32))
+        if name == "bfe" and kind.startswith("u"):
+            start, length = (self.bits(source, 32) for source in sources[1:])
+            field = ops.shifted("shr", self.typed(sources[0], kind), start)
+            ones = ops.shifted("shl", np.ones_like(field), length) - field.dtype.type(1)
+            return field & ones
         form = next((each for each in modifiers if each in ("lo", "hi", "wide")), "lo")
         values = [self.typed(source, kind) for source in sources[:2]]
         if name in ("mul", "mad"):

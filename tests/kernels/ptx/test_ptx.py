@@ -149,6 +149,8 @@ def test_float_arithmetic(instruction: str, argument: float, expected: float) ->
         ("shl.b32 %r3, %r1, 32;", 3, 0),
         ("mul.hi.u32 %r3, %r1, -2;", 2**31, 2**31 - 1),
         ("min.s32 %r3, %r1, 4;", -8, -8),
+        ("bfe.u32 %r3, %r1, 2, 7;", 0b1011001100, 0b110011),
+        ("bfe.u32 %r3, %r1, 0, 32;", 7, 7),
         ("redux.sync.add.s32 %r3, %r1, -1;", 3, 96),
     ],
 )
