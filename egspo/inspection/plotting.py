@@ -196,7 +196,7 @@ def _title(figure: Figure, folder: Path) -> None:
     except (FileNotFoundError, ConfigError):  # metrics alone, or a run of another version
         return
     algorithm = config.algorithm
-    method = algorithm.preset or ("egspo-sa" if algorithm.stepwise else "egspo")
+    method: str = algorithm.preset or ("egspo-sa" if algorithm.stepwise else "egspo")
     trained = f"{algorithm.selected_steps} of {config.generation.steps} steps trained"
     if algorithm.objective != "stepwise":
         method, trained = algorithm.objective, f"{algorithm.num_iterations} updates"

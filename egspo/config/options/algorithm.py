@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from egspo.config.options.checks import require
-from egspo.config.options.objectives import check_objective
 
 Strategy = Literal[
     "high_entropy",
@@ -181,7 +180,6 @@ class AlgorithmConfig:
             require(0 <= value <= 1, f"algorithm.{name} must be in [0, 1], got {value}")
         power = self.bound_power
         require(power >= 1, f"algorithm.bound_power must be >= 1, got {power}")
-        check_objective(self)
         share = self.entropy_share
         require(
             share is None or 0 < share <= 1,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
 
+from egspo.config.options.algorithm import AlgorithmConfig
 from egspo.config.options.checks import require
-
-if TYPE_CHECKING:
-    from egspo.config.options.algorithm import AlgorithmConfig
+from egspo.config.options.generation import GenerationConfig
 
 REMASKED = ("mean_field", "weighted", "coupled", "sequence_elbo", "sandwich")
 """Objectives that mask completions again, instead of going back to steps of the rollout."""
@@ -26,7 +24,7 @@ _OF_STEPS = ("strategy", "entropy_share", "stop_at_eos", "schedule", "detach_cac
 _WITHOUT_KL = ("weighted", "sandwich")
 
 
-def check_objective(algorithm: AlgorithmConfig) -> None:
+def check_objective(algorithm: AlgorithmConfig, generation: GenerationConfig) -> None:
     """Raises ValueError naming the option that ``algorithm.objective`` does not go with."""
     name = algorithm.objective
     if name not in OBJECTIVES:
@@ -72,3 +70,10 @@ def check_objective(algorithm: AlgorithmConfig) -> None:
         f"algorithm.objective: {name} has no KL to a reference policy: it needs algorithm.beta: 0, "
         f"got {algorithm.beta}",
     )
+    for option, none in (("cache", "none"), ("guidance", 0.0)):
+        value = getattr(generation, option)
+        require(
+            value == none,
+            f"algorithm.objective: {name} scores canvases that no rollout was at: it needs "
+            f"generation.{option}: {none}, got {value}",
+        )
