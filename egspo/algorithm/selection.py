@@ -70,11 +70,7 @@ def select(
     if strategy == "high_entropy":
         return select_steps(trajectory.entropy, k, limits=limits)
     if strategy == "sign_aware":
-        if advantage is None:
-            raise ValueError("strategy 'sign_aware' needs the advantages of the trajectories")
-        confidence = step_confidence(trajectory)
-        towards = torch.where(advantage < 0, 1.0, -1.0).to(confidence)
-        return select_steps(confidence * towards[:, None], k, limits=limits)
+        return select_steps(_by_sign(trajectory, advantage), k, limits=limits)
     if strategy == "all":
         index = torch.arange(steps, device=limits.device).expand(len(trajectory), -1)
         return index.where(index < limits[:, None], -1)
@@ -91,6 +87,14 @@ def select(
         last = torch.arange(steps, device=limits.device) == limits[:, None] - 1
         return select_steps(priority.masked_fill(last, 2.0), k, limits=limits)
     raise ValueError(f"unknown strategy {strategy!r}")
+
+
+def _by_sign(trajectory: Trajectory, advantage: Tensor | None) -> Tensor:
+    """What ``sign_aware`` selects the largest of: [B, T]."""
+    if advantage is None:
+        raise ValueError("strategy 'sign_aware' needs the advantages of the trajectories")
+    confidence = step_confidence(trajectory)
+    return confidence * torch.where(advantage < 0, 1.0, -1.0).to(confidence)[:, None]
 
 
 def step_confidence(trajectory: Trajectory) -> Tensor:
