@@ -9,8 +9,10 @@ import pytest
 
 from egspo.algorithm.objectives.stepwise import StepwiseObjective
 from egspo.config import PRESETS
-from egspo.config.recipe import ConfigError
+from egspo.config.recipe import ConfigError, load_config
 from egspo.engines.reduction import merge
+from egspo.planning.expected_work import Shares
+from egspo.planning.plan import Planner
 from egspo.training.trainer import Trainer
 from tests.helpers.runs import config
 
@@ -95,9 +97,22 @@ def test_no_rollout_was_at_a_canvas_that_is_masked_again(
     ],
 )
 def test_a_run_by_preset(tmp_path: Path, preset: str, objective: str) -> None:
+    beta = PRESETS[preset]["algorithm"]["beta"]
+    recipe = Path(__file__).parents[2] / "recipes" / "sudoku_tiny.yaml"
+    loaded = load_config(recipe, [f"algorithm.preset={preset}", f"algorithm.beta={beta}"])
+    assert (loaded.algorithm.objective, loaded.algorithm.beta) == (objective, beta)
     trainer = Trainer(config(tmp_path, PRESETS[preset], {"algorithm": {"beta": 0.0}}))
     algorithm = trainer.config.algorithm
     assert algorithm.objective == objective and not algorithm.stepwise
     metrics = merge([trainer.iteration.run(1, [0, 1, 2], 0)])
     assert metrics["updates"] == algorithm.num_iterations and metrics["grad_norm"] > 0
     assert metrics["ratio/drift"] == (None if objective in ("weighted", "sandwich") else 0.0)
+
+
+def test_what_is_not_estimated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stepwise alone, got coupled"):
+        Planner(
+            config(tmp_path, {"algorithm": {"objective": "coupled", "stepwise": False}}),
+            1,
+            Shares(),
+        )
