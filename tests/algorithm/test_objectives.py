@@ -110,9 +110,6 @@ def test_a_run_by_preset(tmp_path: Path, preset: str, objective: str) -> None:
 
 
 def test_what_is_not_estimated_is_refused(tmp_path: Path) -> None:
+    run = config(tmp_path, {"algorithm": {"objective": "coupled", "stepwise": False}})
     with pytest.raises(ValueError, match="stepwise alone, got coupled"):
-        Planner(
-            config(tmp_path, {"algorithm": {"objective": "coupled", "stepwise": False}}),
-            1,
-            Shares(),
-        )
+        Planner(run, 1, Shares())
