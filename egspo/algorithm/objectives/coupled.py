@@ -1,4 +1,4 @@
-"""Coupled-GRPO of DiffuCoder (arXiv 2506.20639, section 4)."""
+"""Coupled-GRPO of DiffuCoder (arXiv 2506.20639)."""
 
 from __future__ import annotations
 

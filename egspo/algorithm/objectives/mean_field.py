@@ -1,4 +1,4 @@
-"""One-step mean-field GRPO: diffu-GRPO of d1 (arXiv 2504.12216, section 3, equations 3 and 4)."""
+"""One-step mean-field GRPO: diffu-GRPO of d1 (arXiv 2504.12216)."""
 
 from __future__ import annotations
 
