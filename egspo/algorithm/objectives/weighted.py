@@ -24,8 +24,8 @@ class WeightedObjective(RemaskedObjective):
 
     of a group, here in the mean over groups. ``log p`` is d1's mean field: the sum over the tokens
     of the completion, from one pass, with prompt tokens masked. Neither old nor reference
-    probabilities are needed; regularization to a reference policy is not here. Members without a reward have no weight. Preset ``wd1``: psi
-    (``weight_scale``) 1, 8 updates.
+    probabilities are needed; regularization to a reference policy is not here. Members without a
+    reward have no weight. Preset ``wd1``: psi (``weight_scale``) 1, 8 updates.
     """
 
     canvases = 1
