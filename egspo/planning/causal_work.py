@@ -77,7 +77,7 @@ def causal_training(config: TrainConfig, lengths: Sequence[int]) -> tuple[Work, 
     states = [
         (rank, row, step)
         for row, plan in enumerate(plans)
-        for rank, step in enumerate(draw.sample(range(len(plan)), min(ranks, len(plan))))
+        for rank, step in enumerate(drawn_steps(config, len(plan), draw))
     ]
     states.sort(key=lambda s: (-lengths[s[1]], s[1], s[2]))
     drawn = [plans[row][step] for _, row, step in states]
@@ -89,9 +89,8 @@ def causal_training(config: TrainConfig, lengths: Sequence[int]) -> tuple[Work, 
         start=[step.start for step in drawn],
         causal=True,
     )
-    groups = [list(range(len(states)))]
-    if algorithm.schedule == "per_step":
-        groups = [[i for i in groups[0] if states[i][0] == rank] for rank in range(ranks)]
+    every = range(len(states))
+    groups = [[i for i in every if states[i][0] in g] for g in algorithm.update_ranks(ranks)]
     passes, chains = Work(), Work()
     for group in groups:
         for index in columns.split(group, config.micro_batch_size, config.micro_batch_tokens):
@@ -114,6 +113,13 @@ def causal_training(config: TrainConfig, lengths: Sequence[int]) -> tuple[Work, 
     update.head_rows = revealed * algorithm.num_iterations
     update.scored_rows = 0 if config.replays else revealed
     return score, update
+
+
+def drawn_steps(config: TrainConfig, steps: int, draw: random.Random) -> list[int]:
+    """Of a trajectory of so many steps those that are trained, by rank."""
+    if config.algorithm.strategy == "all":
+        return list(range(steps))
+    return draw.sample(range(steps), min(config.ranks, steps))
 
 
 def _chains(config: TrainConfig, columns: Columns, index: Sequence[int]) -> Work:

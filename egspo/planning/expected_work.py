@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from egspo.algorithm.micro_batches import Columns
 from egspo.algorithm.one_step import cheaper_source
 from egspo.config import TrainConfig
-from egspo.planning.causal_work import causal_rollout, causal_training
+from egspo.planning.causal_work import causal_rollout, causal_training, drawn_steps
 from egspo.rollouts.engine import MAX_PADDING
 from egspo.rollouts.unmasking import Step, schedule
 from egspo.rollouts.work import ModelCost, Work
@@ -121,7 +121,7 @@ def _training(
     states = [
         (rank, row, step)
         for row in range(len(lengths))
-        for rank, step in enumerate(draw.sample(range(len(plan)), ranks))
+        for rank, step in enumerate(drawn_steps(config, len(plan), draw))
     ]
     # The order of replay: by trajectory and step with a cache, the longest prompts first.
     states.sort(key=lambda s: (s[1], s[2]) if generation.cache != "none" else (s[0], s[1]))

@@ -23,6 +23,8 @@ from tests.families import new_fields
 from tests.helpers import runs
 from tests.helpers.runs import Strike, start
 
+SLOW = pytest.mark.slow  # several processes
+
 FSDP2 = {"distributed": {"engine": "fsdp2"}}
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}}
 EXACT_KL = {"algorithm": {"beta": 0.1, "kl": "exact", "schedule": "joint"}}
@@ -37,6 +39,16 @@ JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "join
 PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
+COUPLED = {
+    **SHORT,
+    "algorithm": {
+        "objective": "coupled",
+        "stepwise": False,
+        "schedule": "joint",
+        "beta": 0.1,
+        "num_iterations": 2,
+    },
+}
 BLOCKS = [
     {"model": {"config": None}, "generation": {"block_length": 4, "steps": 4}},
     {"model": {"config": new_fields("llada2")}, "algorithm": {"beta": 0.1}},
@@ -70,23 +82,27 @@ def assert_same_weights(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
-        pytest.param(2, [], id="2"),
-        pytest.param(3, [SHORT], id="3"),  # 8 sequences: no process has whole groups only
+        pytest.param(2, [], id="2", marks=SLOW),
+        # 8 sequences: no process has whole groups only
+        pytest.param(3, [SHORT], id="3", marks=SLOW),
         pytest.param(2, [FSDP2], id="2-fsdp2"),
-        pytest.param(3, [FSDP2, SHORT], id="3-fsdp2"),
-        pytest.param(2, [ADAPTIVE], id="2-adaptive"),
-        pytest.param(3, [ADAPTIVE, JOINT, FSDP2], id="3-fsdp2-adaptive-joint"),
-        pytest.param(2, [FSDP2, PIPELINE], id="2-fsdp2-pipeline"),
-        pytest.param(2, [FSDP2, SHORT, LORA, K3], id="2-fsdp2-lora-kl"),
-        pytest.param(2, [FSDP2, REFRESH], id="2-fsdp2-refresh"),
-        pytest.param(2, [FSDP2, REFRESH, LORA], id="2-fsdp2-refresh-lora"),
-        pytest.param(2, [FSDP2, SHORT, EXACT_KL], id="2-fsdp2-exact-kl"),
-        pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache"),
-        pytest.param(2, [FSDP2, SHORT, *BLOCKS], id="2-fsdp2-blocks"),
+        pytest.param(3, [FSDP2, SHORT], id="3-fsdp2", marks=SLOW),
+        pytest.param(2, [ADAPTIVE], id="2-adaptive", marks=SLOW),
+        pytest.param(3, [ADAPTIVE, JOINT, FSDP2], id="3-fsdp2-adaptive-joint", marks=SLOW),
+        pytest.param(2, [FSDP2, PIPELINE], id="2-fsdp2-pipeline", marks=SLOW),
+        pytest.param(2, [FSDP2, SHORT, LORA, K3], id="2-fsdp2-lora-kl", marks=SLOW),
+        pytest.param(2, [FSDP2, REFRESH], id="2-fsdp2-refresh", marks=SLOW),
+        pytest.param(2, [FSDP2, REFRESH, LORA], id="2-fsdp2-refresh-lora", marks=SLOW),
+        pytest.param(2, [FSDP2, SHORT, EXACT_KL], id="2-fsdp2-exact-kl", marks=SLOW),
+        pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache", marks=SLOW),
+        pytest.param(2, [FSDP2, SHORT, *BLOCKS], id="2-fsdp2-blocks", marks=SLOW),
+        pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
+        pytest.param(3, [FSDP2, COUPLED], id="3-fsdp2-coupled", marks=SLOW),
         pytest.param(
             2,
             [{"distributed": {"engine": "fsdp2", "reshard": False}}, SHORT],
             id="2-fsdp2-no-reshard",
+            marks=SLOW,
         ),
     ],
 )
@@ -114,11 +130,13 @@ def test_two_gpus_do_what_one_does(engine: str, changes: Mapping[str, Any], tmp_
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@SLOW
 def test_a_group_without_spread_leaves_a_process_without_work(tmp_path: Path) -> None:
     assert start(tmp_path / "two", 2, FSDP2) == [0, 0]
     assert 1 in {record.get("reward/equal_groups") for record in read_metrics(tmp_path / "two")}
 
 
+@SLOW
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_goes_on_with_another_number_of_processes_and_engine(
     lora: bool, tmp_path: Path
@@ -152,6 +170,7 @@ PHASES = {
 }
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("engine", "phase"),
     [("fsdp2", p) for p in PHASES] + [("replicated", p) for p in ("rollout", "update", "saving")],
@@ -182,6 +201,7 @@ def test_a_process_that_is_killed_ends_the_others(engine: str, phase: str, tmp_p
         assert start(run, 2, changes, resume=run) == [0, 0]
 
 
+@SLOW
 def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
     blow = Strike(1, "egspo.algorithm.phases.selection.select", 2, int(signal.SIGSTOP))
     codes = start(tmp_path / "run", 2, {"distributed": {"timeout": 3.0}}, blow=blow, seconds=10)
@@ -198,9 +218,11 @@ FROZEN = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
-@pytest.mark.parametrize("phase", FROZEN)
+@SLOW
+@pytest.mark.parametrize(
+    ("phase", "engine"),
+    [(phase, "replicated") for phase in FROZEN] + [(p, "fsdp2") for p in ("update", "saving")],
+)
 def test_the_main_process_is_not_waited_for_when_it_is_frozen(
     phase: str, engine: str, tmp_path: Path
 ) -> None:
@@ -216,6 +238,7 @@ def test_the_main_process_is_not_waited_for_when_it_is_frozen(
     assert "process 0, which knows the phase of each, does not answer" in message
 
 
+@SLOW
 @pytest.mark.parametrize("engine", ["replicated", "fsdp2"])
 def test_preemption_saves_and_exits_with_its_own_code(engine: str, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -14,8 +14,10 @@ from egspo.planning.expected_work import Shares, expected_work
 from egspo.planning.plan import PHASES, Planner
 from egspo.rollouts.work import ModelCost
 from egspo.runs.metrics import read_metrics
+from egspo.tasks import Reward
 from egspo.training.trainer import train
-from tests.planning.test_plan import FULL
+from tests.helpers import runs
+from tests.planning.test_plan import FULL, hashed
 from tests.training.test_families import recipe
 
 pytestmark = pytest.mark.usefixtures("no_plots", "varied")
@@ -34,6 +36,8 @@ def test_flops_are_those_a_run_logs(family: str, changes: dict[str, Any], tmp_pa
     """Of prompts of different lengths, all steps trained. (Batches are expected to go through their
     blocks together, and do not quite.)"""
     every = {"algorithm": {"strategy": "all"}}
+    # No reward is its group's mean: an update leaves states out whose advantage is 0.
+    runs.rewards[:] = [Reward("hashed", hashed)]
     config = recipe(family, tmp_path, FULL, every, changes)
     plan = Planner(config, 1, Shares()).plan
     train(config)
@@ -62,10 +66,12 @@ def settings(**generation: Any) -> TrainConfig:
 
 def test_columns_of_an_iteration() -> None:
     """What the note of the method calculates: the clean prompt is shared by the group besides."""
-    full = expected_work(settings(), [200], 0)
+    cost = ModelCost.of(model_on_meta(LLaDAConfig(n_layers=1)))
+    assert cost is not None
+    full = expected_work(settings(), [200], 0, cost)
     assert full["rollout"].tokens == 8 * 128 * 456
     assert full["update"].tokens == 8 * 8 * 456
-    blocks = expected_work(settings(), [200], 0, block_size=32)
+    blocks = expected_work(settings(), [200], 0, cost, block_size=32)
     # 200 tokens leave 8 of them in the first block, and a block of 8 at the end: 9 blocks.
     steps, rides = 128, 8
     assert blocks["rollout"].tokens == 200 + 8 * (steps + rides) * 32

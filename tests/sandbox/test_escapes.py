@@ -15,7 +15,7 @@ import pytest
 
 from egspo.sandbox import Bubblewrap, Limits
 from tests.sandbox.attacks import FORGERIES, PROBES
-from tests.sandbox.conftest import LIMITS, require_bubblewrap
+from tests.sandbox.conftest import LIMITS, require_bubblewrap, slow_but
 
 TESTS = """
 from solution import f
@@ -63,7 +63,10 @@ def leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
         assert not [p for p in os.listdir(folder) if p.isdigit() or p == "egspo-escaped"]
 
 
-@pytest.mark.parametrize("name", FORGERIES)
+QUICK = {"exit code in the test", "equal to everything", "frames", "busy", "a daemon"}
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, FORGERIES))
 def test_a_forgery_scores_nothing(sandbox: Bubblewrap, name: str) -> None:
     start = time.monotonic()
     verdict = sandbox.run(FORGERIES[name], TESTS)
@@ -81,12 +84,13 @@ def patient() -> Iterator[Bubblewrap]:
     backend.close()
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", slow_but({"network", "limits"}, PROBES))
 def test_a_probe_reaches_nothing(patient: Bubblewrap, name: str) -> None:
     verdict = patient.run(PROBES[name], PROBE_TESTS)
     assert verdict.passed == verdict.total == 1, verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

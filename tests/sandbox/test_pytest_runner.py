@@ -14,7 +14,7 @@ from egspo.sandbox import Bubblewrap
 from egspo.sandbox.exam import set_exam
 from tests.sandbox.attacks import FORGERIES as SEPARATE_FORGERIES
 from tests.sandbox.attacks import PROBES
-from tests.sandbox.conftest import LIMITS, require_bubblewrap
+from tests.sandbox.conftest import LIMITS, require_bubblewrap, slow_but
 from tests.sandbox.forgeries import COMMON, FORGERIES, HONEST, SLOW_FORGERIES, TESTS
 from tests.sandbox.test_escapes import PROBE_TESTS
 from tests.sandbox.test_escapes import TESTS as ONE_TEST
@@ -41,7 +41,10 @@ def test_whoever_has_the_answers_passes(runner: Bubblewrap) -> None:
     assert (verdict.total, verdict.score, verdict.tampered) == (15, 1.0, False)
 
 
-@pytest.mark.parametrize("name", FORGERIES)
+QUICK = {"swallowed assertions", "equal to everything", "import hooks", "exit in the test"}
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, FORGERIES))
 def test_a_forgery_gains_nothing(runner: Bubblewrap, name: str) -> None:
     verdict = runner.run(COMMON + FORGERIES[name], TESTS)
     assert (verdict.passed, verdict.score) == (0, 0.0), verdict
@@ -55,14 +58,14 @@ def test_a_slow_forgery_gains_nothing(runner: Bubblewrap, name: str) -> None:
     assert (verdict.passed, verdict.score) == (0, 0.0), verdict
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("every report says passed", "tests that are not run", "a plugin", "checks of everything"),
-        *("equal to everything", "equality patched", "an exception of every kind", "nonsense"),
-        "outcomes in every descriptor",
-    ],
+TAMPERING = (
+    *("every report says passed", "tests that are not run", "a plugin", "checks of everything"),
+    *("equal to everything", "equality patched", "an exception of every kind", "nonsense"),
+    "outcomes in every descriptor",
 )
+
+
+@pytest.mark.parametrize("name", slow_but({"a plugin", "equality patched"}, TAMPERING))
 def test_tampering_is_told_from_failing(runner: Bubblewrap, name: str) -> None:
     verdict = runner.run(COMMON + FORGERIES[name], TESTS)
     assert verdict.tampered
