@@ -26,7 +26,7 @@ from egspo.serving.named_model import save_generation_config
 from egspo.training.warm_start import save_model
 from tests.serving.test_generation import CONFIG, PROMPTS, TOKENIZER, chats, model
 
-WORDY = 25  # a seed with text in both blocks
+WORDY = 20  # a seed with text in both blocks
 EARLY = replace(CONFIG, early_exit=True, batch_size=3)
 
 
