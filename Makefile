@@ -10,6 +10,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
+# Of each of the processes that tests run in: they are as many as there are cores.
+ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 STAMP := .venv/.installed
 # What an editable installation is built from; Python sources need no reinstallation.
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
@@ -18,10 +20,10 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h
 .DEFAULT_GOAL := test
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n auto -m "not slow" --durations 10
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not slow" --durations 10
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -n auto -m slow --durations 10
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m slow --durations 10
 
 test-all: test test-slow
 

@@ -19,7 +19,7 @@ ROOMS = {
     "files": "whole or not at all",
     "sandbox": "programs that a model wrote",
     "config": "options, presets, recipes",
-    "models": "LLaDA, Dream, adapters, tokenizers",
+    "models": "LLaDA, Dream, SDAR, LLaDA2, adapters",
     "tasks": "data, splits, answers, prompts",
     "rollouts": "prompts to trajectories",
     "rewards": "calls, queues, scores",

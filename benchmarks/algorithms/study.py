@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.algorithms.mean_field import MeanFieldTrainer
 from egspo.config import TrainConfig
 from egspo.config.recipe import load_config
 from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
@@ -23,17 +22,19 @@ PROVENANCE = "provenance.json"
 
 @dataclass(frozen=True)
 class Method:
-    """An algorithm: what it changes in the recipe, and what runs it."""
+    """An algorithm: what it changes in the recipe."""
 
     overrides: tuple[str, ...]
-    trainer: type[Trainer] = Trainer
 
 
 def _one_step(updates: int) -> Method:
     """One-step mean-field GRPO with d1's own clip range."""
-    clip = ("algorithm.clip_low=0.5", "algorithm.clip_high=0.5")
     return Method(
-        ("algorithm.preset=egspo", f"algorithm.num_iterations={updates}", *clip), MeanFieldTrainer
+        (
+            *("algorithm.preset=egspo", "algorithm.objective=mean_field"),
+            *("algorithm.ratio_temperature=one", f"algorithm.num_iterations={updates}"),
+            *("algorithm.clip_low=0.5", "algorithm.clip_high=0.5"),
+        )
     )
 
 
@@ -149,7 +150,7 @@ def execute(runs: Sequence[Run], made_by: Mapping[str, Any]) -> Iterator[Run]:
         resume = run.folder if list_checkpoints(run.folder / CHECKPOINTS) else None
         run.folder.mkdir(parents=True, exist_ok=True)
         start = time.process_time()
-        METHODS[run.method].trainer(run.config, resume=resume).run()
+        Trainer(run.config, resume=resume).run()
         record = {**made_by, "cpu_seconds": time.process_time() - start}
         (run.folder / PROVENANCE).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         yield run

@@ -89,6 +89,8 @@ class Selection:
     """Groups of all processes whose final rewards are all the same, or missing."""
     skipped_groups: int
     """Those of them that were left out, as no term of theirs can be anything but zero."""
+    of_rollout: bool = True
+    """Whether the states are steps of the rollout, and not completions that were masked again."""
 
     def sequence_of_states(self) -> list[int]:
         """Of each of the M states."""

@@ -6,7 +6,7 @@ from contextlib import closing
 
 from egspo.algorithm.batch import Batch, Groups, Metrics, OneStepCompletions
 from egspo.algorithm.micro_batches import MicroBatches
-from egspo.algorithm.objectives.stepwise import StepwiseObjective
+from egspo.algorithm.objectives.registry import build_objective
 from egspo.algorithm.phases.clock import PhaseClock
 from egspo.algorithm.phases.replay import replay_states
 from egspo.algorithm.phases.rewards import collect_one_step, collect_rewards
@@ -49,9 +49,10 @@ class Iteration:
         )
         self.phase = PhaseClock(denoiser, processes)
         lengths = [len(ids) for ids in data.train.token_ids]
-        self.objective = StepwiseObjective(
+        self.objective = build_objective(
             config, denoiser, self.micro_batches, processes, sum(lengths) / len(lengths)
         )
+        self.micro_batches.together = self.objective.canvases
         complete = self.objective.completes_in_rollout
         self.rollout = Rollout(config, data, denoiser, self.rewards, complete)
         self.optimize = Update(

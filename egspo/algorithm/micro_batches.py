@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -91,14 +91,16 @@ class Columns:
         assert size is not None
         return [index[begin : begin + size] for begin in range(0, len(index), size)]
 
-    def packed(self, index: Sequence[int], most: int) -> list[list[int]]:
-        """``index``, in its order, in micro-batches of at most ``most`` columns or one state."""
+    def packed(self, index: Sequence[int], most: int, together: int = 1) -> list[list[int]]:
+        """``index``, in its order, in micro-batches of at most ``most`` columns or ``together``
+        states; so many are never parted."""
         micro_batches: list[list[int]] = []
-        for state in index:
-            if micro_batches and self.count([*micro_batches[-1], state]) <= most:
-                micro_batches[-1].append(state)
+        for begin in range(0, len(index), together):
+            states = index[begin : begin + together]
+            if micro_batches and self.count([*micro_batches[-1], *states]) <= most:
+                micro_batches[-1].extend(states)
             else:
-                micro_batches.append([state])
+                micro_batches.append(list(states))
         return micro_batches
 
 
@@ -114,6 +116,10 @@ class MicroBatches:
         generation: how the states were denoised.
         prediction_shift: of the model.
         causal: whether it is block-causal.
+
+    Attributes:
+        together: so many states, one after the other, are never parted; a micro-batch has as many
+            at least.
     """
 
     def __init__(
@@ -129,6 +135,7 @@ class MicroBatches:
         self.size, self.tokens = size, tokens
         self.generation, self.prediction_shift = generation, prediction_shift
         self.causal = causal
+        self.together = 1
 
     def plan(
         self, states: States, *, ranks: int | Sequence[Sequence[int]] | None
@@ -150,12 +157,13 @@ class MicroBatches:
         """Those of ``micro_batches`` that are over the limit in parts, the others as they are."""
         if self.tokens is None:
             assert self.size is not None
-            return [part for index in micro_batches for part in torch.split(index, self.size)]
+            size = max(self.size // self.together, 1) * self.together
+            return [part for index in micro_batches for part in torch.split(index, size)]
         columns = self._columns(states)
         return [
             torch.tensor(part, device=index.device)
             for index in micro_batches
-            for part in columns.packed(index.tolist(), self.tokens)
+            for part in columns.packed(index.tolist(), self.tokens, self.together)
         ]
 
     def shrink(
@@ -164,12 +172,13 @@ class MicroBatches:
         """Half the limit, as ``doing`` the micro-batch ``index`` memory ran out by ``error``.
 
         Raises:
-            torch.OutOfMemoryError: ``error``, where the micro-batch was a single state.
+            torch.OutOfMemoryError: ``error``, where the micro-batch cannot be parted.
         """
         count, tokens = len(index), self._columns(states).count(index.tolist())
-        if count == 1:
+        if count <= self.together:
+            fewest = "one state" if count == 1 else f"{count} canvases of one completion"
             error.add_note(
-                f"egspo: even {doing} one state of {tokens} columns does not fit; `egspo plan "
+                f"egspo: even {doing} {fewest} of {tokens} columns does not fit; `egspo plan "
                 "RECIPE --gpu-memory SIZE` says what would make it fit"
             )
             raise error
@@ -184,6 +193,34 @@ class MicroBatches:
             "begin there)",
             *(doing, count, tokens, setting),
         )
+
+    def each(
+        self, states: States, groups: list[list[Tensor]], work: Callable[[Tensor], None]
+    ) -> list[list[Tensor]]:
+        """Do ``work`` on every micro-batch of ``groups``, in parts where memory runs out.
+
+        Returns:
+            The micro-batches as they were done.
+
+        Raises:
+            torch.OutOfMemoryError: even what cannot be parted does not fit.
+        """
+        done: list[list[Tensor]] = []
+        for group in groups:
+            waiting = list(group)
+            done.append([])
+            while waiting:
+                index = waiting[0]
+                try:
+                    work(index)
+                except torch.OutOfMemoryError as error:
+                    self.shrink(states, index, "replaying", error)
+                else:
+                    done[-1].append(waiting.pop(0))
+                    continue
+                release_memory(index.device)  # now that the error holds no tensors
+                waiting = self.split(states, waiting)
+        return done
 
     def give_up(self, states: States, index: Tensor, error: torch.OutOfMemoryError) -> NoReturn:
         """Raise ``error`` with what to set, where other processes are in the middle of the pass."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egspo.algorithm.micro_batches import MicroBatches, release_memory
+from egspo.algorithm.micro_batches import MicroBatches
 from egspo.algorithm.states import States
 from egspo.config import AlgorithmConfig, GenerationConfig
 from egspo.rollouts.causal import CausalDecoder, Replayed
@@ -21,7 +21,13 @@ from egspo.rollouts.decoder import BlockContext, Decoder, Window
 from egspo.rollouts.decoding import Decoding, decoder_of
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
-from egspo_kernels import Surrogate, aggregate_steps, linear_stepwise_surrogate, linear_token_stats
+from egspo_kernels import (
+    Surrogate,
+    TokenStats,
+    aggregate_steps,
+    linear_stepwise_surrogate,
+    linear_token_stats,
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,13 @@ class Scores:
     """What replay found for M states."""
 
     old_log_prob: Tensor | None
-    """float [M], aggregated over the tokens of the step as the loss does; None where it is that of
-    the update's own pass."""
+    """float [M], aggregated over the tokens of the step as the loss does, or [M, L] where an
+    objective compares single tokens; None where it is that of the update's own pass."""
     recorded: Tensor
-    """float64 [M], the same by the rollout, in the shapes and the precision of its passes."""
+    """float64 [M], the same by the rollout, in the shapes and the precision of its passes. NaN
+    where nothing is known that the first ratio could be checked by."""
     ref_log_prob: Tensor | None
-    """float [M], the same under the reference policy (``kl: k3``)."""
+    """float [M] or [M, L], the same under the reference policy (``kl: k3`` or ``k2``)."""
     ref_hidden: list[Tensor] | None
     """Of every state, reference hidden states [n, D] of its revealed tokens (``kl: exact``)."""
     completions: Tensor | None
@@ -87,24 +94,19 @@ class Scorer:
         if not (complete or old or self.algorithm.beta > 0):
             scores.groups.extend(groups)
             return scores
+
+        def work(index: Tensor) -> None:
+            self._score(states, index, scores)
+            if scores.completions is not None:
+                on_completions(index, scores.completions[index])
+
+        if limit is not None:
+            scores.groups.extend(limit.each(states, groups, work))
+            return scores
         for group in groups:
-            waiting, done = list(group), []
-            while waiting:
-                index = waiting[0]
-                try:
-                    self._score(states, index, scores)
-                except torch.OutOfMemoryError as error:
-                    if limit is None:
-                        raise
-                    limit.shrink(states, index, "replaying", error)
-                else:
-                    done.append(waiting.pop(0))
-                    if scores.completions is not None:
-                        on_completions(index, scores.completions[index])
-                    continue
-                release_memory(self.denoiser.device)  # now that the error holds no tensors
-                waiting = limit.split(states, waiting)
-            scores.groups.append(done)
+            for index in group:
+                work(index)
+        scores.groups.extend(groups)
         return scores
 
     def _unscored(self, states: States, complete: bool, old: bool) -> Scores:
@@ -168,6 +170,7 @@ class Scorer:
             weight: of each state in the loss.
         """
         config = self.algorithm
+        assert config.kl != "k2"  # refused by the options
         with self.denoiser.autocast():
             batch = self._batch(states, index)
             hidden = batch.revealed_rows(batch.window(self.decoder)[0])
@@ -208,7 +211,34 @@ class Scorer:
 
     def _revealed(self, batch: _Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Step log-probability [m] and argmax [N] of the revealed tokens."""
-        stats = linear_token_stats(
+        stats = self._stats(batch, rows)
+        assert stats.log_prob is not None
+        log_prob = aggregate_steps(
+            stats.log_prob, batch.step_ids, len(batch), self.algorithm.aggregation
+        )
+        return log_prob, stats.argmax
+
+    def token_log_probs(self, states: States, index: Tensor) -> Tensor:
+        """Of every token that the steps of a micro-batch reveal, [m, L]; 0 elsewhere.
+
+        Differentiable, without a canvas of logits.
+
+        Args:
+            states: M states.
+            index: int64 [m], the micro-batch.
+        """
+        with self.denoiser.autocast():
+            batch = self._batch(states, index)
+            hidden = batch.revealed_rows(batch.window(self.decoder)[0])
+            self.denoiser.work.head_rows += hidden.shape[0]
+            log_prob = self._stats(batch, hidden).log_prob
+        assert log_prob is not None
+        empty = log_prob.new_zeros(batch.canvas.shape)
+        return empty.index_put((batch.step_ids, batch.positions), log_prob)
+
+    def _stats(self, batch: _Batch, rows: Tensor) -> TokenStats:
+        """Of the revealed tokens."""
+        return linear_token_stats(
             rows,
             self.denoiser.head_weight,
             batch.targets,
@@ -216,11 +246,6 @@ class Scorer:
             temperature=self.temperature,
             banned_token=self.denoiser.mask_id,
         )
-        assert stats.log_prob is not None
-        log_prob = aggregate_steps(
-            stats.log_prob, batch.step_ids, len(batch), self.algorithm.aggregation
-        )
-        return log_prob, stats.argmax
 
     def _batch(self, states: States, index: Tensor) -> _Batch:
         causal = self.denoiser.block_size is not None

@@ -44,7 +44,7 @@ def sampled_group(
     trajectory = samples.trajectory.take(rows)
     selected: list[list[SelectedStep]] = [[] for _ in members]
     for m, of in enumerate(sequence):
-        if of not in members:
+        if of not in members or not batch.selection.of_rollout:
             continue
         text, reward = (None, None) if one_step is None else one_step.at(m)
         selected[members.index(of)].append(

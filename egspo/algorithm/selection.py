@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from egspo.config import Strategy
-from egspo.rollouts.trajectory import Trajectory
+from egspo.rollouts.trajectory import NEVER, Trajectory
 from egspo_kernels import counter_uniform, select_steps
 
 # Keeps the noise of random selection apart from the noise of the rollout.
@@ -33,6 +33,7 @@ def select(
     *,
     limits: Tensor,
     entropy_share: float | None = None,
+    advantage: Tensor | None = None,
     seed: int = 0,
     sequence_ids: Tensor | None = None,
     step_id: int = 0,
@@ -43,13 +44,16 @@ def select(
         trajectory: B trajectories of T steps.
         strategy: ``high_entropy``: the k steps of largest entropy, largest first (EGSPO);
             ``uniform``: evenly spaced, the last candidate always in; ``random``: the last
-            candidate and k - 1 others; ``all``: every candidate (k is ignored). The published
+            candidate and k - 1 others; ``all``: every candidate (k is ignored);
+            ``sign_aware``: the k least confident steps of a trajectory with an advantage >= 0, the
+            k most confident ones with one < 0, see :func:`step_confidence`. The published
             code's: ``uniform_reference``, see :func:`_spread`; ``random_reference``: k - 1 of the
             other candidates, with replacement, the same for all trajectories of a training step,
             and the last.
         k: in [1, T].
         limits: int64 [B], see :func:`candidate_limits`.
         entropy_share: of ``high_entropy``, see :func:`select_share`.
+        advantage: [B], of the trajectories; needed by ``sign_aware``.
         seed, sequence_ids: key of the noise of ``random``.
         step_id: instead of ``sequence_ids``, that of ``random_reference``.
 
@@ -65,6 +69,8 @@ def select(
         return select_share(trajectory.entropy, entropy_share, k, limits=limits)
     if strategy == "high_entropy":
         return select_steps(trajectory.entropy, k, limits=limits)
+    if strategy == "sign_aware":
+        return select_steps(_by_sign(trajectory, advantage), k, limits=limits)
     if strategy == "all":
         index = torch.arange(steps, device=limits.device).expand(len(trajectory), -1)
         return index.where(index < limits[:, None], -1)
@@ -81,6 +87,24 @@ def select(
         last = torch.arange(steps, device=limits.device) == limits[:, None] - 1
         return select_steps(priority.masked_fill(last, 2.0), k, limits=limits)
     raise ValueError(f"unknown strategy {strategy!r}")
+
+
+def _by_sign(trajectory: Trajectory, advantage: Tensor | None) -> Tensor:
+    """What ``sign_aware`` selects the largest of: [B, T]."""
+    if advantage is None:
+        raise ValueError("strategy 'sign_aware' needs the advantages of the trajectories")
+    confidence = step_confidence(trajectory)
+    return confidence * torch.where(advantage < 0, 1.0, -1.0).to(confidence)[:, None]
+
+
+def step_confidence(trajectory: Trajectory) -> Tensor:
+    """Mean probability of the tokens that each step revealed: [B, T], 0 where it revealed none."""
+    revealed = trajectory.unmask_step != NEVER
+    step = trajectory.unmask_step.long().masked_fill(~revealed, 0)
+    empty = trajectory.confidence.new_zeros(len(trajectory), trajectory.num_steps)
+    known = trajectory.confidence.masked_fill(~revealed, 0.0)
+    total = empty.scatter_add(1, step, known)
+    return total / empty.scatter_add(1, step, revealed.to(known)).clamp(min=1)
 
 
 def select_share(entropy: Tensor, share: float, most: int, *, limits: Tensor) -> Tensor:

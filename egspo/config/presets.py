@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+
+def _remasked(objective: str, *, updates: int, clip: float | None = None) -> dict[str, Any]:
+    """What methods on completions that are masked again have in common."""
+    values = {
+        "objective": objective,
+        "stepwise": False,
+        "scale_by_std": False,
+        "ratio_temperature": "one",
+        "num_iterations": updates,
+    }
+    return values if clip is None else {**values, "clip_low": clip, "clip_high": clip}
+
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Entropy-selected steps, one advantage per trajectory.
     "egspo": {"algorithm": {"strategy": "high_entropy", "stepwise": False}},
@@ -12,6 +25,42 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Ablations: EGSPO on steps chosen without looking at the entropy.
     "uniform": {"algorithm": {"strategy": "uniform", "stepwise": False}},
     "random": {"algorithm": {"strategy": "random", "stepwise": False}},
+    # Other methods, with the settings of their papers' code; group sizes and optimizers are the
+    # recipe's.
+    "d1": {
+        "algorithm": {
+            **_remasked("mean_field", clip=0.5, updates=12),
+            "beta": 0.04,
+            "prompt_masking": 0.15,
+        }
+    },
+    "wd1": {
+        "algorithm": {
+            **_remasked("weighted", updates=8),
+            "beta": 0.0,
+            "weight_scale": 1.0,
+            "prompt_masking": 0.15,
+        }
+    },
+    "coupled-grpo": {"algorithm": {**_remasked("coupled", clip=0.5, updates=2), "beta": 0.01}},
+    "espo": {
+        "algorithm": {
+            **_remasked("sequence_elbo", clip=0.2, updates=8),
+            "beta": 0.01,
+            "kl": "k2",
+            "mask_samples": 2,
+        }
+    },
+    "spg": {
+        "algorithm": {
+            **_remasked("sandwich", updates=4),
+            "beta": 0.0,
+            "mask_samples": 2,
+            "bound_power": 1.5,
+            "bound_share": 0.5,
+            "prompt_masking": 0.15,
+        }
+    },
     # The authors' public code, including what `egspo-sa` does otherwise.
     "reference": {
         "algorithm": {

@@ -196,11 +196,14 @@ def _title(figure: Figure, folder: Path) -> None:
     except (FileNotFoundError, ConfigError):  # metrics alone, or a run of another version
         return
     algorithm = config.algorithm
-    method = algorithm.preset or ("egspo-sa" if algorithm.stepwise else "egspo")
+    method: str = algorithm.preset or ("egspo-sa" if algorithm.stepwise else "egspo")
+    trained = f"{algorithm.selected_steps} of {config.generation.steps} steps trained"
+    if algorithm.objective != "stepwise":
+        method, trained = algorithm.objective, f"{algorithm.num_iterations} updates"
     parts = (
         f"{method} on {config.task.name}",
         f"{config.prompts_per_step} prompts of {algorithm.group_size} completions",
-        f"{algorithm.selected_steps} of {config.generation.steps} steps trained",
+        trained,
         f"seed {config.seed}",
     )
     figure.text(0.988, 0.985, " · ".join(parts), ha="right", va="top", fontsize=9, color="#57606a")

@@ -78,10 +78,16 @@ class Planner:
 
     Raises:
         PlanError: the model is not known.
-        ValueError: there are more GPUs than sequences, or too few for the recipe's engine.
+        ValueError: it has another objective than ``stepwise``, or there are more GPUs than
+            sequences, or too few for the recipe's engine.
     """
 
     def __init__(self, config: TrainConfig, gpus: int, shares: Shares) -> None:
+        if config.algorithm.objective != "stepwise":
+            raise ValueError(
+                "passes and memory are estimated for algorithm.objective: stepwise alone, got "
+                f"{config.algorithm.objective}"
+            )
         sequences = config.prompts_per_step * config.algorithm.group_size
         if not 1 <= gpus <= sequences:
             raise ValueError(

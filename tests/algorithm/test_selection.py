@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -18,8 +19,9 @@ from egspo.algorithm.selection import (
     histogram,
     select,
     select_share,
+    step_confidence,
 )
-from egspo.rollouts.trajectory import PromptBatch, Trajectory
+from egspo.rollouts.trajectory import NEVER, PromptBatch, Trajectory
 
 EOS = 9
 
@@ -180,3 +182,26 @@ def test_random_reference_is_shared_by_the_batch_with_the_last_step_in() -> None
     assert 30 <= repeats <= 95
     assert drawn[0].tolist() != drawn[1].tolist()
     assert _shared(torch.tensor([1, 0]), 3, 0, 5).tolist() == [[-1, -1, 0], [-1, -1, -1]]
+
+
+def test_sign_aware_takes_the_unsure_steps_of_good_and_the_sure_ones_of_bad_completions() -> None:
+    sample = replace(
+        SAMPLE,
+        # Step 1 of the first reveals two tokens of 0.9 and 0.2: 0.55 in the mean.
+        unmask_step=torch.tensor([[1, 0, 1, 2], [0, 1, 3, 2], [0, 1, 2, NEVER]]).to(torch.int16),
+        confidence=torch.tensor(
+            [[0.9, 0.5, 0.2, 0.7], [0.1, 0.8, 0.3, 0.6], [0.4, 0.9, 0.2, math.nan]]
+        ),
+    )
+    confidence = step_confidence(sample)
+    expected = [[0.5, 0.55, 0.7, 0.0], [0.1, 0.8, 0.6, 0.3], [0.4, 0.9, 0.2, 0.0]]
+    torch.testing.assert_close(confidence, torch.tensor(expected))
+    limits = torch.tensor([3, 4, 3])
+    for advantage, chosen in (
+        (torch.tensor([0.5, 0.0, 1.0]), [[0, 1], [0, 3], [2, 0]]),
+        (torch.tensor([-0.5, -0.1, -1.0]), [[2, 1], [1, 2], [1, 0]]),
+    ):
+        selected = select(sample, "sign_aware", 2, limits=limits, advantage=advantage)
+        assert selected.tolist() == chosen
+    with pytest.raises(ValueError, match="needs the advantages"):
+        select(sample, "sign_aware", 2, limits=limits)

@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.algorithms import study
 from benchmarks.algorithms.__main__ import main
-from benchmarks.algorithms.mean_field import MeanFieldTrainer
 from benchmarks.algorithms.results import (
     compare,
     cost_per_gain,
@@ -24,6 +23,7 @@ from benchmarks.report import main as report
 from egspo.config.recipe import load_config
 from egspo.files import CheckpointError
 from egspo.runs.metrics import read_metrics
+from egspo.training.trainer import Trainer
 from tests.helpers.runs import MODEL
 
 SMALL = [
@@ -60,7 +60,7 @@ def test_methods_differ_in_the_algorithm_alone(task: str, tmp_path: Path) -> Non
         *("high_entropy", "high_entropy"),
     ]
     assert [name for name, a in algorithms.items() if a.stepwise] == ["EGSPO-SA"]
-    assert [name for name, m in METHODS.items() if m.trainer is MeanFieldTrainer] == [
+    assert [name for name, a in algorithms.items() if a.objective == "mean_field"] == [
         "one-step GRPO",
         "one-step GRPO, 1 update",
     ]
@@ -88,7 +88,7 @@ def test_a_study_is_made_once_goes_on_and_counts_what_was_spent(
             assert flops == sum(r[f"flops/{phase}"] for r in records)
 
     made: list[str] = []
-    original = MeanFieldTrainer.run
+    original = Trainer.run
 
     def counted(self: Any) -> Path:
         made.append(self.config.output_dir)

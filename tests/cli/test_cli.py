@@ -33,8 +33,8 @@ class Calls(list[tuple[TrainConfig, Path | None]]):
             raise self.error
         output = Path(config.output_dir)
         writer = MetricsWriter(output / "metrics.jsonl", resume_after=9 if resume else None)
-        writer.write({"step": 0, "eval/reward": 0.25})
-        writer.write({"step": 1, "eval/reward": 0.5})
+        writer.write({"step": 0, "eval/reward": 0.25, "time/eval": 1.0})
+        writer.write({"step": 1, "eval/reward": 0.5, "time/eval": 1.0, "time/step": 37.0})
         (output / "checkpoints" / "step-000001").mkdir(parents=True, exist_ok=True)
         (output / MARK).touch()
         (output / "final").mkdir(exist_ok=True)
@@ -105,6 +105,10 @@ def test_training_reports_what_it_achieved(
     run = tmp_path / "run"
     assert capsys.readouterr().out.splitlines() == [
         "held-out reward: 0.250 -> 0.500",
+        f"best held-out reward: 0.500 at step 1 ({run / 'final'})",
+        "curve: 2 evaluations do not tell whether the held-out reward still rises",
+        "more: 1 further steps would take about 0.01 hours, at the measured 37 s a step "
+        "(--resume steps=2)",
         f"model: {run / 'final'}",
         f"curves: {run / 'curves.png'}",
     ]

@@ -209,7 +209,7 @@ nonsense: 1
         "generation.temprature": "unknown key; did you mean generation.temperature?",
         "generation.policy": (
             "expected one of low_confidence, random, max_prob, margin, entropy, "
-            "got the string 'best'"
+            "entropy_bounded, sequential, got the string 'best'"
         ),
         "optimizer.learning_rate": "expected a finite number, got the string 'fast'",
         "optimizer.betas": "expected a list of 2 items, each a finite number, got the list [0.9]",

@@ -13,7 +13,10 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,  # with sanitizers each takes a compiler ten seconds and more
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
 
 
 def build_and_run(program: Path, sources: list[Path], flags: list[str], cases: int) -> None:
@@ -53,7 +56,6 @@ def test_algorithm_of_the_cuda_library_has_no_data_race(tmp_path: Path) -> None:
 SANITIZED = ["-O1", "-ffp-contract=fast", "-fsanitize=address,undefined"]
 
 
-@pytest.mark.slow  # with sanitizers each takes a compiler ten seconds and more
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_loops_over_rows_against_sums_in_double(lanes: int, tmp_path: Path) -> None:
     """Vectors of every width, of instructions that any processor of the platform has."""
@@ -66,14 +68,12 @@ def has_avx2() -> bool:
     return cpuinfo.exists() and {"avx2", "fma", "f16c"} <= set(cpuinfo.read_text().split())
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not has_avx2(), reason="no AVX2")
 def test_loops_over_rows_in_avx2(tmp_path: Path) -> None:
     flags = [*SANITIZED, "-mavx2", "-mfma", "-mf16c"]
     build_and_run(tmp_path / "check", [HERE / "check_rows.cpp"], flags, 100)
 
 
-@pytest.mark.slow
 def test_functions_over_rows_have_no_data_race(tmp_path: Path) -> None:
     names = ("rows_cpu", "rows_sample", "rows_baseline", "rows_avx2", "rows_avx512")
     sources = [HERE / "threads_rows.cpp", *(CSRC / f"{name}.cpp" for name in names)]

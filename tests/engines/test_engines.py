@@ -39,6 +39,16 @@ JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "join
 PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
+COUPLED = {
+    **SHORT,
+    "algorithm": {
+        "objective": "coupled",
+        "stepwise": False,
+        "schedule": "joint",
+        "beta": 0.1,
+        "num_iterations": 2,
+    },
+}
 BLOCKS = [
     {"model": {"config": None}, "generation": {"block_length": 4, "steps": 4}},
     {"model": {"config": new_fields("llada2")}, "algorithm": {"beta": 0.1}},
@@ -86,6 +96,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(2, [FSDP2, SHORT, EXACT_KL], id="2-fsdp2-exact-kl", marks=SLOW),
         pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache", marks=SLOW),
         pytest.param(2, [FSDP2, SHORT, *BLOCKS], id="2-fsdp2-blocks", marks=SLOW),
+        pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
+        pytest.param(3, [FSDP2, COUPLED], id="3-fsdp2-coupled", marks=SLOW),
         pytest.param(
             2,
             [{"distributed": {"engine": "fsdp2", "reshard": False}}, SHORT],

@@ -47,7 +47,7 @@ class Compiled:
     loops: int
     """In the IR."""
     conversions: int
-    """Changes of layout through shared memory."""
+    """Changes of layout in the IR. Those within a thread cost nothing."""
     instructions: int
     """Of the machine code, whether executed or not; loops are counted once."""
     arguments: str

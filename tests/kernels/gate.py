@@ -8,9 +8,10 @@ start and the end of the grid. Nothing of it is measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from tests.kernels import processor, sass
-from tests.kernels.aot import compiled
+from tests.kernels.aot import Compiled, compiled
 from tests.kernels.launches import STATISTICS, SURROGATE
 
 ROWS, VOCAB, ELEMENT = 512, 126464, 2
@@ -22,8 +23,8 @@ class Gate:
 
     name: str
     launch: str
-    kernel: str
-    """The kernel of the launch that passes over the logits."""
+    variant: str
+    """The kernel of the launch that passes over the logits, by its number among :data:`GATES`."""
     program: int
     """Columns of a program."""
     warps: int
@@ -40,19 +41,19 @@ class Gate:
 
 SEGMENT = 16384
 GATES = (
-    Gate("`token_stats`", "stats(2, LLADA)", "segment_statistics_kernel",
+    Gate("`token_stats`", "stats(2, LLADA)", "segment_statistics_kernel#0",
          SEGMENT, 4, 8, 2, 10.5, 40, {80: 0.90, 90: 0.95}),
-    Gate("`sample_tokens`, temperature 1", "sample(2, LLADA)", "segment_sample_kernel",
+    Gate("`sample_tokens`, temperature 1", "sample(2, LLADA)", "segment_sample_kernel#0",
          SEGMENT, 4, 8, 2, 16, 48, {80: 0.70, 90: 0.80}),
     Gate("`sample_tokens`, temperature 0.5", "sample(2, LLADA, temperature=0.5)",
-         "segment_sample_kernel", SEGMENT, 4, 8, 2, 20, 48, {80: 0.50, 90: 0.70}),
-    Gate("`sample_tokens`, greedy", "sample(2, LLADA, temperature=0.0)", "segment_sample_kernel",
+         "segment_sample_kernel#1", SEGMENT, 4, 8, 2, 20, 48, {80: 0.50, 90: 0.70}),
+    Gate("`sample_tokens`, greedy", "sample(2, LLADA, temperature=0.0)", "segment_sample_kernel#2",
          SEGMENT, 4, 8, 2, 12, 48, {80: 0.85, 90: 0.92}),
-    Gate("exact KL", 'stepwise(2, 2, "exact")', "segment_kl_kernel",
+    Gate("exact KL", 'stepwise(2, 2, "exact")', "segment_kl_kernel#0",
          SEGMENT, 4, 16, 4, 18, 48, {80: 0.85, 90: 0.90}),
-    Gate("gradient, without KL", "stepwise(2, 2, None)", "row_gradient_kernel",
+    Gate("gradient, without KL", "stepwise(2, 2, None)", "row_gradient_kernel#1",
          4096, 8, 1, 4, 18, 64, {80: 0.85, 90: 0.90}),
-    Gate("gradient, exact KL", 'stepwise(2, 2, "exact")', "row_gradient_kernel",
+    Gate("gradient, exact KL", 'stepwise(2, 2, "exact")', "row_gradient_kernel#0",
          4096, 8, 1, 6, 30, 80, {80: 0.85, 90: 0.90}),
 )  # fmt: skip
 
@@ -67,10 +68,16 @@ class Cost:
     spills: int
 
 
+@functools.cache
+def variants(capability: int) -> dict[str, Compiled]:
+    """What :data:`GATES` and the statistics with targets launch, compiled in one process."""
+    launches = [*dict.fromkeys(gate.launch for gate in GATES), "stats(2, LLADA, targets=True)"]
+    return compiled(STATISTICS + SURROGATE + "\n".join(launches), capability)
+
+
 def cost(gate: Gate, capability: int) -> Cost:
-    """Compiles a variant and counts."""
-    variants = compiled(STATISTICS + SURROGATE + gate.launch, capability)
-    facts = next(each for each in variants.values() if each.kernel == gate.kernel)
+    """Counts in the machine code."""
+    facts = variants(capability)[gate.variant]
     path = sass.usual_path(sass.parse(facts.listing), gate.repetitions)
     gpu = processor.GPUS[capability]
     resident = gpu.resident(facts.registers, gate.warps)
@@ -92,8 +99,7 @@ def end_of_statistics(capability: int) -> float:
 
     The kernel is one wait for memory after the other: what the model has for its path, alone.
     """
-    variants = compiled(STATISTICS + "stats(2, LLADA, targets=True)", capability)
-    facts = next(each for each in variants.values() if each.kernel == "row_statistics_kernel")
+    facts = variants(capability)["row_statistics_kernel#1"]
     gpu = processor.GPUS[capability]
     path = sass.usual_path(sass.parse(facts.listing), 1)
     programs = -(-ROWS // gpu.processors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+EXCHANGES = ("SHFL", "LDS", "STS", "LDSM", "STSM", "BAR")
 WIDE = re.compile(r"\b(LDG|STG)\.\S*128")
 
 
@@ -75,6 +76,13 @@ def _instruction(text: str) -> Instruction:
     return Instruction(
         opcode, tuple(writes), tuple(reads), target[1] if target else None, conditional
     )
+
+
+def exchanges(blocks: list[Block]) -> int:
+    """Instructions by which threads exchange values, in the loops that move data."""
+    loops = [block for block in blocks if block.repeats and block.is_wide]
+    assert loops, "no loop moves 16 bytes a thread"
+    return sum(each.name in EXCHANGES for block in loops for each in block.instructions)
 
 
 def usual_path(blocks: list[Block], repetitions: int) -> list[Instruction]:

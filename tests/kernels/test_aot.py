@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.kernels import sass
 from tests.kernels.aot import ARCHITECTURES, Compiled, compiled
 from tests.kernels.launches import STATISTICS as LAUNCHES
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -39,7 +41,8 @@ def test_segments_are_read_with_wide_loads_and_kept_in_registers(
         assert facts.spills == 0, facts
         assert facts.registers <= LIMITS[facts.kernel], facts
         assert facts.shared <= 16, facts  # a word for each warp: what the reductions exchange
-        assert facts.conversions == 0, facts
+        # Layouts change in the IR, but within a thread: nothing passes between threads in the loop.
+        assert sass.exchanges(sass.parse(facts.listing)) == 0, facts
         # Two tiles in the loop: 8 bfloat16 or 4 float32 in a load.
         wide = 4 if "*fp32" in facts.arguments.split("partials")[0] else 2
         assert facts.loads["v4.32"] == wide, facts

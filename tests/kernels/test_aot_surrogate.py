@@ -10,6 +10,7 @@ from tests.kernels.aot import ARCHITECTURES, Compiled, compiled
 from tests.kernels.launches import SURROGATE as LAUNCHES
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -11,6 +11,7 @@ import pytest
 from tests.kernels.launches import STATISTICS, SURROGATE
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 SETUP = """
 import sys
@@ -65,7 +66,6 @@ KERNELS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "architecture", "warp"),
     [("cuda", 100, 32), ("cuda", 120, 32), ("hip", "gfx942", 64), ("hip", "gfx1100", 32)],

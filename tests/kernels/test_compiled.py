@@ -13,6 +13,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 FILES = ("stats", "sampling", "surrogate", "surrogate_autograd")
 LEFT_OUT = (
@@ -27,7 +28,6 @@ LEFT_OUT = (
 """Hypothesis compiles for every vocabulary that it tries; the rest is not about what kernels do."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernel_tests_pass_on_compiled_code(name: str, capability: int) -> None:

@@ -58,6 +58,7 @@ def cuobjdump(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow  # builds the library
 @needs_nvcc
 class TestFile:
     def test_machine_code_and_ptx(self, library_path: Path) -> None:
@@ -265,7 +266,8 @@ def test_arguments_reach_the_library(
     monkeypatch.setattr(extension, "CUDA_LIBRARY_PATH", cpu_stand_in)
     assert reason() is None
     for dispatcher in (selection._SELECT_STEPS, selection._SELECT_STEPS_SEGMENTED):
-        monkeypatch.setitem(dispatcher._candidates, "cuda", lambda device: None)
+        probes = dict(dispatcher._on_cpu) | {"cuda": lambda device: None}
+        monkeypatch.setattr(dispatcher, "_on_cpu", tuple(probes.items()))
     generator = torch.Generator().manual_seed(0)
     entropy = torch.rand(6, 700, generator=generator, dtype=dtype).mul(50).round()[::2, :500]
     limits = torch.tensor([500, 0, 77], dtype=torch.int32)

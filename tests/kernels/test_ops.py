@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from egspo_kernels import SampledTokens, TokenStats, last_backend, sample_tokens, token_stats
+from tests.kernels.marks import first_fast
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -30,8 +31,8 @@ def inputs(rows: int = 4, vocab: int = 300) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("dtype", first_fast([torch.bfloat16, torch.float32]))
+@pytest.mark.parametrize("optional", first_fast([True, False]))
 def test_opcheck(backend: str, dtype: torch.dtype, optional: bool) -> None:
     logits, targets, ids = inputs()
     logits = logits.to(dtype)
@@ -75,8 +76,8 @@ def assert_equal(left: Any, right: Any) -> None:
             assert (x is None and y is None) or torch.equal(x, y)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", first_fast(["auto", *BACKENDS]))
+@pytest.mark.parametrize("compiler", first_fast(["aot_eager", "eager"]))
 def test_whole_graph(backend: str, compiler: str) -> None:
     function = torch.compile(both, fullgraph=True, backend=compiler)
     for rows, temperature, seed in [(4, 0.5, 0), (4, 0.7, 2**63 + 1), (6, 1.0, 5)]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.aot import bytes_moved
+from tests.kernels.marks import first_fast
 from tests.kernels.traffic import CASES, LLADA, Case, counted, measured
 
 triton = pytest.importorskip("triton")
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are n
 OVERHEAD = 0.01
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", first_fast(CASES), ids=lambda case: case.name)
 def test_logits_are_read_once_and_gradients_written_once(case: Case) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         traffic = measured(case, dtype)

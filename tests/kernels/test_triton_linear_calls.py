@@ -21,6 +21,7 @@ from egspo_kernels import (
     token_stats,
 )
 from tests.kernels.linear_cases import Head, statistics
+from tests.kernels.marks import first_fast
 from tests.kernels.surrogate_cases import DEVICE, assert_same_bits
 
 pytest.importorskip("triton")
@@ -199,7 +200,7 @@ def test_which_backend_runs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("optional", first_fast([True, False]))
 def test_opcheck_statistics(optional: bool, dtype: torch.dtype) -> None:
     from egspo_kernels.triton_kernels import linear  # registers the operators
 
@@ -223,7 +224,7 @@ def test_opcheck_statistics(optional: bool, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("kl", [None, "k3", "exact"])
+@pytest.mark.parametrize("kl", first_fast(["exact", "k3", None]))
 def test_opcheck_surrogate(kl: str | None) -> None:
     from egspo_kernels.triton_kernels import linear_surrogate  # registers the operators
 
@@ -252,7 +253,7 @@ def test_opcheck_surrogate(kl: str | None) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", first_fast(["reference", "triton"]))
 def test_whole_graph(backend: str) -> None:
     torch._dynamo.reset()
 

@@ -27,6 +27,7 @@ from egspo_kernels.triton_kernels.noise import (  # noqa: E402
     exponentials,
     uniform,
 )
+from tests.kernels.marks import slow  # noqa: E402
 
 # The interpreter computes with numpy, which warns where a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -63,12 +64,10 @@ TEMPERATURES = [(1.0, 1.0), (0.7, 1.0), (0.7, 0.7), (1.0, 2.0), (0.5, 2.0), (0.0
 @pytest.mark.parametrize(
     ("rows", "vocab", "dtype"),
     [
-        (0, 5, torch.float32),
-        (1, 1, torch.float32),
         (4, 2, torch.float16),
         (4, 1000, torch.float32),
-        (3, 4097, torch.bfloat16),
-        pytest.param(1, 32000, torch.float16, marks=pytest.mark.slow),
+        *slow([(0, 5, torch.float32), (1, 1, torch.float32)]),
+        *slow([(3, 4097, torch.bfloat16), (1, 32000, torch.float16)]),
     ],
 )
 @pytest.mark.parametrize(("temperature", "entropy_temperature"), TEMPERATURES)
@@ -221,6 +220,7 @@ def test_special_rows(temperature: float, padding: int) -> None:
 values = st.one_of(st.floats(-20, 20, width=16), st.sampled_from([0.0, 1.0, -INF, -6e4]))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     row=st.lists(values, min_size=2, max_size=40).filter(lambda row: max(row) > -INF),

@@ -20,6 +20,7 @@ from egspo_kernels import (
     token_stats,
 )
 from egspo_kernels.dispatch.backend import ENVIRONMENT_VARIABLE
+from tests.kernels.marks import slow
 
 pytest.importorskip("triton")
 # The interpreter computes with numpy, which warns where a GPU does not.
@@ -67,13 +68,13 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize(
     ("rows", "vocab", "dtype"),
     [
-        *itertools.product((0, 1, 7), (1, 2, 1000, 4097), FLOATS),
+        *itertools.product((7,), (1, 1000, 4097), FLOATS),
+        (0, 2, torch.float32),
         (300, 2, torch.bfloat16),
-        (1, 20001, torch.bfloat16),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in itertools.product((1, 7), (32000, 126464), FLOATS)
-        ),
+        *slow(itertools.product((0, 1), (1, 2, 1000, 4097), FLOATS)),
+        *slow(itertools.product((7,), (2,), FLOATS)),
+        *slow(itertools.product((1, 7), (32000, 126464), FLOATS)),
+        *slow([(1, 20001, torch.bfloat16)]),
     ],
 )
 def test_error_is_that_of_eager(rows: int, vocab: int, dtype: torch.dtype) -> None:
@@ -206,6 +207,7 @@ values = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     matrix=st.integers(1, 40).flatmap(

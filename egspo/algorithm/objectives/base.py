@@ -27,10 +27,17 @@ class Objective(Protocol):
     The methods are called by all processes, in the order in which they stand here.
     """
 
+    epochs: int
+    """How often an update goes over the groups of micro-batches."""
     completes: bool
     """Whether it wants one-step completions of its states, and their rewards."""
     completes_in_rollout: bool
     """Whether it takes them from the rollout's own passes."""
+
+    @property
+    def canvases(self) -> int:
+        """States that only have a loss together, as they are of one completion: they stand one
+        after the other, and share a micro-batch."""
 
     def select(self, samples: Samples) -> Selection:
         """M states of the samples here, and the sequences that they are of."""
@@ -52,14 +59,14 @@ class Objective(Protocol):
 
     @property
     def share(self) -> float:
-        """Weight of a state in the loss of its sequence. It must not depend on what was sampled: a
-        skipped group or a padded step counts as a zero."""
+        """Weight of a state, or of ``canvases`` together, in the loss of its sequence. It must not
+        depend on what was sampled: a skipped group or a padded step counts as a zero."""
 
     def loss(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float
     ) -> Surrogate:
-        """Of the micro-batch ``index`` int64 [m], each state weighted by ``weight``; with
-        gradients."""
+        """Of the micro-batch ``index`` int64 [m], each state, or its ``canvases`` together,
+        weighted by ``weight``; with gradients."""
 
     def nothing(self, trajectory: Trajectory) -> Tensor:
         """A loss of 0 by the passes of any other, for a process that has less to do than others."""

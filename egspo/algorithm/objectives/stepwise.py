@@ -43,6 +43,7 @@ class StepwiseObjective:
         prompt_tokens: float,
     ) -> None:
         self.config, self.micro_batches, self.processes = config, micro_batches, processes
+        self.canvases, self.epochs = 1, config.algorithm.num_iterations
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
         self.completes = config.algorithm.stepwise
         self.completes_in_rollout = self.completes and (

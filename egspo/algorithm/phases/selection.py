@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from egspo.algorithm.advantages import groups_with_spread
+from egspo.algorithm.advantages import egspo_advantages, groups_with_spread
 from egspo.algorithm.batch import Metrics, Samples, Selection
 from egspo.algorithm.selection import candidate_limits, histogram, select
 from egspo.algorithm.states import States
@@ -38,12 +38,15 @@ def select_states(
     # A sample without a reward has no candidates: it stays out of the update, KL included.
     scored = ~samples.rewards.flatten()[sequences].isnan().to(limits.device)
     limits = limits.where(scored, 0)
+    every = torch.ones(*samples.rewards.shape, 1, dtype=torch.bool)
+    advantage = egspo_advantages(samples.rewards, every).flatten()[sequences]
     selected = select(
         trajectory,
         algorithm.strategy,
         algorithm.selected_steps,
         limits=limits,
         entropy_share=algorithm.entropy_share,
+        advantage=advantage.to(device),
         seed=config.seed,
         sequence_ids=groups.ids(sequences).to(device),
         step_id=groups.first_id,
@@ -60,11 +63,14 @@ def selection_metrics(selection: Selection) -> Metrics:
     """What is logged of the selected states."""
     states = selection.states
     trajectory = states.trajectory
-    return {
+    metrics: Metrics = {
         "reward/equal_groups": selection.equal_groups,
         "skipped/groups": selection.skipped_groups,
-        "selected/k": states.ranks,
-        "selected/histogram": histogram(states.step, trajectory.num_steps).tolist(),
-        "selected/states": Count(len(states)),
-        "selected/entropy": part(trajectory.entropy[states.row, states.step]),
     }
+    if selection.of_rollout:
+        metrics["selected/k"] = states.ranks
+        metrics["selected/histogram"] = histogram(states.step, trajectory.num_steps).tolist()
+    metrics["selected/states"] = Count(len(states))
+    if selection.of_rollout:
+        metrics["selected/entropy"] = part(trajectory.entropy[states.row, states.step])
+    return metrics

@@ -22,7 +22,7 @@ from egspo_kernels import Surrogate
 
 @dataclass(frozen=True)
 class Update:
-    """``num_iterations`` epochs over the groups of micro-batches, an optimizer step each."""
+    """The objective's epochs over the groups of micro-batches, an optimizer step each."""
 
     config: TrainConfig
     objective: Objective
@@ -34,7 +34,6 @@ class Update:
 
     def __call__(self, batch: Batch, advantage: Tensor) -> Metrics:
         """Train on ``batch`` with the ``advantage`` float64 [M] of its states."""
-        algorithm = self.config.algorithm
         # The engine's mean over processes makes this one over all sequences.
         sequences = batch.samples.rewards.numel() / self.processes.count
         weight = self.objective.share / sequences
@@ -43,7 +42,7 @@ class Update:
         outcomes: list[list[Surrogate]] = []
         norms: list[float] = []
         drift = advantage.new_empty(0)
-        for _ in range(algorithm.num_iterations):
+        for _ in range(self.objective.epochs):
             for group in groups:
                 outcome, done = self._accumulate(batch, group, advantage, weight)
                 if not self.engine.reduce_gradients(bool(group)):
@@ -55,7 +54,7 @@ class Update:
                 self.before_step()
                 self.engine.step()
                 outcomes.append(outcome)
-        metrics = surrogate_metrics(outcomes, norms, drift, with_kl=algorithm.beta > 0)
+        metrics = surrogate_metrics(outcomes, norms, drift, with_kl=self.config.algorithm.beta > 0)
         return {"skipped/states": Count(int((~counts).sum())), **metrics}
 
     def _kept(self, states: States, group: list[Tensor], counts: Tensor) -> list[Tensor]:

@@ -8,7 +8,13 @@ from typing import Literal
 from egspo.config.options.checks import require
 
 Strategy = Literal[
-    "high_entropy", "uniform", "random", "all", "uniform_reference", "random_reference"
+    "high_entropy",
+    "uniform",
+    "random",
+    "all",
+    "sign_aware",
+    "uniform_reference",
+    "random_reference",
 ]
 
 
@@ -18,7 +24,18 @@ EntropyOver = Literal["revealed", "block", "masked"]
 EntropyReduce = Literal["mean", "sum"]
 
 
-Preset = Literal["egspo", "egspo-sa", "reference", "uniform", "random"]
+Preset = Literal[
+    "egspo",
+    "egspo-sa",
+    "reference",
+    "uniform",
+    "random",
+    "d1",
+    "wd1",
+    "coupled-grpo",
+    "espo",
+    "spg",
+]
 
 
 @dataclass
@@ -27,13 +44,19 @@ class AlgorithmConfig:
 
     preset: Preset | None = None
     """Fills in several options at once, where the recipe leaves them out."""
+    objective: str = "stepwise"
+    """What is scored, and how an advantage meets a likelihood: ``stepwise`` (EGSPO, EGSPO-SA), or
+    on completions that are masked again ``mean_field``, ``weighted``, ``coupled``,
+    ``sequence_elbo`` or ``sandwich`` (docs/methods.md); a class of your own by
+    ``package.module:Class``."""
     group_size: int = 8
     """Completions of each prompt, compared with each other."""
     selected_steps: int = 8
     """K, denoising steps trained per trajectory."""
     strategy: Strategy = "high_entropy"
     """Which steps are trained: those of largest entropy, evenly spaced ones, random ones, or
-    all."""
+    all; or by the sign of ``R_i - mean_j R_j`` (``sign_aware``): the least confident steps where it
+    is positive or zero, the most confident ones where it is negative."""
     entropy_share: float | None = None
     """Adaptive K, with ``high_entropy``: of each trajectory the fewest steps that hold this share
     of the entropy of its candidates, at most ``selected_steps``. None trains so many always."""
@@ -77,8 +100,9 @@ class AlgorithmConfig:
     """and at most ``1 + clip_high``."""
     beta: float = 0.04
     """Weight of the KL to the reference policy; 0 loads and computes none."""
-    kl: Literal["k3", "exact"] = "k3"
-    """An estimate from the step's log-ratio, or the sum over the vocabulary."""
+    kl: Literal["k3", "exact", "k2"] = "k3"
+    """An estimate from the log-ratio, or the sum over the vocabulary; ``k2`` (half the square of
+    the log-ratio) is that of ``sequence_elbo``."""
     reference_every: int | None = None
     """RL steps between two refreshes of the reference policy by the policy; null never refreshes:
     the KL then goes to what training began from."""
@@ -100,7 +124,21 @@ class AlgorithmConfig:
     """Of ``per_step``: the rank to begin with, from 0; after the last one comes rank 0. The
     published code begins with 1, so that the step of highest entropy comes last."""
     num_iterations: int = 1
-    """Inner epochs over the selected steps of one rollout."""
+    """Inner epochs over the selected steps of one rollout; or optimizer steps, each with masks of
+    its own, where completions are masked again."""
+    prompt_masking: float = 0.15
+    """Of ``mean_field``, ``weighted`` and ``sandwich``: probability that a prompt token is masked
+    (with ``sandwich``, also one of an earlier block)."""
+    mask_samples: int = 2
+    """Of ``sequence_elbo``: complementary pairs of masks for each completion and optimizer step; of
+    ``sandwich``: masks."""
+    weight_scale: float = 1.0
+    """Psi of ``weighted``: weights are a softmax of plus and minus psi times the advantage."""
+    bound_power: float = 1.5
+    """Beta of the upper bound of ``sandwich``, at least 1."""
+    bound_share: float = 0.5
+    """Omega of ``sandwich``, share of the upper bound in what stands for the likelihood where the
+    advantage is negative; the rest is the lower bound."""
     completion_blocks: Literal["all", "active"] = "all"
     """Of block-causal models: a one-step completion fills every later block too, greedily in one
     step behind what is then known, or ends with the ``active`` block of the state: cheaper."""
@@ -112,11 +150,11 @@ class AlgorithmConfig:
         require(self.group_size >= 2, f"algorithm.group_size must be >= 2, got {self.group_size}")
         for name in (
             *("selected_steps", "num_iterations", "lam_halving_updates"),
-            "ranks_per_update",
+            *("ranks_per_update", "mask_samples"),
         ):
             value = getattr(self, name)
             require(value > 0, f"algorithm.{name} must be > 0, got {value}")
-        for name in ("lam", "clip_high", "beta", "first_rank"):
+        for name in ("lam", "clip_high", "beta", "first_rank", "weight_scale"):
             value = getattr(self, name)
             require(value >= 0, f"algorithm.{name} must be >= 0, got {value}")
         every, blend = self.reference_every, self.reference_blend
@@ -137,6 +175,11 @@ class AlgorithmConfig:
         require(
             0 <= self.clip_low <= 1, f"algorithm.clip_low must be in [0, 1], got {self.clip_low}"
         )
+        for name in ("prompt_masking", "bound_share"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"algorithm.{name} must be in [0, 1], got {value}")
+        power = self.bound_power
+        require(power >= 1, f"algorithm.bound_power must be >= 1, got {power}")
         share = self.entropy_share
         require(
             share is None or 0 < share <= 1,

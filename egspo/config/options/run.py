@@ -12,6 +12,7 @@ from egspo.config.options.distributed import DistributedConfig
 from egspo.config.options.evaluation import EvalConfig
 from egspo.config.options.generation import GenerationConfig
 from egspo.config.options.model import ModelConfig
+from egspo.config.options.objectives import check_objective
 from egspo.config.options.optimizer import OptimizerConfig
 from egspo.config.options.sft import SFTConfig
 from egspo.config.options.task import TaskConfig
@@ -64,6 +65,7 @@ class TrainConfig:
     """``--resume`` goes on with other training or held-out examples than those of the run."""
 
     def __post_init__(self) -> None:
+        check_objective(self.algorithm, self.generation)
         require(self.output_dir.strip() != "", "output_dir must name a folder, got an empty one")
         for name in (
             *("steps", "prompts_per_step", "micro_batch_size", "micro_batch_tokens"),
