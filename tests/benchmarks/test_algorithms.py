@@ -68,6 +68,7 @@ def test_methods_differ_in_the_algorithm_alone(task: str, tmp_path: Path) -> Non
     assert algorithms["one-step GRPO, 1 update"].num_iterations == 1
 
 
+@pytest.mark.slow
 def test_a_study_is_made_once_goes_on_and_counts_what_was_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_unknown_sizes_and_other_algorithms_are_refused() -> None:
         Baseline(config, bench.data, bench.denoiser, optimizer)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--size", "tiny", "--layers", "1"]
     for name, value in SHORT.items():

@@ -149,6 +149,7 @@ def test_floors(workload: Workload, microseconds: float) -> None:
     assert rates["share_of_floor"] == pytest.approx(1, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_the_report_reads(tmp_path: Path) -> None:
     """In a process of its own, as users start it: a few seconds."""
     output = tmp_path / "kernels.json"
