@@ -212,6 +212,7 @@ class TestReasons:
         expected = "libegspo_cuda.so was not built: no nvcc at installation (reinstall with "
         assert (reason() or "").startswith(expected + "EGSPO_REQUIRE_CUDA=1")
 
+    @pytest.mark.slow  # builds the library
     @needs_nvcc
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_device_that_cannot_run_it(
