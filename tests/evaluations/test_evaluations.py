@@ -138,6 +138,7 @@ def test_samples_say_what_was_asked_answered_and_paid(trained: Path, tmp_path: P
         assert [record["rewards"]["cell_accuracy"]] == scores
 
 
+@pytest.mark.slow
 def test_killed_and_continued_is_the_same_and_decodes_nothing_twice(
     trained: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
@@ -162,6 +163,7 @@ def test_killed_and_continued_is_the_same_and_decodes_nothing_twice(
     assert not list((broken / "samples").glob("*.part-*"))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(trained: Path, tmp_path: Path) -> None:
     options = ["--lengths", "20,40", "--temperature", "1", "--samples", "2"]
     with socket.socket() as free:
@@ -246,6 +248,7 @@ def test_tasks_from_a_file_and_their_options(trained: Path, tmp_path: Path, task
         assert record["score"] == float("1" in record["completion"])
 
 
+@pytest.mark.slow
 def test_built_in_tasks_at_two_lengths_on_a_model_from_a_folder(tmp_path: Path) -> None:
     """Prompts of real length; a task with data in files, and one with a validation split."""
     folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"

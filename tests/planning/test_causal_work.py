@@ -17,7 +17,7 @@ from egspo.runs.metrics import read_metrics
 from egspo.tasks import Reward
 from egspo.training.trainer import train
 from tests.helpers import runs
-from tests.planning.test_plan import FULL, hashed
+from tests.planning.test_plan import FULL, STILL, hashed
 from tests.training.test_families import recipe
 
 pytestmark = pytest.mark.usefixtures("no_plots", "varied")
@@ -38,7 +38,7 @@ def test_flops_are_those_a_run_logs(family: str, changes: dict[str, Any], tmp_pa
     every = {"algorithm": {"strategy": "all"}}
     # No reward is its group's mean: an update leaves states out whose advantage is 0.
     runs.rewards[:] = [Reward("hashed", hashed)]
-    config = recipe(family, tmp_path, FULL, every, changes)
+    config = recipe(family, tmp_path, FULL, STILL, every, changes)
     plan = Planner(config, 1, Shares()).plan
     train(config)
     records = read_metrics(tmp_path)[1:]

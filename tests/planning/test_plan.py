@@ -32,6 +32,7 @@ from tests.planning.test_dry_run import by_path, model_folder
 
 pytestmark = pytest.mark.usefixtures("no_plots", "varied")
 
+SLOW = pytest.mark.slow
 LORA = {"model": {"lora": {"rank": 8, "alpha": 8, "dropout": 0.05}}}
 # Every group teaches something, and every trajectory has all its steps.
 FULL: dict[str, Any] = {
@@ -44,6 +45,10 @@ FULL: dict[str, Any] = {
 
 def planned(config: TrainConfig, gpus: int = 1, **shares: float) -> Planner:
     return Planner(config, gpus, Shares(**shares))
+
+
+# A policy that hardly moves does not come to say the same four times.
+STILL: dict[str, Any] = {"optimizer": {"learning_rate": 1e-6}}
 
 
 def hashed(completions: Sequence[str], **_: Any) -> list[float]:
@@ -73,7 +78,7 @@ def test_flops_are_those_a_run_logs(changes: dict[str, Any], tmp_path: Path) -> 
     """Of prompts of different lengths; which steps are trained decides the head's rows alone."""
     # No reward is its group's mean: an update leaves states out whose advantage is 0.
     runs.rewards[:] = [Reward("hashed", hashed)]
-    config = runs.config(tmp_path, FULL, changes)
+    config = runs.config(tmp_path, FULL, STILL, changes)
     plan = planned(config).plan
     train(config)
     records = read_metrics(tmp_path)[1:]
@@ -199,20 +204,38 @@ def array_of(storage: torch.UntypedStorage, _: torch.device) -> Any:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        LORA,
-        {"model": {"gradient_checkpointing": True}},
-        {"model": {"gradient_checkpointing": True, **LORA["model"]}},
-        {"model": {"dtype": "bfloat16", **LORA["model"]}},
-        {"mixed_precision": "no"},
-        {"algorithm": {"beta": 0.1, "reference_every": 1}, **LORA},
-        {"model": {"activation_offload": True}},
-        {"model": {"activation_offload": True, "dtype": "bfloat16", **LORA["model"]}},
-        {"model": {"activation_offload": True, "gradient_checkpointing": True, **LORA["model"]}},
-    ],
-    ids=[
-        *("full", "lora", "checkpointed", "lora-checkpointed", "lora-bf16", "float32"),
-        *("lora-refreshed", "offloaded", "lora-bf16-offloaded", "lora-checkpointed-offloaded"),
+        pytest.param({}, id="full"),
+        pytest.param(LORA, id="lora", marks=SLOW),
+        pytest.param({"model": {"gradient_checkpointing": True}}, id="checkpointed", marks=SLOW),
+        pytest.param(
+            {"model": {"gradient_checkpointing": True, **LORA["model"]}},
+            id="lora-checkpointed",
+            marks=SLOW,
+        ),
+        pytest.param({"model": {"dtype": "bfloat16", **LORA["model"]}}, id="lora-bf16", marks=SLOW),
+        pytest.param({"mixed_precision": "no"}, id="float32", marks=SLOW),
+        pytest.param(
+            {"algorithm": {"beta": 0.1, "reference_every": 1}, **LORA},
+            id="lora-refreshed",
+            marks=SLOW,
+        ),
+        pytest.param({"model": {"activation_offload": True}}, id="offloaded", marks=SLOW),
+        pytest.param(
+            {"model": {"activation_offload": True, "dtype": "bfloat16", **LORA["model"]}},
+            id="lora-bf16-offloaded",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {
+                "model": {
+                    "activation_offload": True,
+                    "gradient_checkpointing": True,
+                    **LORA["model"],
+                }
+            },
+            id="lora-checkpointed-offloaded",
+            marks=SLOW,
+        ),
     ],
 )
 def test_the_peak_of_the_update_is_what_it_allocates(

@@ -94,7 +94,7 @@ def test_rewards_run_while_the_caller_goes_on() -> None:
         assert queue.collect(1)[1].total.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("size", [3, 100])
+@pytest.mark.parametrize("size", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_training_does_not_depend_on_the_parts(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -360,6 +360,7 @@ def test_rows_that_are_wrong_are_named(
         build_task(name, **options)
 
 
+@pytest.mark.slow
 def test_hostile_completions_score_nothing(sources: dict[str, str]) -> None:
     options = {"train": sources["mbpp"], "test": None, "test_examples": 1, "sandbox": "bubblewrap"}
     task = build_task("mbpp", validation_examples=0, limits={"test_seconds": 1.0}, **options)

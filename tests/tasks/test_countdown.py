@@ -280,6 +280,7 @@ def test_problems_of_a_source(tmp_path: Path) -> None:
         build_task("countdown", train=str(file), numbers=5)
 
 
+@pytest.mark.slow
 def test_the_common_test_file_is_a_test_set(tmp_path: Path) -> None:
     rows = [{"input": "30,100,93", "output": "23"}, {"input": "[3 5 7]", "output": "26"}]
     rows += [{"input": "1,2", "output": "3"}]

@@ -189,6 +189,7 @@ def test_what_is_no_number(text: str | None) -> None:
     assert number(text) is None
 
 
+@pytest.mark.slow
 def test_hostile_completions_are_paid_nothing() -> None:
     for texts in (SMALL, HUGE):
         start = time.process_time()

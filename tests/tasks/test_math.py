@@ -178,6 +178,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     equivalence._workers.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_comparison_that_hangs_is_ended(impatient: None) -> None:
     """In a thread, where signals would not come; and those after it are decided as ever."""
     outcome: list[bool] = []
@@ -191,6 +192,7 @@ def test_a_comparison_that_hangs_is_ended(impatient: None) -> None:
     assert "took too long" in verdicts([HANGS])[0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced() -> None:
     worker = _Worker(5.0, 2 << 30)
     assert worker.decide(("x+1", "1+x")) == EQUAL
@@ -304,6 +306,7 @@ def test_the_published_values(tmp_path: Path, completion: str, reward: float) ->
     assert solved == [float(reward >= 2)]
 
 
+@pytest.mark.slow
 def test_hostile_completions_are_paid_nothing(impatient: None) -> None:
     texts = {**SMALL, **HUGE}
     start = time.monotonic()

@@ -67,11 +67,15 @@ def test_programs_in_completions(completion: str, program: object, formatted: bo
     assert code_format([completion]) == [float(formatted)]
 
 
+LINES = ["\n", "```\n", "```python\n", " ", "~~~\n", "1. ```\n"]  # seconds each
+
+
 @pytest.mark.parametrize(
     "unit",
     [
-        *("a", "\n", "`", "```", "```\n", "```python\n", "``` ", " ", "   ```", "```python```"),
-        *("\0", "数", "~", "~~~\n", "a```\n", "- ", "1. ```\n", "```` ", "a`", "`~", "x = 1\n"),
+        *("a", "`", "```", "``` ", "   ```", "```python```", "\0", "数", "~", "a```\n", "- "),
+        *("```` ", "a`", "`~", "x = 1\n"),
+        *(pytest.param(unit, marks=pytest.mark.slow) for unit in LINES),
     ],
 )
 def test_huge_completions_take_linear_time(unit: str) -> None:

@@ -190,15 +190,16 @@ def test_prompts_of_word_problems(tmp_path: Path) -> None:
 
 
 def test_what_the_protocol_would_ignore_is_refused() -> None:
+    few = {"train_examples": 1, "test_examples": 1}
     for options in (
         {"instruction": "Solve {puzzle}."},
         {"prompt_style": "digits"},
         {"reward": "empty_cells"},
     ):
         with pytest.raises(ValueError, match=f"leave out {next(iter(options))}"):
-            build_task("sudoku", protocol="published", **options)
+            build_task("sudoku", protocol="published", **few, **options)
     with pytest.raises(ValueError, match="protocol must be 'strict' or 'published', got 'best'"):
-        build_task("sudoku", protocol="best")
+        build_task("sudoku", protocol="best", **few)
 
 
 def test_own_instructions() -> None:

@@ -95,6 +95,7 @@ def test_no_supervised_example_is_held_out(tmp_path: Path) -> None:
         supervised_examples(config, replace(data, task=leaked))
 
 
+@pytest.mark.slow
 def test_a_small_model_trains_on_countdown(tmp_path: Path) -> None:
     length = {"generation": {"max_new_tokens": 10, "block_length": 10}}
     train(runs.config(tmp_path, {"task": None}, {"task": COUNTDOWN, "steps": 1}, length))
