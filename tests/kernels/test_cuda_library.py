@@ -212,6 +212,7 @@ class TestReasons:
         expected = "libegspo_cuda.so was not built: no nvcc at installation (reinstall with "
         assert (reason() or "").startswith(expected + "EGSPO_REQUIRE_CUDA=1")
 
+    @pytest.mark.slow  # builds the library
     @needs_nvcc
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_device_that_cannot_run_it(
@@ -266,8 +267,9 @@ def test_arguments_reach_the_library(
     monkeypatch.setattr(extension, "CUDA_LIBRARY_PATH", cpu_stand_in)
     assert reason() is None
     for dispatcher in (selection._SELECT_STEPS, selection._SELECT_STEPS_SEGMENTED):
-        probes = dict(dispatcher._on_cpu) | {"cuda": lambda device: None}
-        monkeypatch.setattr(dispatcher, "_on_cpu", tuple(probes.items()))
+        for order in ("_on_cpu", "_elsewhere"):
+            probes = dict(getattr(dispatcher, order)) | {"cuda": lambda device: None}
+            monkeypatch.setattr(dispatcher, order, tuple(probes.items()))
     generator = torch.Generator().manual_seed(0)
     entropy = torch.rand(6, 700, generator=generator, dtype=dtype).mul(50).round()[::2, :500]
     limits = torch.tensor([500, 0, 77], dtype=torch.int32)
