@@ -50,7 +50,7 @@ def count(name: str, hub: str, generation: GenerationConfig, *, stepwise: bool) 
         RUN, generation=generation, algorithm=replace(RUN.algorithm, stepwise=stepwise, beta=0.0)
     )
     blocks = getattr(config, "block_size", None)
-    work = expected_work(run, [PROMPT], config.prediction_shift, blocks)
+    work = expected_work(run, [PROMPT], config.prediction_shift, cost, blocks)
     flops = {
         phase: float((cost.training if phase == "update" else cost.forward)(work[phase]))
         for phase in PHASES

@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks.report import replace_section
+from tests.kernels.gate import GATES, ROWS, cost
+from tests.kernels.processor import GPUS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
@@ -33,9 +35,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def table() -> str:
     """One line for each variant; limits of the test in brackets."""
-    from tests.kernels.gate import GATES, ROWS, cost
-    from tests.kernels.processor import GPUS
-
     names = ", ".join(f"sm_{each}: {gpu.name}" for each, gpu in sorted(GPUS.items()))
     lines = [
         f"bfloat16, V = 126464, {ROWS} rows; {names}. Counted and modelled, not measured; "
@@ -51,7 +50,7 @@ def table() -> str:
             lines.append(
                 f"| {gate.name} | sm_{capability} "
                 f"| {found.instructions:.1f} (≤ {gate.instructions:g}) "
-                f"| {found.registers} (≤ {gate.registers}) | {found.resident} "
+                f"| {found.registers} (≤ {gate.registers[capability]}) | {found.resident} "
                 f"| {found.share:.0%} (≥ {gate.share[capability]:.0%}) |"
             )
     return "\n".join(lines)

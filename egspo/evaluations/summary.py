@@ -122,7 +122,7 @@ def to_table(rows: Sequence[SummaryRow], model: str) -> Table:
     table.add_column("Task", no_wrap=True)
     others = _others(rows)
     for name in (*_COLUMNS, *others):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")  # a cut number says nothing
     for row in rows:
         table.add_row(*cells(row), *_metrics(row, others))
     return table

@@ -10,6 +10,7 @@ from typing import Any
 
 from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints, step_of
 from egspo.training.best import HELD_OUT, BestSoFar
+from egspo.training.progress import duration
 
 _LEAST = 4
 """Evaluations that a trend is told from; it is of the later half of them, or of so many."""
@@ -86,9 +87,10 @@ def _cost(records: Sequence[Record], last: int, gpus: int) -> str:
     evaluated = [r["time/eval"] for r in made if r.get("time/eval")]
     steps = median(r["time/step"] - (r.get("time/eval") or 0.0) for r in made)
     each = steps + math.fsum(evaluated) / len(made)
-    hours = each * last / 3600
-    devices = f", {hours * gpus:.2f} GPU-hours on {gpus} GPU(s)" if gpus else ""
+    seconds = each * last
+    hours = seconds * gpus / 3600
+    devices = f", {hours:.3g} GPU-hours on {gpus} GPU(s)" if gpus else ""
     return (
-        f"more: {last} further steps would take about {hours:.2f} hours{devices}, at the measured "
-        f"{each:.3g} s a step (--resume steps={2 * last})"
+        f"more: training for {last} further step(s) would take about {duration(seconds)}{devices}, "
+        f"at the measured {each:.3g} s a step (--resume steps={2 * last})"
     )

@@ -114,11 +114,11 @@ class RunProgress:
         parts = [f"{self.description} {step}/{self.total}"]
         parts += [f"{name} {value}" for name, value in self._shown()]
         elapsed = time.monotonic() - self._began
-        parts.append(f"elapsed {_duration(elapsed)}")
+        parts.append(f"elapsed {duration(elapsed)}")
         left = self._left(step)
         if left is not None:
             hours = f" ({self._gpu_hours(left)})" if self.gpus else ""
-            parts.append(f"left {_duration(left)}{hours}")
+            parts.append(f"left {duration(left)}{hours}")
         return "  ".join(parts)
 
     def _left(self, step: int) -> float | None:
@@ -132,7 +132,8 @@ class RunProgress:
         return f"{self.gpus * seconds / 3600:.3g} GPU-hours"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As ``minutes:seconds``, from an hour on as ``hours:minutes:seconds``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

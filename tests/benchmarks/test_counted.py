@@ -10,34 +10,17 @@ from benchmarks.meter import PhaseCost
 from benchmarks.report import main as report
 from benchmarks.scaling.sweeps import Point, slopes
 from tests.benchmarks.result_cases import write
-from tests.kernels.aot import Compiled
-
-
-def test_programs_that_registers_hold() -> None:
-    """65,536 registers, given to a warp by 256: 8 for each of its threads."""
-    assert [counted.resident(registers) for registers in (16, 32, 64, 65, 80, 128, 255)] == [
-        *(8, 8, 4, 3, 3, 2, 1)
-    ]
-
-
-def test_widest_access() -> None:
-    def compiled(loads: dict[str, int]) -> Compiled:
-        return Compiled("kernel", 1, 0, 0, loads, {}, 0, 0, 0, 0, 1, "")
-
-    assert counted.widest(compiled({"64": 1, "v4.32": 4})) == 128
-    assert counted.widest(compiled({"16": 9, "v2.32": 1})) == 64
-    assert counted.widest(compiled({"16": 9})) == 16
 
 
 def test_tables_go_between_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("compiled", "traffic", "flops"):
+    for name in ("traffic", "flops"):
         monkeypatch.setattr(counted, f"{name}_table", lambda name=name: f"| {name} |")
     document = tmp_path / "benchmarks.md"
     document.write_text("before\n<!-- counted:begin -->\nold\n<!-- counted:end -->\nafter\n")
     counted.main(["--write", "--document", str(document)])
     text = document.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
-    assert "| compiled |\n\n| traffic |\n\n| flops |" in text
+    assert "| traffic |\n\n| flops |" in text
 
 
 def test_report_of_iterations_and_slopes(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_training_reports_what_it_achieved(
         "held-out reward: 0.250 -> 0.500",
         f"best held-out reward: 0.500 at step 1 ({run / 'final'})",
         "curve: 2 evaluations do not tell whether the held-out reward still rises",
-        "more: 1 further steps would take about 0.01 hours, at the measured 37 s a step "
+        "more: training for 1 further step(s) would take about 0:37, at the measured 37 s a step "
         "(--resume steps=2)",
         f"model: {run / 'final'}",
         f"curves: {run / 'curves.png'}",

@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
         for name, algorithm, reward in (
             ("stepwise", {}, runs.varied),
             ("plain", {"stepwise": False}, runs.varied),
-            ("idle", {}, lambda completions, **_: [0.5] * len(completions)),
+            ("idle", {"stepwise": False}, lambda completions, **_: [0.5] * len(completions)),
         ):
             runs.rewards[:] = [Reward("value", reward)]
             changes = {"algorithm": algorithm, "steps": 5, "eval": {"every": 2}}

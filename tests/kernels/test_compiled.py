@@ -46,6 +46,7 @@ def test_kernel_tests_pass_on_compiled_code(name: str, capability: int) -> None:
             ),
             f"tests/kernels/test_triton_{name}.py",
             *("-k", "not (" + " or ".join(LEFT_OUT) + ")"),
+            *("-m", "not slow"),
         ],
         capture_output=True,
         text=True,

@@ -50,10 +50,12 @@ def swapped(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_order, "the training examples in another order"),
-        (fewer, "8 training examples, now 6"),
+        pytest.param(other_order, "the training examples in another order", marks=pytest.mark.slow),
+        pytest.param(fewer, "8 training examples, now 6", marks=pytest.mark.slow),
         (swapped, "other training prompts"),
-        (lambda lines: lines[:-1], "8 held-out examples, now 7"),
+        pytest.param(
+            lambda lines: lines[:-1], "8 held-out examples, now 7", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_changed_data_is_refused_by_what_differs_and_allowed_on_request(

@@ -27,6 +27,9 @@ from egspo.training.trainer import train
 from tests.families import BLOCK_CAUSAL, FAMILIES, make, new_fields
 from tests.helpers.runs import LETTERS, config
 
+SLOW = pytest.mark.slow
+ONE_OF_EACH = [f if f in ("llada", "llada2") else pytest.param(f, marks=SLOW) for f in FAMILIES]
+"""Mask-predictors and block-causal models; the other families in the slow tests."""
 SFT = {"sft": {"steps": 6, "batch_size": 4, "log_every": 2}}
 
 
@@ -61,10 +64,12 @@ def check(run: Path) -> None:
     records = read_metrics(run)
     assert len(records) == 1 + 4
     drifts = [record["ratio/drift"] for record in records if record.get("ratio/drift") is not None]
-    assert drifts and max(drifts) == 0  # on a CPU: exactly on-policy
+    assert drifts and max(drifts) < runs.DRIFT
 
 
-@pytest.mark.parametrize("stepwise", [True, False], ids=["egspo-sa", "egspo"])
+@pytest.mark.parametrize(
+    "stepwise", [True, pytest.param(False, marks=SLOW)], ids=["egspo-sa", "egspo"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_model_from_warm_start_to_text(
     family: str, stepwise: bool, tmp_path: Path, no_plots: None, capsys: pytest.CaptureFixture[str]
@@ -93,7 +98,7 @@ def test_a_new_model_from_warm_start_to_text(
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_an_adapter_on_a_checkpoint_and_its_export(
     family: str, tmp_path: Path, no_plots: None
 ) -> None:
@@ -117,7 +122,7 @@ def test_an_adapter_on_a_checkpoint_and_its_export(
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(
     family: str, tmp_path: Path, no_plots: None
 ) -> None:
@@ -127,7 +132,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(
     assert runs.outcome(tmp_path / "parts") == runs.outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_supervised_training_and_what_a_dry_run_says(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -203,7 +203,9 @@ def resealed(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "shape", "name", "torn", "optimizer", "state"])
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["model", "adapter"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["model", "adapter"]
+)
 def test_names_and_shapes_are_those_of_the_model(
     kind: str, changes: dict[str, Any], tmp_path: Path, finished: Path
 ) -> None:

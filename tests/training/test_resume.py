@@ -90,16 +90,21 @@ def signalled(
     return process.exitcode
 
 
+def slow(*case: Any) -> Any:
+    """A case of a test whose others are representative."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("target", "call", "from_step"),
     [
-        (runs.ROLLOUT, 4, 2),
-        ("egspo.engines.whole.WholeModel.step", 6, 2),  # between two updates of one step
-        ("egspo.runs.metrics._append", 5, 2),  # before the record of a step is written,
-        ("egspo.training.state.save_checkpoint", 2, 2),  # and after, before its checkpoint
+        slow(runs.ROLLOUT, 4, 2),
+        slow("egspo.engines.whole.WholeModel.step", 6, 2),  # between two updates of one step
+        slow("egspo.runs.metrics._append", 5, 2),  # before the record of a step is written,
+        slow("egspo.training.state.save_checkpoint", 2, 2),  # and after, before its checkpoint
         ("egspo.runs.published._digest", 18, 2),  # in the middle of a checkpoint
-        ("egspo.runs.published.delete_published", 1, 4),  # the new one is there, the old one too
-        ("egspo.training.trainer.plot_run", 1, 6),
+        slow("egspo.runs.published.delete_published", 1, 4),  # the new one is there, the old too
+        slow("egspo.training.trainer.plot_run", 1, 6),
     ],
 )
 def test_killed_and_resumed_is_bit_identical(
@@ -119,6 +124,7 @@ def test_killed_and_resumed_is_bit_identical(
     assert not list(tmp_path.glob(".egspo-partial*"))
 
 
+@pytest.mark.slow
 def test_killed_before_the_base_is_kept(
     uninterrupted: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
@@ -131,6 +137,7 @@ def test_killed_before_the_base_is_kept(
     assert not list(tmp_path.glob(".egspo-partial*"))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(
     uninterrupted: Path, tmp_path: Path, processes: ForkServerContext
 ) -> None:
@@ -164,7 +171,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(("number", "code"), [(SIGTERM, 143), (SIGINT, 130), (SIGKILL, -SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(SIGTERM, 143), slow(SIGINT, 130), slow(SIGKILL, -SIGKILL)]
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_exit_codes_of_the_command_line(
     command: str, number: int, code: int, tmp_path: Path, processes: ForkServerContext
@@ -204,10 +213,10 @@ class interrupting:
 @pytest.mark.parametrize(
     "changes",
     [
-        LORA,
+        slow(LORA),
         {**LORA, "algorithm": {"preset": None, "schedule": "per_step", "kl": "exact"}},
-        {"model": {"config": {"weight_tying": True}}},
-        {"algorithm": {"strategy": "random", "schedule": "per_step"}},
+        slow({"model": {"config": {"weight_tying": True}}}),
+        slow({"algorithm": {"strategy": "random", "schedule": "per_step"}}),
     ],
     ids=["lora", "lora-per-step-exact", "tied", "random-per-step"],
 )
