@@ -324,7 +324,8 @@ def read_rates(file: Path) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        PlanError: a phase is missing or not a positive number.
+        PlanError: a phase is missing or not a positive number. Of a run, phases without passes
+            are left out.
     """
     if file.is_dir() or file.suffix == ".jsonl":
         records = [record for record in read_metrics(file) if record["step"] > 1]
@@ -332,7 +333,8 @@ def read_rates(file: Path) -> dict[str, float]:
         for phase in PHASES:
             seconds = sum(record[f"time/{phase}"] for record in records)
             flops = sum(record[f"flops/{phase}"] for record in records)
-            rates[phase] = flops / seconds if seconds else None
+            if flops or not records:  # a run without a replay has no rate of one
+                rates[phase] = flops / seconds if records and seconds else None
     else:
         try:
             found = json.loads(file.read_text("utf-8"))

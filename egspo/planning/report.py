@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from egspo.planning.dry_run import memory_table
-from egspo.planning.plan import PHASES, Plan, Planner, Suggestion
+from egspo.planning.plan import PHASES, Plan, PlanError, Planner, Suggestion
 
 NOT_COVERED = (
     "Not covered: the CUDA context, cuBLAS workspaces, CUDA graphs and fragments of the allocator, "
@@ -41,7 +41,10 @@ class Report:
         if self.rates is None:
             return None
         gpus = self.planner.gpus
-        return {phase: plan.flops[phase] / gpus / self.rates[phase] for phase in PHASES}
+        needed = [phase for phase in PHASES if plan.flops[phase]]
+        if missing := [phase for phase in needed if phase not in self.rates]:
+            raise PlanError(f"no rate of the phase {missing[0]!r}, which was not measured")
+        return {p: plan.flops[p] / gpus / self.rates[p] if p in needed else 0.0 for p in PHASES}
 
     def hours(self, plan: Plan) -> float | None:
         """Of the whole run, on all GPUs at once."""
