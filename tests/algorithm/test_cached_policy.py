@@ -111,6 +111,7 @@ def test_scoring_by_full_attention_would_be_a_bias(cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.slow
 def test_rollout_samples_the_cached_policy(cache: Any) -> None:
     """Frequencies of the completions against their enumerated probabilities."""
     denoiser, config = enumerable_denoiser(), replace(TINY, cache=cache)

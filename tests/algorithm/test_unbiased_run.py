@@ -175,6 +175,7 @@ def test_the_gradient_of_a_run_is_exact(preset: str, beta: float, schedule: str)
     ],
     ids=lambda changes: "-".join(changes),
 )
+@pytest.mark.slow
 def test_other_options_that_are_exact(changes: dict[str, Any]) -> None:
     problem = Problem(changes, reward=smooth)
     if "lam_schedule" in changes:  # of the first step 0: its own share is that of EGSPO
@@ -183,6 +184,7 @@ def test_other_options_that_are_exact(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.slow
 def test_blocks_and_their_caches(cache: Any) -> None:
     """Two blocks of a LLaDA; a completion that ends in the first is not denoised further."""
     generation = replace(GENERATION, block_length=1, cache=cache)
@@ -282,6 +284,7 @@ BIASED: dict[str, tuple[dict[str, Any], float, float]] = {
 
 
 @pytest.mark.parametrize("name", BIASED)
+@pytest.mark.slow
 def test_what_is_biased_by_design(name: str) -> None:
     """As docs/algorithm.md says; and only in direction, as none of it is a matter of rounding."""
     changes, *percent = BIASED[name]

@@ -418,6 +418,7 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "output_dir of a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error() -> None:
     program = f"{sys.executable} -m egspo.cli doctor --json | head -c 1"
     result = subprocess.run(
@@ -450,6 +451,7 @@ def test_threads_sleep_while_they_wait_unless_told_otherwise(
     assert done.stdout.strip() == expected
 
 
+@pytest.mark.slow
 def test_the_runtime_of_torch_hears_of_it() -> None:
     """The command loads no torch before it has said so."""
     program = "from egspo.cli import main; import sys; assert 'torch' not in sys.modules; "

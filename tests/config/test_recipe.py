@@ -94,6 +94,7 @@ AWKWARD = st.sampled_from(["1e3", "no", "1:30", "012", "~", "", "<<", "0x1f", "1
         max_size=4,
     )
 )
+@pytest.mark.slow
 def test_free_options_survive_saving(options: dict[str, object]) -> None:
     config = default()
     config.task.options = options

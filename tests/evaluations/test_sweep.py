@@ -49,6 +49,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     return runs
 
 
+@pytest.mark.slow
 def test_every_variant_with_every_seed_is_compared_once(
     tmp_path: Path, started: list[Run], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,6 +215,7 @@ class TestReasons:
     @pytest.mark.slow  # builds the library
     @needs_nvcc
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    @pytest.mark.slow
     def test_device_that_cannot_run_it(
         self, monkeypatch: pytest.MonkeyPatch, library_path: Path
     ) -> None:

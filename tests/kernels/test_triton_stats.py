@@ -77,6 +77,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
         *slow([(1, 20001, torch.bfloat16)]),
     ],
 )
+@pytest.mark.slow
 def test_error_is_that_of_eager(rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits = logits_of(rows, vocab, dtype)
     targets = torch.arange(rows, device=DEVICE) * 37 % vocab
@@ -147,6 +148,7 @@ def test_banned_token_is_left_out() -> None:
     assert bool((stats.log_prob == -INF).all())
 
 
+@pytest.mark.slow
 def test_a_row_is_bitwise_independent_of_its_batch() -> None:
     logits = logits_of(7, 10001, torch.bfloat16)
     targets = torch.arange(7, device=DEVICE)

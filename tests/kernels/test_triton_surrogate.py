@@ -177,6 +177,7 @@ def test_argument_dtypes_and_strides() -> None:
 
 
 @pytest.mark.parametrize("kl", KLS)
+@pytest.mark.slow
 def test_special_logits(kl: str | None) -> None:
     """-inf, ties, flat rows, a large offset, a banned target and banned NaN: as the reference."""
     problem = Problem.make(6, 5000, kl=kl, steps=6)
@@ -259,6 +260,7 @@ def test_exact_kl_reaches_clipped_rows_and_beta_zero_does_not() -> None:
     assert not bool(unread(free, slice(0, 3)).any())
 
 
+@pytest.mark.slow
 def test_incoming_gradient_scales() -> None:
     problem = Problem.make(6, 300, kl="exact")
     value, gradient = problem.solve("triton")

@@ -53,6 +53,7 @@ def test_rollout(lora: bool, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.slow
 def test_update(checkpointed: bool, lora: bool, cache: Any) -> None:
     """In the first layer below adapters and the last of a cache, some gradients are not needed."""
     config = replace(CONFIG, cache=cache, early_exit=False)
