@@ -244,8 +244,8 @@ def test_any_values(
 def test_the_interpreter_runs_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = logits_of(2, 10)
     token_stats(logits, None)
-    assert last_backend("token_stats") == "reference"
-    assert list(available_backends()["token_stats"]) == ["reference", "triton"]
+    assert last_backend("token_stats") in ("cpp", "reference")
+    assert list(available_backends()["token_stats"])[-1] == "triton"
     assert next(iter(available_backends("cuda")["token_stats"])) == "triton"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "token_stats=triton")
     token_stats(logits, None)
@@ -253,7 +253,7 @@ def test_the_interpreter_runs_on_request_only(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UnavailableBackendError, match=ENVIRONMENT_VARIABLE):
         token_stats(logits.double(), None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(UnavailableBackendError, match=r"needs a GPU.*available: reference"):
+    with pytest.raises(UnavailableBackendError, match=r"needs a GPU.*available: .*reference"):
         token_stats(logits, None, backend="triton")
 
 

@@ -175,7 +175,10 @@ def test_whole_graph(backend: str, kl: str | None) -> None:
             assert not any(tensor.requires_grad for tensor in surrogate[1:])
             results.append((*surrogate, *torch.autograd.grad(loss, logits)))
         for eager, traced in zip(*results, strict=True):
-            torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-7)
+            # On a CPU, auto is the compiled library in eager calls and the reference in a graph:
+            # ratios of float32 log-probabilities, each rounded in its own order.
+            rtol = 2e-5 if backend == "auto" else 1e-6
+            torch.testing.assert_close(traced, eager, rtol=rtol, atol=1e-7)
 
 
 def test_eager_calls_do_not_go_through_the_dispatcher_of_torch() -> None:

@@ -70,6 +70,6 @@ def test_no_loader_runs_what_it_loads() -> None:
 def test_the_yaml_loader_is_a_safe_one() -> None:
     import yaml
 
-    from egspo.config import recipe
+    from egspo.config import yaml_text
 
-    assert issubclass(recipe._Loader, yaml.SafeLoader)
+    assert issubclass(yaml_text._Loader, yaml.SafeLoader)

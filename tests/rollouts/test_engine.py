@@ -89,7 +89,7 @@ def test_early_exit_keeps_the_text_and_saves_forwards(cache: Any) -> None:
     assert torch.equal(early.lengths, late.lengths)
     assert late.steps.tolist() == [6] * 40
     retired = early.steps < 6
-    assert 5 < int(retired.sum()) < 40
+    assert 0 < int(retired.sum()) < 40
     assert saved.sequences < full.sequences and saved.tokens < full.tokens
     for row in range(40):
         end = int(early.steps[row]) * 2

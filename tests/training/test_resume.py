@@ -269,7 +269,8 @@ def no_signal() -> Iterator[None]:
 @pytest.mark.usefixtures("no_signal")
 def test_a_step_without_an_update_counts_for_the_schedule_once(tmp_path: Path) -> None:
     """The weights are as after step 3, but the learning-rate schedule has moved on already."""
-    changes = (STATEFUL, LETTERS, {"algorithm": {"stepwise": False}})  # skips equal rewards
+    skips = {"algorithm": {"stepwise": False, "beta": 0.0}}  # groups of equal rewards
+    changes = (STATEFUL, LETTERS, skips)
     train(runs.config(tmp_path / "whole", *changes))
     config = runs.config(tmp_path / "run", *changes)
     with interrupting("egspo.training.trainer.evaluate", 3), pytest.raises(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,24 @@ def test_from_recipe_to_answers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert stored["steps"] == trained.steps == 5
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+def _objective(preset: str) -> str:
+    return str(PRESETS[preset]["algorithm"].get("objective", "stepwise"))
+
+
+@pytest.mark.parametrize("preset", sorted(p for p in PRESETS if _objective(p) != "stepwise"))
+def test_presets_of_other_objectives(preset: str, tmp_path: Path, no_plots: None) -> None:
+    wanted = {f"{s}.{k}": v for s, values in PRESETS[preset].items() for k, v in values.items()}
+    overrides = [f"{path}={json.dumps(value)}" for path, value in wanted.items()]
+    config = load_config(recipe_file(tmp_path), [f"algorithm.preset={preset}", *overrides])
+    train(config)
+    records = read_metrics(tmp_path / "run")[1:]
+    assert sum(record["updates"] for record in records) > 0
+    for record in records:
+        assert (record["ratio/drift"] or 0.0) < runs.DRIFT
+        assert record["loss"] is None or math.isfinite(record["loss"])
+
+
+@pytest.mark.parametrize("preset", sorted(p for p in PRESETS if _objective(p) == "stepwise"))
 def test_presets(preset: str, tmp_path: Path, no_plots: None) -> None:
     recipe = recipe_file(tmp_path)
     config = load_config(recipe, [f"algorithm.preset={preset}", "algorithm.stop_at_eos=false"])
