@@ -41,12 +41,18 @@ def process_state(timeout: timedelta = _UNBOUNDED) -> PartialState:
         timeout: of what they exchange on their devices.
 
     Raises:
+        LostProcessError: another process did not come to the start, or left it.
         ValueError: accelerate sees another number of processes than were started.
     """
     started = world_size()
     # Started by torchrun on CPUs, it would otherwise see one process.
     on_cpus = started > 1 and not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpus, timeout=timeout)
+    try:
+        state = PartialState(cpu=on_cpus, timeout=timeout)
+    except torch.distributed.DistError as error:
+        raise LostProcessError(
+            f"not all of the {started} processes came to the start of the run: {error}"
+        ) from error
     if state.num_processes != started:
         raise ValueError(
             f"the launcher started {started} processes (WORLD_SIZE), accelerate sees "

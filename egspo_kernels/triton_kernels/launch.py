@@ -59,7 +59,7 @@ def segment_options(registers: int | None = None) -> dict[str, Any]:
     """Launch options of the kernels over segments: their threads, and a limit on registers.
 
     Without a limit the compiler may spend more on paths that are hardly ever taken; it is known to
-    NVIDIA's compiler alone.
+    NVIDIA's compiler alone. From sm_100 on it would spill, and is left out.
     """
     if triton.knobs.runtime.interpret:
         return OPTIONS
@@ -69,7 +69,7 @@ def segment_options(registers: int | None = None) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _segment_options(target: Any, registers: int | None) -> dict[str, Any]:
     options = OPTIONS | {"num_warps": THREADS.value // target.warp_size}
-    if registers is not None and target.backend == "cuda":
+    if registers is not None and target.backend == "cuda" and target.arch < 100:
         options["maxnreg"] = registers
     return options
 

@@ -28,18 +28,19 @@ sample(2, LLADA, temperature=0.0)
     return compiled(LAUNCHES + script, request.param)
 
 
-# Registers of a thread; how many times 16 bytes a thread loads in the loop.
+# Registers of a thread, where they are limited: before sm_100.
 LIMITS = {"segment_statistics_kernel": 40, "segment_sample_kernel": 48}
 
 
 def test_segments_are_read_with_wide_loads_and_kept_in_registers(
-    kernels: dict[str, Compiled],
+    kernels: dict[str, Compiled], request: pytest.FixtureRequest
 ) -> None:
+    limited = request.node.callspec.params["kernels"] < 100
     segments = [facts for facts in kernels.values() if facts.kernel in LIMITS]
     assert len(segments) == 8
     for facts in segments:
         assert facts.spills == 0, facts
-        assert facts.registers <= LIMITS[facts.kernel], facts
+        assert facts.registers <= (LIMITS[facts.kernel] if limited else 64), facts
         assert facts.shared <= 16, facts  # a word for each warp: what the reductions exchange
         # Layouts change in the IR, but within a thread: nothing passes between threads in the loop.
         assert sass.exchanges(sass.parse(facts.listing)) == 0, facts
