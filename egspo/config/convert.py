@@ -6,6 +6,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -81,8 +82,9 @@ class _Builder:
             if value in arguments:
                 return value
         elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if math.isfinite(value):
-                return float(value)
+            with suppress(OverflowError):  # an integer that no float reaches
+                if math.isfinite(value):
+                    return float(value)
         elif kind in (bool, int, str) and type(value) is kind:
             return value
         self.problems.append(f"{path}: expected {expected(kind)}, got {shown(value)}")

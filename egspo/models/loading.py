@@ -211,6 +211,8 @@ def load_tokenizer(
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 path_or_id, trust_remote_code=False
             )
+            for name in ("mask", "eos", "pad", "unk"):  # recursion, for a token that is not there
+                getattr(tokenizer, f"{name}_token_id")
     except OSError as error:
         raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: {error}") from error
     if tokenizer.mask_token_id is not None:
