@@ -213,6 +213,7 @@ def load_tokenizer(
             )
             for name in ("mask", "eos", "pad", "unk"):  # recursion, for a token that is not there
                 getattr(tokenizer, f"{name}_token_id")
+            tokenizer("")  # as damaged files cannot
     except OSError as error:
         raise FileNotFoundError(f"no tokenizer at {os.fspath(path_or_id)!r}: {error}") from error
     if tokenizer.mask_token_id is not None:

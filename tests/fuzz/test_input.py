@@ -217,7 +217,7 @@ DAMAGE = (_pipe, _folder, _dangling, _cut, _cut, _flipped, _flipped, _odd, _odd,
 
 
 @pytest.mark.parametrize(
-    "count", [25, pytest.param(150, marks=pytest.mark.slow)], ids=["few", "many"]
+    "count", [25, pytest.param(300, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_model_folders(
     count: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
