@@ -22,7 +22,8 @@ def statuses(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_every_step_runs(tmp_path: Path) -> None:
+def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EGSPO_REQUIRE_CUDA", "1")  # as where an installation must have it
     code = rehearse(tmp_path)
     logs = {f.name: f.read_text()[-2000:] for f in tmp_path.glob("*.log")}
     assert code == 0, (statuses(tmp_path), logs)
