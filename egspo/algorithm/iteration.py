@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from egspo.algorithm.batch import Batch, Groups, Metrics, OneStepCompletions
+from egspo.algorithm.batch import Batch, Groups, Metrics, OneStepCompletions, Samples
 from egspo.algorithm.micro_batches import MicroBatches
 from egspo.algorithm.objectives.registry import build_objective
 from egspo.algorithm.phases.clock import PhaseClock
@@ -81,24 +81,39 @@ class Iteration:
             prompt_index: places in the training set, one per group.
             first_sequence: id of the first sequence; ids are never repeated in a run.
         """
+        with self.engine.gathered():
+            samples, metrics = self.sample(step, prompt_index, first_sequence)
+            return self.prepare(step, samples, metrics)
+
+    def sample(
+        self, step: int, prompt_index: list[int], first_sequence: int
+    ) -> tuple[Samples, Metrics]:
+        """Rollout and rewards, as :meth:`produce` has them."""
         metrics: Metrics = {}
         size = self.config.algorithm.group_size
         groups = Groups.shared(prompt_index, size, first_sequence, self.processes)
-        with self.engine.gathered():
-            with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
-                with self.phase(metrics, step, "rollout"):
-                    trajectory = self.rollout(groups, queue)
-                with self.phase(metrics, step, "reward"):
-                    samples, about_rewards = collect_rewards(
-                        *(step, groups, trajectory, queue, self.rewards, self.processes),
-                        keep_known=self.objective.completes,
-                    )
-            with self.phase(metrics, step, "select"):
-                selection = self.objective.select(samples)
-            with self.phase(metrics, step, "score"):
-                scores, one_step = replay_states(self.objective, samples, selection, self.rewards)
-        metrics |= rollout_metrics(trajectory, metrics["time/rollout"])
-        metrics |= about_rewards | selection_metrics(selection)
+        with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
+            with self.phase(metrics, step, "rollout"):
+                trajectory = self.rollout(groups, queue)
+            with self.phase(metrics, step, "reward"):
+                samples, about_rewards = collect_rewards(
+                    *(step, groups, trajectory, queue, self.rewards, self.processes),
+                    keep_known=self.objective.completes,
+                )
+        return samples, {
+            **metrics,
+            **rollout_metrics(trajectory, metrics["time/rollout"]),
+            **about_rewards,
+        }
+
+    def prepare(self, step: int, samples: Samples, metrics: Metrics) -> Batch:
+        """Selection and replay of samples, whose ``metrics`` become those of the batch."""
+        metrics = dict(metrics)
+        with self.phase(metrics, step, "select"):
+            selection = self.objective.select(samples)
+        with self.phase(metrics, step, "score"):
+            scores, one_step = replay_states(self.objective, samples, selection, self.rewards)
+        metrics |= selection_metrics(selection)
         return Batch(step, samples, selection, scores, one_step, self.version, metrics)
 
     def update(self, batch: Batch) -> Metrics:

@@ -21,7 +21,8 @@ class NonFiniteError(FloatingPointError):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not.
+    """AdamW over the trainable parameters, of which matrices decay and vectors (norms, biases) do
+    not; or SGD with momentum.
 
     Raises:
         ValueError: nothing is trainable, or ``optimizer.name`` is not possible here.
@@ -29,6 +30,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameters")
+    if config.name == "sgd":
+        return torch.optim.SGD(trainable, lr=config.learning_rate, momentum=config.betas[0])
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},

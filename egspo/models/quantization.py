@@ -65,7 +65,7 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def optimizer_class(config: OptimizerConfig, device: torch.device) -> type[torch.optim.Optimizer]:
-    """The class that ``optimizer.name`` means; all take AdamW's arguments.
+    """The class of the AdamW that ``optimizer.name`` means; all take the same arguments.
 
     Raises:
         ValueError: it needs bitsandbytes, or a GPU, and there is none.

@@ -195,6 +195,9 @@ def _weights(config: TrainConfig, model: nn.Module, sizes: Sizes) -> list[Memory
 def _optimizer(config: TrainConfig, count: int, trained: int) -> MemoryItem:
     """Moments of ``count`` trained weights, which take ``trained`` bytes."""
     name = config.optimizer.name
+    if name == "sgd":
+        held = trained if config.optimizer.betas[0] else 0
+        return MemoryItem("optimizer", held, "sgd: momentum x trained weights", "always")
     text = f"{name}: 2 moments x trained weights"
     if name.endswith("8bit"):
         return MemoryItem("optimizer", int(count * _MOMENTS_8_BIT), f"{text}, in 8 bits", "always")

@@ -12,13 +12,14 @@ from egspo.config.options.checks import require
 class OptimizerConfig:
     """AdamW; the defaults are the published settings."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """All but the first by bitsandbytes: moments in 8 bits, or paged to host memory (GPU only)."""
+    name: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """``sgd`` has momentum and nothing else. The others but the first are AdamW by bitsandbytes:
+    moments in 8 bits, or paged to host memory (GPU only)."""
 
     learning_rate: float = 3e-5
     """At its highest, after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Decay of the two moments."""
+    """Decay of the two moments; of ``sgd``, the first is the momentum."""
     weight_decay: float = 0.1
     """Decoupled; norms and biases have none."""
     eps: float = 1e-8
@@ -39,4 +40,8 @@ class OptimizerConfig:
             require(value >= 0, f"{name} must be >= 0, got {value}")
         require(
             all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), got {self.betas}"
+        )
+        require(
+            self.name != "sgd" or self.weight_decay == 0,
+            f"weight_decay ({self.weight_decay}) is decoupled, which sgd has not: set it to 0",
         )
