@@ -1,4 +1,4 @@
-"""What reward costs: algorithms of reinforcement learning on two small tasks, several seeds.
+"""What reward costs: selections of steps and other methods on small tasks, several seeds.
 
 python -m benchmarks.algorithms --help
 """

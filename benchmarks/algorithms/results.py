@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.algorithms.study import METHODS, PROVENANCE, TASKS, Run
+from benchmarks.algorithms.statistics import Estimate, area, differences, estimate, seeds_needed
+from benchmarks.algorithms.study import PROVENANCE, TASKS, Arm, Run
 from egspo.files import replacing
-from egspo.inspection.plotting import mean_interval
 from egspo.runs.metrics import read_metrics
 
 SUITE = "algorithms"
+VERSION = 2
+"""Of the format: files of another one are refused."""
 PHASES = ("rollout", "score", "update")
+COSTS = ("flops", "seconds")
 
 
 def points(records: Sequence[Mapping[str, Any]], sequences: int) -> list[dict[str, Any]]:
@@ -26,91 +29,123 @@ def points(records: Sequence[Mapping[str, Any]], sequences: int) -> list[dict[st
 
     Returns:
         Of each: ``step``, held-out ``reward`` and ``solved``, ``samples`` (completions),
-        ``gradient_steps``, FLOPs of each phase, and ``seconds`` of the phases together.
+        ``gradient_steps``, and the ``flops`` and ``seconds`` of rollout, scoring and update.
     """
     made = []
-    spent = {"samples": 0, "gradient_steps": 0, "seconds": 0.0, **dict.fromkeys(PHASES, 0)}
+    spent = {"samples": 0, "gradient_steps": 0, "flops": 0, "seconds": 0.0}
     for record in records:
         if record["step"] > 0:
             spent["samples"] += sequences
             spent["gradient_steps"] += record["updates"]
             spent["seconds"] += sum(record[f"time/{phase}"] for phase in PHASES)
-            for phase in PHASES:
-                spent[phase] += record[f"flops/{phase}"]
+            spent["flops"] += sum(record[f"flops/{phase}"] for phase in PHASES)
         if record.get("eval/reward") is not None:
             made.append(
                 {
                     "step": record["step"],
                     "reward": record["eval/reward"],
                     "solved": record.get("eval/solved"),
-                    "samples": spent["samples"],
-                    "gradient_steps": spent["gradient_steps"],
-                    "flops": {phase: spent[phase] for phase in PHASES},
+                    **spent,
                     "seconds": round(spent["seconds"], 3),
                 }
             )
     return made
 
 
-def write(path: Path, task: str, runs: Sequence[Run], command: Mapping[str, Any]) -> None:
-    """The result file of the finished runs of a task.
-
-    Args:
-        path: replaced as a whole.
-        task: of the runs.
-        runs: at least one.
-        command: :func:`benchmarks.hardware.provenance` of the command that writes it; each run
-            has the commit and command that made it.
-    """
-    config = runs[0].config
-    content = {
-        **command,
-        "suite": SUITE,
-        "task": task,
-        "recipe": TASKS[task].recipe,
-        "settings": {
-            "prompts_per_step": config.prompts_per_step,
-            "group_size": config.algorithm.group_size,
-            "selected_steps": config.algorithm.selected_steps,
-            "denoising_steps": config.generation.steps,
-            "learning_rate": config.optimizer.learning_rate,
-            "temperature": config.generation.temperature,
-            "steps": config.steps,
-        },
-        "methods": {
-            method: {
-                "overrides": list(METHODS[method].overrides),
-                "runs": [_run_record(run) for run in runs if run.method == method],
-            }
-            for method in dict.fromkeys(run.method for run in runs)
-        },
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-
-
-def _run_record(run: Run) -> dict[str, Any]:
+def run_record(run: Run) -> dict[str, Any]:
+    """What a result file has of a finished run."""
     made = json.loads((run.folder / PROVENANCE).read_text("utf-8"))
     sequences = run.config.prompts_per_step * run.config.algorithm.group_size
     return {
         "seed": run.seed,
+        "rate": run.rate,
         "commit": made["commit"],
         "cpu_seconds": round(made["cpu_seconds"], 1),
         "points": points(read_metrics(run.folder), sequences),
     }
 
 
+def best_rate(tuning: Sequence[Mapping[str, Any]]) -> float:
+    """The learning rate of the largest mean area under the curve over the FLOPs that every tuning
+    run of the arm has spent; of equal ones the smallest."""
+    budget = min(run["points"][-1]["flops"] for run in tuning)
+    by_rate: dict[float, list[float]] = {}
+    for run in tuning:
+        by_rate.setdefault(run["rate"], []).append(area_of(run, "flops", budget))
+    return max(sorted(by_rate), key=lambda rate: sum(by_rate[rate]) / len(by_rate[rate]))
+
+
+def area_of(run: Mapping[str, Any], cost: str, budget: float) -> float:
+    """Mean held-out reward while ``budget`` of ``cost`` is spent."""
+    found = run["points"]
+    return area([point[cost] for point in found], [point["reward"] for point in found], budget)
+
+
+@dataclass
+class ArmRuns:
+    """The runs of an arm so far."""
+
+    arm: Arm
+    rate: float | None = None
+    """Chosen, or the only one."""
+    tuning: list[dict[str, Any]] | None = None
+    runs: list[dict[str, Any]] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a result file has of it."""
+        arm = self.arm
+        return {
+            **{"method": arm.method, "k": arm.k, "lam": arm.lam, "optimizer": arm.optimizer},
+            "overrides": arm.overrides,
+            "rate": self.rate,
+            "tuning": self.tuning or [],
+            "runs": self.runs or [],
+        }
+
+
+def write(
+    path: Path,
+    task: str,
+    found: Sequence[ArmRuns],
+    settings: Mapping[str, Any],
+    command: Mapping[str, Any],
+    left_out: Sequence[str],
+) -> None:
+    """The result file of the finished runs of a task.
+
+    Args:
+        path: replaced as a whole.
+        task: of the runs.
+        found: by arm.
+        settings: sizes that all runs of the task share.
+        command: :func:`benchmarks.hardware.provenance` of the command that writes it; each run
+            has the commit that made it.
+        left_out: runs there was no time for.
+    """
+    content = {
+        **command,
+        **{"suite": SUITE, "version": VERSION, "task": task},
+        "recipe": TASKS[task].task.recipe,
+        "settings": dict(settings),
+        "left_out": list(left_out),
+        "arms": [each.record() for each in found if each.tuning or each.runs],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
 def read_all(folder: Path) -> list[dict[str, Any]]:
     """The result files of this suite in a folder, in the order of :data:`TASKS`.
 
     Raises:
-        ValueError: one of a task that does not exist, or two of the same task.
+        ValueError: one of another format or of a task that does not exist, or two of a task.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{SUITE}-*.json")):
         content = json.loads(path.read_text("utf-8"))
-        if content.get("suite") != SUITE or content.get("task") not in TASKS:
+        kind = content.get("suite"), content.get("version")
+        if kind != (SUITE, VERSION) or content.get("task") not in TASKS:
             raise ValueError(f"{path} is not a result file of python -m benchmarks.algorithms")
         if content["task"] in found:
             raise ValueError(f"{path} is a second result file of the task {content['task']!r}")
@@ -118,109 +153,65 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return [found[task] for task in TASKS if task in found]
 
 
-def total_flops(point: Mapping[str, Any]) -> int:
-    return sum(point["flops"].values())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and the ends of its 95% interval; None where there is no such end."""
-
-    mean: float | None
-    low: float | None
-    high: float | None
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """One method on one task, over seeds."""
+    """An arm over seeds, and against its reference seed by seed."""
 
-    method: str
+    arm: Arm
+    rate: float
+    tuned: bool
+    """Whether the learning rate was chosen among several."""
     seeds: int
-    reward: Estimate
-    """Held-out, at the last step."""
-    gain: Estimate
-    """Since step 0."""
-    solved: Estimate
-    tflops: float
-    """Of rollout, score and update, mean over seeds."""
-    samples: float
-    gradient_steps: float
-    tflops_per_gain: Estimate
-    """Per 0.1 of reward; likewise"""
-    samples_per_gain: Estimate
-    gradient_steps_per_gain: Estimate
-    at_budget: Estimate
-    """Reward at the FLOPs that every run has spent."""
-    behind_first: Estimate
-    """The same less the first method's, seed by seed."""
+    flops: float
+    """Of a run, mean."""
+    end: Estimate
+    """Held-out reward at the last step."""
+    area: Estimate
+    """Mean reward over the budget of FLOPs."""
+    paired: dict[str, Estimate | None]
+    """By cost, the area less the reference's; None where no seed is common, or of the reference."""
+    seeds_needed: int | None
+    """To see half of the difference over FLOPs."""
 
 
-def compare(content: Mapping[str, Any]) -> tuple[float, list[Comparison]]:
-    """The budget in FLOPs that every run has spent, and the methods of a result file."""
-    runs = {name: method["runs"] for name, method in content["methods"].items()}
-    budget = min(total_flops(run["points"][-1]) for each in runs.values() for run in each)
-    at_budget = {
-        name: {run["seed"]: reward_at(run["points"], budget) for run in each}
-        for name, each in runs.items()
-    }
-    first = next(iter(at_budget.values()))
-    rows = []
-    for name, each in runs.items():
-        last = [run["points"][-1] for run in each]
-        gains = [run["points"][-1]["reward"] - run["points"][0]["reward"] for run in each]
-        costs = {
-            "tflops": [total_flops(point) / 1e12 for point in last],
-            "samples": [point["samples"] for point in last],
-            "gradient_steps": [point["gradient_steps"] for point in last],
+def compare(
+    content: Mapping[str, Any], optimizer: str
+) -> tuple[dict[str, float], list[Comparison]]:
+    """The budgets that every run of a task with an ``optimizer`` has spent, and its arms."""
+    chosen = [arm for arm in content["arms"] if arm["optimizer"] == optimizer and arm["runs"]]
+    every = [run for arm in chosen for run in arm["runs"]]
+    if not every:
+        return {}, []
+    budgets = {cost: min(run["points"][-1][cost] for run in every) for cost in COSTS}
+    areas = {
+        _arm(content, arm): {
+            cost: {run["seed"]: area_of(run, cost, budgets[cost]) for run in arm["runs"]}
+            for cost in COSTS
         }
-        paired = [at - first[seed] for seed, at in at_budget[name].items() if seed in first]
+        for arm in chosen
+    }
+    rows = []
+    for each in chosen:
+        arm, last = _arm(content, each), [run["points"][-1] for run in each["runs"]]
+        other = None if arm == arm.reference else areas.get(arm.reference)
+        found = {
+            cost: differences(areas[arm][cost], other[cost]) if other else [] for cost in COSTS
+        }
         rows.append(
             Comparison(
-                method=name,
-                seeds=len(each),
-                reward=estimate([point["reward"] for point in last]),
-                gain=estimate(gains),
-                solved=estimate([point["solved"] for point in last]),
-                **{quantity: sum(values) / len(values) for quantity, values in costs.items()},
-                **{
-                    f"{quantity}_per_gain": cost_per_gain(values, gains)
-                    for quantity, values in costs.items()
-                },
-                at_budget=estimate(list(at_budget[name].values())),
-                behind_first=estimate(paired),
+                arm=arm,
+                rate=each["rate"],
+                tuned=bool(each["tuning"]),
+                seeds=len(each["runs"]),
+                flops=sum(point["flops"] for point in last) / len(last),
+                end=estimate([point["reward"] for point in last]),
+                area=estimate(areas[arm]["flops"].values()),
+                paired={cost: estimate(d) if d else None for cost, d in found.items()},
+                seeds_needed=seeds_needed(found["flops"]),
             )
         )
-    return budget, rows
+    return budgets, rows
 
 
-def estimate(values: Iterable[float]) -> Estimate:
-    """Mean and Student interval."""
-    mean, half = mean_interval(list(values))
-    return Estimate(mean, None, None) if half is None else Estimate(mean, mean - half, mean + half)
-
-
-def cost_per_gain(costs: Sequence[float], gains: Sequence[float], unit: float = 0.1) -> Estimate:
-    """What ``unit`` of reward cost: the inverse of the mean gain per cost and of its interval.
-
-    A gain that is not told from zero leaves the upper end open; one that is not positive has no
-    cost at all.
-    """
-    rate = estimate([gain / cost for gain, cost in zip(gains, costs, strict=True)])
-    ends = (rate.mean, rate.high, rate.low)
-    inverse = [unit / end if end is not None and end > 0 else None for end in ends]
-    return Estimate(*inverse)
-
-
-def reward_at(run: Sequence[Mapping[str, Any]], flops: float) -> float:
-    """Held-out reward after ``flops``, linear between evaluations.
-
-    Raises:
-        ValueError: the run did not spend as much.
-    """
-    spent = [total_flops(point) for point in run]
-    for before, after, left, right in zip(run, run[1:], spent, spent[1:], strict=False):
-        if left <= flops <= right:
-            share = (flops - left) / (right - left)
-            return float(before["reward"] + share * (after["reward"] - before["reward"]))
-    raise ValueError(f"the run spent {spent[-1]:.4g} FLOPs, less than {flops:.4g}")
+def _arm(content: Mapping[str, Any], record: Mapping[str, Any]) -> Arm:
+    return Arm(content["task"], *(record[key] for key in ("method", "k", "lam", "optimizer")))

@@ -78,7 +78,7 @@ def write(
         **made_by,
         "suite": SUITE,
         "task": task,
-        "recipe": TASKS[task].recipe,
+        "recipe": TASKS[task].task.recipe,
         "settings": {
             "prompts": config.prompts_per_step,
             "group_size": config.algorithm.group_size,

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from benchmarks.small_tasks import ARITHMETIC, COUNTDOWN, SUDOKU, SmallTask
 from egspo.config import AlgorithmConfig, TrainConfig
 from egspo.config.options.algorithm import EntropyOver, EntropyReduce, Strategy
 from egspo.config.recipe import load_config
 from egspo.training.state import WEIGHTS
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 STRATEGIES = tuple(name for name in get_args(Strategy) if name != "all")
 DEFAULT = tuple(name for name in STRATEGIES if not name.endswith("_reference"))
 SHARES = (0.5, 0.7, 0.9)
@@ -24,51 +24,18 @@ STAGES = ("early", "late")
 class TaskSettings:
     """A task, and the sizes at which it is looked at."""
 
-    recipe: str
-    title: str
-    overrides: tuple[str, ...]
-    """Of the recipe, in training too."""
+    task: SmallTask
     prompts: int
     """Of a batch."""
     ks: tuple[int, ...]
     definitions_k: int
     """K at which definitions of the entropy are compared."""
 
-    @property
-    def path(self) -> Path:
-        return RECIPES / f"{self.recipe}.yaml"
-
 
 TASKS = {
-    "sudoku": TaskSettings(
-        "sudoku_tiny",
-        "4x4 Sudoku, 16 steps",
-        # A warm start and a run that take minutes: the recipe's own take longer.
-        (
-            *("generation.steps=16", "steps=40", "prompts_per_step=8", "eval.every=20"),
-            *("task.options.train_examples=8000", "sft.steps=400", "sft.batch_size=32"),
-            "sft.optimizer.learning_rate=2.0e-3",
-        ),
-        prompts=4,
-        ks=(1, 2, 4, 8),
-        definitions_k=2,
-    ),
-    "countdown": TaskSettings(
-        "countdown_tiny",
-        "Countdown, 8 steps",
-        ("steps=40", "prompts_per_step=8", "eval.every=20", "sft.steps=500"),
-        prompts=8,
-        ks=(1, 2, 4),
-        definitions_k=2,
-    ),
-    "arithmetic": TaskSettings(
-        "arithmetic_tiny",
-        "Chains of sums, 64 steps",
-        (),
-        prompts=2,
-        ks=(1, 2, 4, 8),
-        definitions_k=4,
-    ),
+    "sudoku": TaskSettings(SUDOKU, prompts=4, ks=(1, 2, 4, 8), definitions_k=2),
+    "countdown": TaskSettings(COUNTDOWN, prompts=8, ks=(1, 2, 4), definitions_k=2),
+    "arithmetic": TaskSettings(ARITHMETIC, prompts=2, ks=(1, 2, 4, 8), definitions_k=4),
 }
 
 
@@ -139,23 +106,23 @@ def _definitions(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
 
 def trained(task: str, folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The run that the late gradients are taken at the end of."""
-    settings = TASKS[task]
-    changes = [*settings.overrides, *overrides, f"output_dir={folder / task / 'training'}"]
-    return load_config(settings.path, changes)
+    of = TASKS[task].task
+    changes = [*of.overrides, *overrides, f"output_dir={folder / task / 'training'}"]
+    return load_config(of.path, changes)
 
 
 def measured(task: str, stage: str, folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """How batches are rolled out and scored: EGSPO's advantages, each step's own log-probability,
     nothing clipped and no KL, so that gradients of steps add up."""
     changes = [
-        *TASKS[task].overrides,
+        *TASKS[task].task.overrides,
         *overrides,
         f"prompts_per_step={TASKS[task].prompts}",
         f"output_dir={folder / task / stage}",
         *("algorithm.preset=egspo", "algorithm.stepwise=false", "algorithm.aggregation=exact"),
         *("algorithm.beta=0", "algorithm.schedule=joint", "algorithm.num_iterations=1"),
     ]
-    config = load_config(TASKS[task].path, changes)
+    config = load_config(TASKS[task].task.path, changes)
     if stage == "early":
         return config
     final = Path(trained(task, folder, overrides).output_dir) / "final" / WEIGHTS

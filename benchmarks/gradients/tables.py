@@ -26,7 +26,7 @@ def section(contents: Sequence[Mapping[str, Any]]) -> str:
 def _task(content: Mapping[str, Any]) -> str:
     settings = content["settings"]
     parts = [
-        f"### {TASKS[content['task']].title}",
+        f"### {TASKS[content['task']].task.title}",
         f"`recipes/{content['recipe']}.yaml`: batches of {settings['prompts']} prompts x "
         f"{settings['group_size']} completions of {settings['new_tokens']} tokens in "
         f"{settings['denoising_steps']} steps.",
@@ -131,7 +131,7 @@ def draw(contents: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         figure = Figure(figsize=(14, 4.0 * len(contents)), dpi=110, layout="constrained")
         grid = figure.subplots(len(contents), 3, squeeze=False)
         for axes, content in zip(grid, contents, strict=True):
-            title = TASKS[content["task"]].title
+            title = TASKS[content["task"]].task.title
             for place, stage in enumerate(STAGES):
                 measured = content["stages"].get(stage)
                 axes[place].set(title=f"{title}: {stage}", xlabel="K", ylabel="cosine")

@@ -169,14 +169,14 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     if len(values) < 2:
         return mean, None
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, _t_quantile(len(values) - 1) * error
+    return mean, t_quantile(len(values) - 1) * error
 
 
 # 97.5% quantile of Student's t for 1 to 10 degrees of freedom.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
-def _t_quantile(degrees: int) -> float:
+def t_quantile(degrees: int) -> float:
     """97.5% quantile; beyond the table by Cornish-Fisher expansion, right to 3e-4."""
     if degrees <= len(_T):
         return _T[degrees - 1]

@@ -65,13 +65,15 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def optimizer_class(config: OptimizerConfig, device: torch.device) -> type[torch.optim.Optimizer]:
-    """The class of the AdamW that ``optimizer.name`` means; all take the same arguments.
+    """The class that ``optimizer.name`` means; all but SGD take AdamW's arguments.
 
     Raises:
         ValueError: it needs bitsandbytes, or a GPU, and there is none.
     """
     if config.name == "adamw":
         return torch.optim.AdamW
+    if config.name == "sgd":
+        return torch.optim.SGD
     library = bitsandbytes(f"optimizer.name: {config.name}")
     if config.name.startswith("paged") and device.type != "cuda":
         raise ValueError(

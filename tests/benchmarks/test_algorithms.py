@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.algorithms import study
 from benchmarks.algorithms.__main__ import main
+from benchmarks.algorithms.methods import METHODS
 from benchmarks.algorithms.results import (
+    VERSION,
+    best_rate,
     compare,
-    cost_per_gain,
     points,
     read_all,
-    reward_at,
-    total_flops,
 )
-from benchmarks.algorithms.study import METHODS, TASKS, plan
-from benchmarks.report import main as report
+from benchmarks.algorithms.statistics import (
+    area,
+    differences,
+    estimate,
+    seeds_needed,
+)
+from benchmarks.algorithms.study import OPTIMIZERS, TASKS, Arm, Run, arms, tiers
+from benchmarks.algorithms.tables import section, verdict
+from benchmarks.budget import Budget
 from egspo.config.recipe import load_config
 from egspo.files import CheckpointError
 from egspo.runs.metrics import read_metrics
@@ -39,86 +46,123 @@ SMALL = [
 ]
 
 
-def run_study(folder: Path, *options: str) -> int:
-    places = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-    return main([*options, "--tasks", "sudoku", "--seeds", "0", *places])
+# --- The arms
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_methods_differ_in_the_algorithm_alone(task: str, tmp_path: Path) -> None:
-    runs = plan(task, list(METHODS), [0, 1], tmp_path)
-    assert [(run.method, run.seed) for run in runs] == [(m, s) for s in (0, 1) for m in METHODS]
-    assert len({run.folder for run in runs}) == 2 * len(METHODS)
-    for run in runs:
-        reference = load_config(study.RECIPES / f"{TASKS[task].recipe}.yaml")
-        for name in ("optimizer", "generation", "model", "sft", "task"):
+def test_arms_differ_in_method_and_optimizer_alone(task: str, tmp_path: Path) -> None:
+    of = TASKS[task].task
+    reference = load_config(of.path, of.overrides)
+    found = arms(task, list(METHODS), list(OPTIMIZERS))
+    assert len({arm.folder for arm in found}) == len(found)
+    for arm in found:
+        rate = OPTIMIZERS[arm.optimizer].rates[0]
+        run = Run.of(arm, rate, 3, tmp_path)
+        for name in ("generation", "model", "sft", "task", "steps", "prompts_per_step"):
             assert getattr(run.config, name) == getattr(reference, name)
-    configs = {run.method: run.config for run in runs[: len(METHODS)]}
-    algorithms = {name: config.algorithm for name, config in configs.items()}
-    assert [a.strategy for a in algorithms.values()] == [
-        *("high_entropy", "high_entropy", "uniform", "random", "all"),
-        *("high_entropy", "high_entropy"),
-    ]
-    assert [name for name, a in algorithms.items() if a.stepwise] == ["EGSPO-SA"]
-    assert [name for name, a in algorithms.items() if a.objective == "mean_field"] == [
-        "one-step GRPO",
-        "one-step GRPO, 1 update",
-    ]
-    assert algorithms["one-step GRPO"].num_iterations == algorithms["EGSPO"].selected_steps == 4
-    assert algorithms["one-step GRPO, 1 update"].num_iterations == 1
+        algorithm, optimizer = run.config.algorithm, run.config.optimizer
+        assert (optimizer.name, optimizer.learning_rate) == (arm.optimizer, rate)
+        assert optimizer.max_grad_norm == reference.optimizer.max_grad_norm
+        assert algorithm.beta == 0 and algorithm.group_size == reference.algorithm.group_size
+        assert run.config.seed == 3
+        if arm.k is not None:
+            assert algorithm.selected_steps == arm.k
+        if arm.method == "adaptive":
+            assert algorithm.selected_steps == reference.generation.steps
+        if arm.lam is not None:
+            assert algorithm.objective == "stepwise"
+            assert (algorithm.stepwise, algorithm.lam) == (arm.lam > 0, arm.lam)
+        else:
+            assert algorithm.objective != "stepwise"
 
 
-@pytest.mark.slow
-def test_a_study_is_made_once_goes_on_and_counts_what_was_spent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    methods = ["--methods", "EGSPO", "one-step GRPO"]
-    assert run_study(tmp_path, *SMALL, *methods) == 0
-    file = tmp_path / "results" / "algorithms-sudoku.json"
-    first = json.loads(file.read_text())
-    assert {"commit", "cpu", "threads", "versions"} <= first.keys()
-    for name in ("EGSPO", "one-step GRPO"):
-        runs = first["methods"][name]["runs"]
-        assert [run["seed"] for run in runs] == [0]
-        last = runs[0]["points"][-1]
-        folder = tmp_path / "runs" / "sudoku" / name.replace(" ", "-") / "seed-0"
-        records = read_metrics(folder)[1:]
-        assert last["step"] == 2 and last["samples"] == 2 * 2 * 3
-        assert last["gradient_steps"] == sum(r["updates"] for r in records)
-        for phase, flops in last["flops"].items():
-            assert flops == sum(r[f"flops/{phase}"] for r in records)
+def test_the_most_telling_arms_come_first() -> None:
+    found = arms("sudoku", list(METHODS), list(OPTIMIZERS))
+    first = next(tiers(found, list(OPTIMIZERS), [0.0, 0.5]))
+    assert {arm.method for arm in first} == {"high_entropy", "uniform", "random"}
+    assert {(arm.optimizer, arm.lam) for arm in first} == {("adamw", 0.0)}
+    assert {arm.k for arm in first} == {1, 2}
+    assert [arm for tier in tiers(found, list(OPTIMIZERS), [0.0, 0.5]) for arm in tier] == found
 
-    made: list[str] = []
-    original = Trainer.run
 
-    def counted(self: Any) -> Path:
-        made.append(self.config.output_dir)
-        return original(self)
-
-    monkeypatch.setattr(
-        "egspo.training.trainer.Trainer.run", lambda self: pytest.fail("made again")
+def test_an_arm_is_compared_with_the_largest_entropy() -> None:
+    assert Arm("sudoku", "random", 2, 0.0, "sgd").reference == (
+        Arm("sudoku", "high_entropy", 2, 0.0, "sgd")
     )
-    assert run_study(tmp_path, *SMALL, *methods) == 0
-    assert json.loads(file.read_text())["methods"] == first["methods"]
-    monkeypatch.setattr("egspo.training.trainer.Trainer.run", counted)
-    assert run_study(tmp_path, *SMALL, "steps=3", *methods) == 0
-    assert len(made) == 2
-    longer = json.loads(file.read_text())["methods"]["EGSPO"]["runs"][0]["points"]
-    assert [point["step"] for point in longer] == [0, 1, 2, 3]
-    assert longer[:2] == first["methods"]["EGSPO"]["runs"][0]["points"][:2]
+    assert Arm("sudoku", "wd1", None, None, "adamw").reference == (
+        Arm("sudoku", "high_entropy", 1, 0.5, "adamw")
+    )
 
 
-def test_runs_of_another_study_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_study(tmp_path, *SMALL, "--methods", "EGSPO") == 0
-    with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate was 0\.0001"):
-        plan("sudoku", ["EGSPO"], [0], tmp_path / "runs", [*SMALL, "optimizer.learning_rate=1"])
-    assert run_study(tmp_path, *SMALL, "steps=1", "--methods", "EGSPO") == 2
-    assert "has run for 2 steps, more than the 1 asked for" in capsys.readouterr().err
+# --- Statistics, against plain formulas
 
 
-# --- From points to comparisons
+def test_the_area_is_the_integral_of_the_curve() -> None:
+    costs, rewards = [0.0, 1.0, 3.0, 4.0], [0.2, 0.4, 0.6, 0.0]
+    whole = ((0.2 + 0.4) / 2 + 2 * (0.4 + 0.6) / 2 + (0.6 + 0.0) / 2) / 4
+    assert area(costs, rewards, 4.0) == pytest.approx(whole)
+    # Up to 2, half way between the second and the third evaluation, the reward is 0.5 there.
+    assert area(costs, rewards, 2.0) == pytest.approx(((0.2 + 0.4) / 2 + (0.4 + 0.5) / 2) / 2)
+    assert area(costs, rewards, 0.5) == pytest.approx((0.2 + 0.3) / 2)
+    fine = [4.0 * i / 4000 for i in range(4001)]
+    between = [_interpolated(x, costs, rewards) for x in fine]
+    assert area(fine, between, 4.0) == pytest.approx(whole, abs=1e-6)
+    for budget in (4.1, 0.0):
+        with pytest.raises(ValueError, match="must begin at 0 and reach the budget"):
+            area(costs, rewards, budget)
+    with pytest.raises(ValueError, match="must begin at 0"):
+        area([1.0, 2.0], [0.0, 1.0], 2.0)
+
+
+def _interpolated(x: float, costs: list[float], rewards: list[float]) -> float:
+    for i in range(len(costs) - 1):
+        if x <= costs[i + 1]:
+            share = (x - costs[i]) / (costs[i + 1] - costs[i])
+            return rewards[i] * (1 - share) + rewards[i + 1] * share
+    raise AssertionError(x)
+
+
+def test_differences_are_of_the_same_seed_and_their_interval_is_students() -> None:
+    one, other = {0: 0.5, 1: 0.7, 2: 0.9, 7: 9.0}, {2: 0.6, 0: 0.4, 1: 0.5, 8: -9.0}
+    found = differences(one, other)
+    assert found == pytest.approx([0.1, 0.2, 0.3])
+    made = estimate(found)
+    # Standard deviation 0.1, so a standard error of 0.1 / sqrt(3); t(2) at 97.5 % is 4.3027.
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    assert (made.mean, made.low, made.high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
+    assert made.sign == 0 and estimate([0.2, 0.21, 0.2]).sign == 1
+    assert estimate([-0.2, -0.21, -0.2]).sign == -1
+    single = estimate([0.3])
+    assert (single.low, single.high, single.sign) == (None, None, 0)
+
+
+def test_how_many_seeds_would_see_half_of_a_difference() -> None:
+    # Mean 0.2 and deviation 0.1: half of it is one deviation; sqrt(n) must reach t(n - 1) + 0.8416.
+    # n = 10: 3.162 >= 2.262 + 0.842 = 3.104; n = 9: 3 < 2.306 + 0.842 = 3.148.
+    assert seeds_needed([0.1, 0.2, 0.3]) == 10
+    assert seeds_needed([-0.1, -0.2, -0.3]) == 10
+    # A tenth of the difference: 100 times as many by the normal formula, (1.96 + 0.8416)^2 x 100.
+    assert seeds_needed([-0.08, 0.02, 0.12]) == pytest.approx(7.849 * 100, rel=0.01)
+    assert seeds_needed([0.1]) is None and seeds_needed([-0.1, 0.1]) is None
+    assert seeds_needed([1e-6 - 0.1, 1e-6 + 0.1]) is None  # more than anybody has
+    assert seeds_needed([0.2, 0.2, 0.2]) == 2
+
+
+def test_a_budget_begins_what_would_end_in_time_and_remembers_the_rest() -> None:
+    now = [0.0]
+    budget = Budget(1.0, clock=lambda: now[0])
+    assert budget.allows("first", expected=3000)
+    now[0] = 2000.0
+    assert budget.allows("short", expected=1500) and not budget.allows("long", expected=1700)
+    now[0] = 3601.0
+    assert not budget.allows("late")
+    assert budget.left_out == ["long", "late"]
+    assert Budget(None).allows("anything", expected=1e9)
+    with pytest.raises(ValueError, match="hours must be >= 0, got -1"):
+        Budget(-1)
+
+
+# --- From metrics to comparisons
 
 
 def record(step: int, reward: float | None = None) -> dict[str, Any]:
@@ -134,112 +178,158 @@ def record(step: int, reward: float | None = None) -> dict[str, Any]:
 def test_points_hold_what_was_spent_up_to_each_evaluation() -> None:
     made = points([record(0, 0.5), record(1), record(2, 0.6), record(3)], sequences=6)
     assert [point["step"] for point in made] == [0, 2]
-    assert made[0]["samples"] == made[0]["gradient_steps"] == total_flops(made[0]) == 0
+    assert made[0]["samples"] == made[0]["gradient_steps"] == made[0]["flops"] == 0
     assert made[1] == {
-        "step": 2,
-        "reward": 0.6,
-        "solved": 0.3,
-        "samples": 12,
-        "gradient_steps": 8,
-        "flops": {"rollout": 20, "score": 20, "update": 20},
-        "seconds": 3.0,
+        **{"step": 2, "reward": 0.6, "solved": 0.3, "samples": 12},
+        **{"gradient_steps": 8, "flops": 60, "seconds": 3.0},
     }
-    assert reward_at(made, 15) == pytest.approx(0.525)
-    with pytest.raises(ValueError, match="less than 61"):
-        reward_at(made, 61)
 
 
-def test_cost_of_a_gain() -> None:
-    found = cost_per_gain([10.0, 10.0], [0.2, 0.2])
-    assert found.mean == found.low == found.high == pytest.approx(5.0)
-    spread = cost_per_gain([10.0, 10.0], [0.3, 0.1])  # not told from no gain
-    assert spread.mean == pytest.approx(5.0) and spread.high is None
-    assert spread.low is not None and 0 < spread.low < 5
-    assert cost_per_gain([10.0, 10.0], [-0.1, -0.1]).mean is None
+def run(seed: int, end: float, rate: float = 1e-4, cost: float = 1.0) -> dict[str, Any]:
+    """Nobody's numbers: from 0.4 to ``end`` in two steps of ``cost`` TFLOP."""
+    steps = [(0, 0.4), (1, (0.4 + end) / 2), (2, end)]
+    made = [
+        {
+            **{"step": step, "reward": reward, "solved": 0.1, "samples": 64 * step},
+            **{"gradient_steps": step, "flops": step * cost * 1e12, "seconds": 1.0 * step},
+        }
+        for step, reward in steps
+    ]
+    return {"seed": seed, "rate": rate, "commit": "0123456789ab", "cpu_seconds": 1, "points": made}
 
 
-def content(task: str, rewards: dict[str, list[float]]) -> dict[str, Any]:
-    """A result file of runs that all cost 1 TFLOP a step and end after two; nobody's numbers."""
+def test_the_rate_is_the_best_over_what_all_have_spent() -> None:
+    tuning = [run(100, 0.6, 1e-4), run(101, 0.6, 1e-4), run(100, 0.9, 3e-4), run(101, 0.5, 3e-4)]
+    assert best_rate(tuning) == 3e-4
+    assert best_rate([*tuning[:2], run(100, 0.6, 3e-4), run(101, 0.6, 3e-4)]) == 1e-4
 
-    def run(seed: int, end: float) -> dict[str, Any]:
-        steps = [(0, 0.4), (1, (0.4 + end) / 2), (2, end)]
-        made = [
-            {
-                "step": step,
-                "reward": reward,
-                "solved": 0.1,
-                "samples": 64 * step,
-                "gradient_steps": step,
-                "flops": {"rollout": step * 1e12, "score": 0, "update": 0},
-                "seconds": 1.0,
-            }
-            for step, reward in steps
-        ]
-        return {"seed": seed, "commit": "0123456789ab", "cpu_seconds": 1.0, "points": made}
 
+def content(task: str, ends: dict[str, list[float]]) -> dict[str, Any]:
+    """A result file; nobody's numbers."""
     return {
-        "command": "python -m benchmarks.algorithms",
-        "cpu": "A CPU",
-        "threads": 1,
-        "python": "3.11.7",
-        "versions": {"torch": "2.13.0"},
-        "suite": "algorithms",
-        "task": task,
-        "recipe": TASKS[task].recipe,
+        **{"command": "python -m benchmarks.algorithms", "cpu": "A CPU", "threads": 1},
+        **{"python": "3.11.7", "versions": {"torch": "2.13.0"}},
+        **{"suite": "algorithms", "version": VERSION, "task": task},
+        "recipe": TASKS[task].task.recipe,
         "settings": {
-            "prompts_per_step": 8,
-            "group_size": 8,
-            "selected_steps": 4,
-            "denoising_steps": 8,
-            "learning_rate": 1e-4,
-            "temperature": 0.9,
-            "steps": 2,
+            **{"steps": 2, "prompts_per_step": 8, "group_size": 8, "denoising_steps": 16},
+            "held_out": 128,
         },
-        "methods": {
-            name: {"overrides": [], "runs": [run(i, end) for i, end in enumerate(ends)]}
-            for name, ends in rewards.items()
-        },
+        "left_out": [f"{task}: something"],
+        "arms": [
+            {
+                **{"method": method, "k": 1, "lam": 0.0, "optimizer": "adamw", "rate": 1e-4},
+                **{"overrides": [], "tuning": []},
+                "runs": [run(seed, end) for seed, end in enumerate(found)],
+            }
+            for method, found in ends.items()
+        ],
     }
 
 
-REWARDS = {"EGSPO-SA": [0.8, 0.81, 0.79], "worse": [0.5, 0.51, 0.49], "like it": [0.85, 0.78, 0.8]}
+ENDS = {
+    "high_entropy": [0.80, 0.81, 0.79, 0.80, 0.82],
+    "uniform": [0.50, 0.51, 0.49, 0.52, 0.50],
+    "random": [0.85, 0.78, 0.80, 0.76, 0.83],
+    "sign_aware": [0.9, 0.9],
+}
 
 
-def test_methods_are_compared_seed_by_seed() -> None:
-    budget, rows = compare(content("sudoku", REWARDS))
-    assert budget == 2e12
-    first, worse, like = rows
-    assert first.gain.mean == pytest.approx(0.4) and first.behind_first.mean == 0.0
-    assert worse.behind_first.mean == pytest.approx(-0.3)
-    assert worse.behind_first.high is not None and worse.behind_first.high < 0
-    assert like.behind_first.low is not None and like.behind_first.low < 0 < like.behind_first.high  # type: ignore[operator]
-    assert first.tflops_per_gain.mean == pytest.approx(0.5)
-    assert first.samples_per_gain.mean == pytest.approx(32)
-    assert first.gradient_steps_per_gain.mean == pytest.approx(0.5)
+def test_arms_are_compared_seed_by_seed() -> None:
+    budgets, rows = compare(content("sudoku", ENDS), "adamw")
+    assert budgets == {"flops": 2e12, "seconds": 2.0}
+    first, uniform, random, few = rows
+    assert first.paired == {"flops": None, "seconds": None} and first.seeds_needed is None
+    # The curve is straight from 0.4, so the mean over all of it lies half way.
+    assert first.area.mean == pytest.approx(0.4 + (0.804 - 0.4) / 2)
+    found = uniform.paired["flops"]
+    assert found is not None and found.mean == pytest.approx((0.504 - 0.804) / 2)
+    assert found.sign == -1 and random.paired["flops"].sign == 0  # type: ignore[union-attr]
+    assert few.seeds == 2
+    assert compare(content("sudoku", ENDS), "sgd") == ({}, [])
+    text = verdict(rows)
+    assert "below it: *uniform, K = 1, λ = 0*" in text
+    assert "not separated from it: *random, K = 1, λ = 0*" in text
+    assert "With fewer than 5 seeds, so not judged: sign_aware, K = 1, λ = 0." in text
 
 
-def test_the_report_shows_every_task(tmp_path: Path) -> None:
-    document = tmp_path / "benchmarks.md"
-    marks = [f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in ("kernels", "algorithms")]
-    document.write_text("".join(marks))
+def test_the_document_has_every_task(tmp_path: Path) -> None:
     for task in TASKS:
         file = tmp_path / f"algorithms-{task}.json"
-        file.write_text(json.dumps(content(task, REWARDS)))
-    arguments = ["--results", str(tmp_path), "--document", str(document)]
-    assert report(arguments) == 0 and report([*arguments, "--check"]) == 0
-    text = document.read_text()
-    assert "| EGSPO-SA | 3 | 2 | 0.800 ± 0.025 |" in text
-    assert "below EGSPO-SA: *worse*; not told from EGSPO-SA: *like it*." in text
-    assert all(f"### {task.title}" in text for task in TASKS.values())
-    assert (tmp_path / "benchmarks-algorithms.png").stat().st_size > 5000
+        file.write_text(json.dumps(content(task, ENDS)))
+    text = section(read_all(tmp_path))
+    assert all(f"### {each.task.title}" in text for each in TASKS.values())
+    assert "| high_entropy, K = 1, λ = 0 | 5 | 0.0001, not tuned | 2 | 0.804 ± 0.014 |" in text
+    assert "Left out for want of time: 1 runs" in text
 
 
 def test_only_result_files_of_the_study_are_read(tmp_path: Path) -> None:
     assert read_all(tmp_path) == []
-    (tmp_path / "algorithms-x.json").write_text('{"suite": "algorithms", "task": "chess"}')
-    with pytest.raises(ValueError, match="is not a result file"):
-        read_all(tmp_path)
+    for wrong in ({"suite": "algorithms", "task": "sudoku"}, {"task": "chess"}):
+        (tmp_path / "algorithms-x.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="is not a result file"):
+            read_all(tmp_path)
     for name in ("x", "y"):
-        (tmp_path / f"algorithms-{name}.json").write_text(json.dumps(content("sudoku", REWARDS)))
+        (tmp_path / f"algorithms-{name}.json").write_text(json.dumps(content("sudoku", ENDS)))
     with pytest.raises(ValueError, match="second result file of the task 'sudoku'"):
         read_all(tmp_path)
+
+
+# --- Whole studies
+
+
+def run_study(folder: Path, *options: str) -> int:
+    places = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    few = ["--tasks", "sudoku", "--ks", "1", "--lams", "0", "--optimizers", "sgd"]
+    return main([*options, *few, *places])
+
+
+def test_seeds_of_the_tuning_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "1", "2", "--tuning-seeds", "2", "3"]) == 2
+    assert "seeds [2] are of the tuning too" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_is_made_once_goes_on_and_counts_what_was_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--methods", "high_entropy", "random", "--seeds", "0", "--tuning-seeds", "5"]
+    rates = ["--sgd-rates", "0.1", "0.2"]
+    assert run_study(tmp_path, *SMALL, *options, *rates) == 0
+    file = tmp_path / "results" / "algorithms-sudoku.json"
+    first = json.loads(file.read_text())
+    assert {"commit", "cpu", "threads", "versions"} <= first.keys()
+    assert [arm["method"] for arm in first["arms"]] == ["high_entropy", "random"]
+    for arm in first["arms"]:
+        assert [each["rate"] for each in arm["tuning"]] == [0.1, 0.2]
+        assert arm["rate"] == best_rate(arm["tuning"])
+        (made,) = arm["runs"]
+        folder = tmp_path / "runs" / "sudoku" / "sgd" / f"{arm['method']}-k1-lam0"
+        records = read_metrics(folder / f"rate-{arm['rate']:g}" / "seed-0")[1:]
+        last = made["points"][-1]
+        assert last["step"] == 2 and last["samples"] == 2 * 2 * 3
+        phases = ("rollout", "score", "update")
+        assert last["flops"] == sum(r[f"flops/{phase}"] for r in records for phase in phases)
+
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("made again"))
+    assert run_study(tmp_path, *SMALL, *options, *rates) == 0
+    assert json.loads(file.read_text())["arms"] == first["arms"]
+    more = [*options[:-4], "--seeds", "0", "1", "--tuning-seeds", "5"]
+    capsys.readouterr()
+    assert run_study(tmp_path, *SMALL, *more, *rates, "--hours", "0") == 0
+    assert "left out: sudoku: random, K = 1, λ = 0, sgd at" in capsys.readouterr().out
+    again = json.loads(file.read_text())
+    assert again["arms"] == first["arms"] and len(again["left_out"]) == 2
+
+
+@pytest.mark.slow
+def test_runs_of_another_study_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--methods", "random", "--seeds", "0", "--sgd-rates", "0.1"]
+    assert run_study(tmp_path, *SMALL, *options) == 0
+    arm = Arm("sudoku", "random", 1, 0.0, "sgd")
+    with pytest.raises(CheckpointError, match=r"generation\.temperature was 0\.9"):
+        Run.of(arm, 0.1, 0, tmp_path / "runs", [*SMALL, "generation.temperature=1"])
+    assert run_study(tmp_path, *SMALL, "steps=1", *options) == 2
+    assert "has run for 2 steps, more than the 1 asked for" in capsys.readouterr().err
