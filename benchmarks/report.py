@@ -1,11 +1,11 @@
-"""Tables and plots of docs/benchmarks.md from the files in benchmarks/results.
+"""Tables and plots of docs/benchmarks.md and docs/studies.md from the files in benchmarks/results.
 
     python -m benchmarks.report            # write them
     python -m benchmarks.report --check    # exit with 1 if the tables are not those of the files
 
 What lies between ``<!-- kernels:begin -->`` and ``<!-- kernels:end -->`` is replaced, and likewise
-for iteration, scaling and algorithms; the rest of the document is written by hand, or by
-``python -m benchmarks.counted``.
+for iteration and scaling, and in the other document for gradients and algorithms; the rest is
+written by hand, or by ``python -m benchmarks.counted``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import algorithms, iteration, plots, scaling
+from benchmarks import algorithms, gradients, iteration, plots, scaling
 from benchmarks.result_files import RESULTS, ResultFile, Row, read, suites
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+STUDIES = Path(__file__).parents[1] / "docs" / "studies.md"
 PATTERN = "kernels*.json"
 PHASED = {"iteration": iteration.section, "scaling": scaling.section}
 """Suites of whole iterations, in any file that has them: tables of their rows."""
+STUDIED: dict[str, Any] = {"gradients": gradients, "algorithms": algorithms}
+"""Studies, which have documents, files and plots of their own."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--studies", type=Path, default=STUDIES, help="the document of studies")
     parser.add_argument("--check", action="store_true", help="write nothing; say what is outdated")
     args = parser.parse_args(arguments)
     try:
@@ -45,22 +50,27 @@ def main(arguments: list[str] | None = None) -> int:
             parts = [f"### {f.device}\n\n{_provenance(f)}\n\n{tables(f.rows)}" for f in phased]
             if parts:
                 made = replace_section(made, suite, "\n\n".join(parts))
-        studies = algorithms.read_all(args.results)
-        if studies:
-            made = replace_section(made, "algorithms", algorithms.section(studies))
+        found = {name: study.read_all(args.results) for name, study in STUDIED.items()}
+        studies = {name: contents for name, contents in found.items() if contents}
+        told = before = args.studies.read_text("utf-8") if studies else ""
+        for name, contents in studies.items():
+            told = replace_section(told, name, STUDIED[name].section(contents))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.check:
-        if made != text:
-            print(f"{args.document} is not what python -m benchmarks.report makes")
-        return int(made != text)
+        old = [args.document] * (made != text) + [args.studies] * (told != before)
+        for document in old:
+            print(f"{document} is not what python -m benchmarks.report makes")
+        return int(bool(old))
     args.document.write_text(made, "utf-8")
+    if studies:
+        args.studies.write_text(told, "utf-8")
     for file in files:
         for plot in plots.draw(file, args.document.parent):
             print(plot)
-    if studies:
-        print(algorithms.draw(studies, args.document.parent))
+    for name, contents in studies.items():
+        print(STUDIED[name].draw(contents, args.studies.parent))
     print(args.document)
     return 0
 

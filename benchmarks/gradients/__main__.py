@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.budget import Budget
 from benchmarks.gradients import measure
-from benchmarks.gradients.results import SUITE, read, stage_record, write
+from benchmarks.gradients.results import SUITE, stage_record, stages_so_far, write
 from benchmarks.gradients.study import (
     DEFAULT,
     STAGES,
@@ -74,7 +74,7 @@ def _stage(
     place = Path(config.output_dir) / "totals.pt"
     totals = measure.load(place, names, key)
     path = args.results / f"{SUITE}-{task}.json"
-    stages = read(path)["stages"] if path.exists() else {}
+    stages = stages_so_far(path, config)
     for _ in _batches(task, stage, args, budget, totals, config, compared):
         measure.save(place, totals, names, key)
         stages[stage] = {**stage_record(totals, compared), "made_by": made_by}

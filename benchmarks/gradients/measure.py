@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -162,13 +161,16 @@ def _check_same(one: Samples, other: Samples) -> None:
 
 
 def load(path: Path, names: Sequence[str], key: str) -> Totals:
-    """The totals at ``path``, or empty ones where there are none of the same measurement."""
+    """The totals at ``path``, or empty ones where there are none.
+
+    Raises:
+        ValueError: they are of other selections, or of another configuration.
+    """
     if not path.exists():
         return Totals()
     content = torch.load(path, weights_only=True)
-    if content.pop("names") != list(names) or content.pop("key") != key:
-        logging.getLogger("egspo").warning("%s is of another measurement: begun anew", path)
-        return Totals()
+    if [content.pop("names"), content.pop("key")] != [list(names), key]:
+        raise ValueError(f"{path} is of other settings: give another --runs, or the same settings")
     return Totals(**content)
 
 

@@ -79,22 +79,41 @@ def write(
         "suite": SUITE,
         "task": task,
         "recipe": TASKS[task].task.recipe,
-        "settings": {
-            "prompts": config.prompts_per_step,
-            "group_size": config.algorithm.group_size,
-            "denoising_steps": config.generation.steps,
-            "new_tokens": config.generation.max_new_tokens,
-            "block_length": config.generation.block_length,
-            "temperature": config.generation.temperature,
-            "policy": config.generation.policy,
-            "seed": config.seed,
-        },
+        "settings": _settings(config),
         "left_out": list(left_out),
         "stages": dict(stages),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "prompts": config.prompts_per_step,
+        "group_size": config.algorithm.group_size,
+        "denoising_steps": config.generation.steps,
+        "new_tokens": config.generation.max_new_tokens,
+        "block_length": config.generation.block_length,
+        "temperature": config.generation.temperature,
+        "policy": config.generation.policy,
+        "seed": config.seed,
+    }
+
+
+def stages_so_far(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """The stages in the result file at ``path``; empty where there is none.
+
+    Raises:
+        ValueError: it is of other settings, with which these must not be mixed.
+    """
+    if not path.exists():
+        return {}
+    content = read(path)
+    if content["settings"] != _settings(config):
+        raise ValueError(f"{path} is of other settings: give another --results, or the same")
+    stages: dict[str, Any] = content["stages"]
+    return stages
 
 
 def read(path: Path) -> dict[str, Any]:

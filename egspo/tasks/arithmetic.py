@@ -31,6 +31,14 @@ class Chain:
         return f"{self.start:02d}" + "".join(map(_signed, self.changes))
 
     @property
+    def form(self) -> str:
+        """What is to be filled in: ``23+18=__;__-07=__``, the results and who goes on from them
+        left open. A character stands where the solution has it."""
+        before = [f"{self.start:02d}", *["__"] * (len(self.changes) - 1)]
+        pairs = zip(before, self.changes, strict=True)
+        return ";".join(f"{first}{_signed(change)}=__" for first, change in pairs)
+
+    @property
     def results(self) -> list[int]:
         """After each change."""
         found, value = [], self.start

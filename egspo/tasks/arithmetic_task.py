@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from egspo.tasks.answers import FORMAT, answer_in_tags
 from egspo.tasks.arithmetic import Chain, make_chains, right_lines, without_carry
 from egspo.tasks.base import Example, Reward, Task, register_task
 
+Style = Literal["digits", "form", "instruct"]
 _INSTRUCTION = (
     f"{FORMAT}\n\nWork out {{chain}} from left to right, one operation a line, each line in the "
     "form 23+18=41 and going on from the result before. Put these lines alone between the answer "
@@ -25,7 +26,7 @@ def build_arithmetic(
     test_examples: int = 256,
     changes: int = 7,
     seed: int = 0,
-    prompt_style: Literal["digits", "instruct"] = "instruct",
+    prompt_style: Style = "instruct",
     careless: float = 0.0,
 ) -> Task:
     """Sums of two-digit numbers with a scratchpad; no two splits share a problem.
@@ -37,7 +38,8 @@ def build_arithmetic(
         changes: additions and subtractions of a problem; the answer has nine characters for each.
         seed: of the problems, independent of the training seed.
         prompt_style: ``digits``: ``23+18-07`` in, ``23+18=41;41-07=34`` out, for models of single
-            characters; ``instruct``: an instruction in English, the lines in tags.
+            characters; ``form``: the same with ``23+18=__;__-07=__`` in, where all that is copied
+            stands as far from its copy; ``instruct``: an instruction in English, the lines in tags.
         careless: share of the targets of training examples, for supervised training alone, whose
             solver carries nothing.
 
@@ -65,7 +67,7 @@ def build_arithmetic(
         rewards=[Reward("lines", _share_right(extract), explain=_explained(extract))],
         solved=_solved(extract),
         extract=extract,
-        characters=None if tagged else "0123456789+-=;",
+        characters=None if tagged else "0123456789+-=;" + "_" * (prompt_style == "form"),
     )
 
 
@@ -109,26 +111,25 @@ def _explained(extract: Callable[[str], str | None]) -> Callable[..., str]:
     return explain
 
 
-def _example(chain: Chain, style: str, careless: bool) -> Example:
+def _example(chain: Chain, style: Style, careless: bool) -> Example:
     answer = chain.solution(without_carry) if careless else chain.solution()
-    digits = style == "digits"
     lines = answer.replace(";", "\n")
+    prompts = {
+        "digits": chain.key,
+        "form": chain.form,
+        "instruct": _INSTRUCTION.format(chain=chain.key),
+    }
     return Example(
-        prompt=[
-            {
-                "role": "user",
-                "content": chain.key if digits else _INSTRUCTION.format(chain=chain.key),
-            }
-        ],
+        prompt=[{"role": "user", "content": prompts[style]}],
         columns={"start": chain.start, "changes": list(chain.changes)},
-        target=answer if digits else f"<answer>\n{lines}\n</answer>",
+        target=f"<answer>\n{lines}\n</answer>" if style == "instruct" else answer,
         question=chain.key,
     )
 
 
 def _check(changes: int, careless: float, prompt_style: str) -> None:
-    if prompt_style not in ("digits", "instruct"):
-        raise ValueError(f"prompt_style must be 'digits' or 'instruct', got {prompt_style!r}")
+    if prompt_style not in (styles := get_args(Style)):
+        raise ValueError(f"prompt_style must be one of {styles}, got {prompt_style!r}")
     if type(changes) is not int or not 1 <= changes <= 100:
         raise ValueError(f"changes must be a whole number in [1, 100], got {changes!r}")
     if not 0.0 <= careless <= 1.0:

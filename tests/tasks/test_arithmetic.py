@@ -20,6 +20,7 @@ def test_the_solution_of_a_chain() -> None:
     assert CHAIN.key == "23+18-07+58"
     assert CHAIN.solution() == RIGHT
     assert CHAIN.results == [41, 34, 92]
+    assert CHAIN.form == "23+18=__;__-07=__;__+58=__"
     assert CHAIN.solution(without_carry) == "23+18=31;31-07=34;34+58=82"
 
 
@@ -74,7 +75,7 @@ def test_problems_are_distinct_and_in_one_split() -> None:
         assert all(0 <= result <= 99 for result in chain.results) and 0 not in chain.changes
 
 
-@pytest.mark.parametrize("style", ["digits", "instruct"])
+@pytest.mark.parametrize("style", ["digits", "form", "instruct"])
 def test_targets_pay_in_full(style: str) -> None:
     task = build_task("arithmetic", prompt_style=style, **SMALL)
     texts = [example.target for example in task.train]
@@ -87,11 +88,15 @@ def test_targets_pay_in_full(style: str) -> None:
     assert reward.explain(texts[0], **task.train[0].columns) == "7 of 7 lines are right"
     nothing = reward.function(prompts=None, completions=["41"] * 50, **columns)
     assert nothing == [0.0] * 50
-    if style == "digits":
+    if style != "instruct":
         assert task.characters is not None
         letters = {c for e in task.train for c in (e.target or "") + e.prompt[0]["content"]}
         assert letters <= set(task.characters)
         assert all(len(text or "") == 9 * 7 - 1 for text in texts)
+    if style == "form":  # what the prompt gives stands where the answer has it
+        for example in task.train:
+            pairs = zip(example.prompt[0]["content"], example.target or "", strict=True)
+            assert all(asked in ("_", told) for asked, told in pairs)
 
 
 def test_careless_targets_are_for_training_alone() -> None:
