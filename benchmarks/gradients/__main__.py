@@ -105,7 +105,8 @@ def _batches(
         measurement = measurement or measure.Measurement(config, compared)
         measurement.batch(totals.batches + totals.empty + 1, totals)
         if totals.empty > 3 * wanted:
-            raise ValueError(f"{name}: {totals.empty} batches have equal rewards in every group")
+            budget.left_out.append(f"{missing}: {totals.empty} had equal rewards in every group")
+            return
         if totals.batches:
             print(f"{name}: {totals.batches} of {wanted} batches", flush=True)
             yield totals.batches

@@ -55,7 +55,9 @@ def test_arms_differ_in_method_and_optimizer_alone(task: str, tmp_path: Path) ->
     reference = load_config(of.path, of.overrides)
     found = arms(task, list(METHODS), list(OPTIMIZERS))
     assert len({arm.folder for arm in found}) == len(found)
-    for arm in found:
+    # Every method with one optimizer, and the other optimizer with one of them.
+    fewer = [arm for arm in found if arm.optimizer == "adamw" or arm.method == "all"]
+    for arm in fewer:
         rate = OPTIMIZERS[arm.optimizer].rates[0]
         run = Run.of(arm, rate, 3, tmp_path)
         for name in ("generation", "model", "sft", "task", "steps", "prompts_per_step"):
