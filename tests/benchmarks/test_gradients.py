@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,18 @@ def test_selecting_every_step_is_the_full_gradient(measurement: Measurement) -> 
     assert found["batches"] == 2 and len(found["steps"]["norm"]) == 4
 
 
-def run(folder: Path, *options: str) -> int:
+def run(folder: Path, *options: str, more: tuple[str, ...] = ()) -> int:
     places = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-    return main([*SMALL, "--tasks", "sudoku", "--strategies", "high_entropy", *places, *options])
+    return main(
+        [*SMALL, *more, "--tasks", "sudoku", "--strategies", "high_entropy", *places, *options]
+    )
 
 
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(TASKS, "sudoku", _few(TASKS["sudoku"]))
+    monkeypatch.setitem(TASKS, "sudoku", replace(TASKS["sudoku"], ks=(1, 2)))
     file = tmp_path / "results" / "gradients-sudoku.json"
     assert run(tmp_path, "--batches", "1") == 0
     first = json.loads(file.read_text())
@@ -145,16 +148,10 @@ def test_a_study_goes_on_where_it_stopped(
     assert run(tmp_path, "--batches", "4", "--stages", "early", "--hours", "0") == 0
     assert "left out: sudoku, early: 1 of 4 batches" in capsys.readouterr().out
     assert json.loads(file.read_text())["left_out"] == ["sudoku, early: 1 of 4 batches"]
-    assert run(tmp_path, "--batches", "3", "seed=1") == 2
+    assert run(tmp_path, "--batches", "3", more=("seed=1",)) == 2
     assert "is of other settings: give another --runs" in capsys.readouterr().err
     text = section(read_all(tmp_path / "results"))
     assert "| early, 3 batches | K | cosine |" in text and "holds in every batch with B =" in text
-
-
-def _few(settings: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(settings, ks=(1, 2))
 
 
 def _numbers(content: dict[str, Any]) -> Any:
