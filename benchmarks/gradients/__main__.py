@@ -67,7 +67,6 @@ def _stage(
     task: str, stage: str, args: argparse.Namespace, budget: Budget, made_by: dict[str, Any]
 ) -> None:
     """Measure a stage of a task as far as the budget goes, and write it after every batch."""
-    left_before = len(budget.left_out)
     config = measured(task, stage, args.runs, args.overrides)
     compared = estimators(TASKS[task], config, args.strategies)
     names, key = [each.name for each in compared], json.dumps(config_to_dict(config), default=str)
@@ -78,9 +77,15 @@ def _stage(
     for _ in _batches(task, stage, args, budget, totals, config, compared):
         measure.save(place, totals, names, key)
         stages[stage] = {**stage_record(totals, compared), "made_by": made_by}
-        write(path, task, config, stages, made_by, budget.left_out[left_before:])
-    if len(budget.left_out) > left_before and path.exists():
-        write(path, task, config, stages, made_by, budget.left_out[left_before:])
+        write(path, task, config, stages, made_by, _left_out(task, budget))
+    if totals.batches:  # what was measured before is told by today's tables
+        before = stages.get(stage, {}).get("made_by", made_by)
+        stages[stage] = {**stage_record(totals, compared), "made_by": before}
+        write(path, task, config, stages, made_by, _left_out(task, budget))
+
+
+def _left_out(task: str, budget: Budget) -> list[str]:
+    return [what for what in budget.left_out if what.startswith(f"{task}, ")]
 
 
 def _batches(

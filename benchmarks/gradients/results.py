@@ -30,6 +30,7 @@ def stage_record(totals: Totals, compared: Sequence[Estimator]) -> dict[str, Any
             "variance_of_all": variance / whole if variance is not None and whole else None,
             "noise": variance / squares if variance is not None else None,
             "bound": [bound_constant(row) for row in rows],
+            "ahead": _ahead(totals, name),
         }
     columns = {key: [step[key] for step in totals.steps] for key in ("norm", "entropy")}
     return {
@@ -42,6 +43,16 @@ def stage_record(totals: Totals, compared: Sequence[Estimator]) -> dict[str, Any
             for key, values in columns.items()
         },
     }
+
+
+def _ahead(totals: Totals, name: str) -> list[float | None] | None:
+    """Cosine less that of the steps of largest entropy with the same K, batch by batch; None where
+    there is no such selection."""
+    other = f"high_entropy, {name.rpartition(', ')[2]}"
+    if name == other or other not in totals.rows:
+        return None
+    pairs = zip(totals.rows[name], totals.rows[other], strict=True)
+    return _interval([mine["cosine"] - theirs["cosine"] for mine, theirs in pairs])
 
 
 def bound_constant(row: Mapping[str, float]) -> float | None:

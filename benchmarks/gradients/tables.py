@@ -33,10 +33,13 @@ def _task(content: Mapping[str, Any]) -> str:
     ]
     for stage in (name for name in STAGES if name in content["stages"]):
         measured = content["stages"][stage]
-        parts += [_stage(stage, measured), _bound(measured)]
+        parts += [_stage(stage, measured), _verdict(measured), _bound(measured)]
     if content["left_out"]:
         parts.append("Left out for want of time: " + "; ".join(content["left_out"]) + ".")
-    parts.append(made_on(content, [s["made_by"]["commit"] for s in content["stages"].values()]))
+    stages = content["stages"].values()
+    commands = dict.fromkeys(stage["made_by"]["command"] for stage in stages)
+    commits = [stage["made_by"]["commit"] for stage in stages]
+    parts.append(made_on({**content, "command": "\n".join(commands)}, commits))
     return "\n\n".join(parts)
 
 
@@ -44,7 +47,7 @@ def _stage(stage: str, measured: Mapping[str, Any]) -> str:
     """One line for each selection; all steps first."""
     head = [
         f"{stage}, {measured['batches']} batches",
-        *("K", "cosine", "relative error", "share of norm"),
+        *("K", "cosine", "less that of high_entropy", "relative error", "share of norm"),
         *("variance, of all steps'", "noise", "GFLOP"),
     ]
     lines = []
@@ -55,6 +58,7 @@ def _stage(stage: str, measured: Mapping[str, Any]) -> str:
                 name,
                 f"{each['k'][0]:.3g}",
                 "1" if whole else _plus_minus(each["cosine"]),
+                "" if each["ahead"] is None else _plus_minus(each["ahead"], "+"),
                 "0" if whole else _plus_minus(each["error"]),
                 "1" if whole else _plus_minus(each["share"]),
                 *(_optional(each[key]) for key in ("variance_of_all", "noise")),
@@ -62,6 +66,26 @@ def _stage(stage: str, measured: Mapping[str, Any]) -> str:
             ]
         )
     return table(head, lines)
+
+
+def _verdict(measured: Mapping[str, Any]) -> str:
+    """Which cosines differ from that of the largest entropy by more than batches explain."""
+    named: dict[str, list[str]] = {"below": [], "above": [], "not separated from": []}
+    for name, each in measured["estimators"].items():
+        mean, half = each["ahead"] or (None, None)
+        if half is not None:
+            apart = abs(mean) > half
+            named[("below" if mean < 0 else "above") if apart else "not separated from"].append(
+                name
+            )
+    parts = [f"{where} it: {'; '.join(names)}" for where, names in named.items() if names]
+    count = sum(map(len, named.values()))
+    return (
+        "Cosine against that of `high_entropy` with the same K, by the 95 % interval of the "
+        f"difference, batch by batch, not corrected for there being {count}: {'. '.join(parts)}."
+        if parts
+        else "One batch compares nothing."
+    )
 
 
 def _bound(measured: Mapping[str, Any]) -> str:
@@ -113,9 +137,9 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
-def _plus_minus(value: Sequence[float | None]) -> str:
+def _plus_minus(value: Sequence[float | None], sign: str = "") -> str:
     mean, half = value
-    return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+    return f"{mean:{sign}.3f}" if half is None else f"{mean:{sign}.3f} ± {half:.3f}"
 
 
 def _optional(value: float | None) -> str:

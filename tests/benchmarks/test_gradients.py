@@ -117,6 +117,17 @@ def test_selecting_every_step_is_the_full_gradient(measurement: Measurement) -> 
         assert torch.equal(parameter, old)
     found = stage_record(totals, measurement.compared)
     assert found["estimators"]["everything"]["variance_of_all"] == pytest.approx(1.0, rel=1e-3)
+    assert all(each["ahead"] is None for each in found["estimators"].values())
+    for name, change in (("high_entropy, K = 2", 0.0), ("random, K = 2", -0.25)):
+        rows = totals.rows["two"]
+        totals.rows[name] = [
+            {**row, "cosine": row["cosine"] + change * n} for n, row in enumerate(rows)
+        ]
+        totals.sums[name] = totals.sums["two"]
+    again = [Estimator(name, {}) for name in ("high_entropy, K = 2", "random, K = 2")]
+    ahead = stage_record(totals, again)["estimators"]["random, K = 2"]["ahead"]
+    half = 12.7062 * 0.125  # differences 0 and -0.25: a standard error of 0.125
+    assert ahead == pytest.approx([-0.125, half])
     assert found["batches"] == 2 and len(found["steps"]["norm"]) == 4
 
 
