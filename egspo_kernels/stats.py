@@ -26,7 +26,6 @@ _TOKEN_STATS = Dispatcher("token_stats", _BACKENDS)
 _SAMPLE_TOKENS = Dispatcher("sample_tokens", _BACKENDS)
 
 
-@torch.no_grad()
 def token_stats(
     logits: Tensor,
     targets: Tensor | None,
@@ -71,14 +70,12 @@ def token_stats(
     count = logits.shape[0] if rows is None else rows.numel()
     if targets is not None:
         check_index("targets", targets, count, logits.device, logits.shape[1])
+    arguments = (logits.detach(), targets, rows, temperature, banned_token, backend)
     run = _token_stats_operator if torch.compiler.is_compiling() else _token_stats
-    logsumexp, entropy, log_prob, argmax, confidence = run(
-        logits, targets, rows, temperature, banned_token, backend
-    )
+    logsumexp, entropy, log_prob, argmax, confidence = run(*arguments)
     return TokenStats(logsumexp, entropy, None if targets is None else log_prob, argmax, confidence)
 
 
-@torch.no_grad()
 def sample_tokens(
     logits: Tensor,
     *,
@@ -128,7 +125,7 @@ def sample_tokens(
     key = (seed & 2**64 - 1 ^ 1 << 63) - (1 << 63)  # an operator takes a signed integer
     return SampledTokens(
         *run(
-            logits,
+            logits.detach(),
             float(temperature),
             key,
             step,
