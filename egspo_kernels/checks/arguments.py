@@ -35,7 +35,7 @@ def check_vector(name: str, tensor: Tensor, length: int, device: torch.device) -
     """``tensor`` must be a vector of ``length`` elements on ``device``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != (length,):
+    if tensor.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
@@ -102,9 +102,10 @@ def check_banned(banned_token: int | None, vocab_size: int) -> None:
 
 def refuse_float64(*tensors: Tensor | None) -> dict[str, str]:
     """The backends that compute in float32: whether they are refused, and why."""
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        why = "it computes in float32, and the input is float64"
-        return {"triton": why, "cpp": why}
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            why = "it computes in float32, and the input is float64"
+            return {"triton": why, "cpp": why}
     return {}
 
 

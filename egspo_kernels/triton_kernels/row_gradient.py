@@ -208,7 +208,7 @@ def row_gradient(
     Args:
         logits: float32, float16 or bfloat16 [N, V].
         normaliser, entropy, ref_logits, divergence, targets: of the rows, as in the forward pass;
-            those whose coefficient is None are not needed.
+            those whose coefficient is None are not needed. Numbers are float32 and contiguous.
         step_ids: [N], the index into the coefficients of each row; None: its own.
         scale: one value that multiplies all coefficients: the incoming gradient, left on the
             device.
@@ -225,18 +225,27 @@ def row_gradient(
     device, block = logits.get_device(), block_size(vocab_size)
     form, out_form = layout(logits), layout(out)
     ref_form = None if ref_logits is None else layout(ref_logits)
-    tensors = (targets, *normaliser, entropy, *(divergence or (None, None)), step_ids)
+    ref_maximum, mean_difference = divergence or (None, None)
+    c, l, h, b = coefficients  # noqa: E741
     arguments = (
         out,
         logits,
         ref_logits,
-        *map(contiguous, tensors),
-        *map(contiguous, coefficients),
+        contiguous(targets),
+        *normaliser,
+        entropy,
+        ref_maximum,
+        mean_difference,
+        contiguous(step_ids),
+        contiguous(c),
+        contiguous(l),
+        contiguous(h),
+        contiguous(b),
         scale,
         out.stride(0),
         logits.stride(0),
         0 if ref_logits is None else ref_logits.stride(0),
-        0 if coefficients.log_prob is None else coefficients.log_prob.shape[0],
+        0 if c is None else c.shape[0],
         1.0 / temperature,
         -1 if banned_token is None else banned_token,
         vocab_size,
@@ -251,9 +260,15 @@ def row_gradient(
         out_form,
         form,
         ref_form,
-        *map(dtype_of, tensors),
-        *map(dtype_of, coefficients),
-        dtype_of(scale),
+        dtype_of(targets),
+        dtype_of(step_ids),
+        entropy is None,
+        divergence is None,
+        c is None,
+        l is None,
+        h is None,
+        b is None,
+        scale is None,
     )
     with on_device_of(logits):
         _LAUNCHER(rows * -(-vocab_size // block), variant, arguments, OPTIONS)

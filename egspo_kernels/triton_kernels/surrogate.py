@@ -8,6 +8,7 @@ gradient on the device: nothing here waits for a GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,8 +44,7 @@ def stepwise_surrogate(
         return Surrogate(*_operator(logits, targets, *steps, ref_logits, *numbers)[:OUTPUTS])
     call = _Call(targets, steps, ref_logits, objective, temperature, banned_token, overwrite_logits)
     loss = _Function.apply(logits, call)  # type: ignore[no-untyped-call]
-    assert call.surrogate is not None
-    return call.surrogate._replace(loss=loss)
+    return Surrogate(loss, *call.measured)
 
 
 @dataclasses.dataclass
@@ -58,8 +58,8 @@ class _Call:
     temperature: float
     banned_token: int | None
     overwrite_logits: bool
-    surrogate: Surrogate | None = None
-    """What the forward pass found."""
+    measured: Sequence[Tensor] = ()
+    """By the forward pass: the surrogate without its loss."""
 
 
 def _forward(
@@ -85,7 +85,9 @@ def _forward(
     surrogate, saved = _surrogate(
         logits, targets, steps, ref_logits, objective, temperature, banned_token
     )
-    return [*surrogate, *saved]
+    # An operator returns tensors.
+    empty = functools.partial(logits.new_empty, 0, dtype=torch.float32)
+    return [*surrogate, *(empty() if each is None else each for each in saved)]
 
 
 def _surrogate(
@@ -96,9 +98,10 @@ def _surrogate(
     objective: Objective,
     temperature: float,
     banned_token: int | None,
-) -> tuple[Surrogate, tuple[Tensor, ...]]:
-    """The surrogate, and what the gradient needs."""
+) -> tuple[Surrogate, tuple[Tensor | None, ...]]:
+    """The surrogate, and what the gradient needs, some of it None where it does not."""
     token_reference = None
+    divergence: tuple[Tensor | None, ...] = (None, None)
     if objective.needs_exact_kl:
         assert ref_logits is not None
         log_prob, token_reference, normaliser, divergence = exact_kl(
@@ -106,7 +109,6 @@ def _surrogate(
         )
     else:
         log_prob, normaliser = log_probs(logits, targets, temperature, banned_token)
-        divergence = Divergence(log_prob.new_empty(0), log_prob.new_empty(0))
         if ref_logits is not None:
             token_reference, _ = log_probs(ref_logits, targets, temperature, banned_token)
     surrogate, coefficient, kl_coefficient = step_objective(
@@ -136,7 +138,7 @@ def _gradient(
     targets: Tensor,
     step_ids: Tensor,
     ref_logits: Tensor | None,
-    saved: Sequence[Tensor],
+    saved: Sequence[Any],
     temperature: float,
     banned_token: int | None,
     out: Tensor | None,
@@ -183,13 +185,14 @@ class _Function(torch.autograd.Function):
             call.temperature,
             call.banned_token,
         )
-        call.surrogate = surrogate
+        loss, *call.measured = surrogate
         objective = call.objective
         ref_logits = call.ref_logits if objective.needs_exact_kl and objective.beta > 0 else None
-        ctx.save_for_backward(logits, call.targets, call.steps.step_ids, ref_logits, *saved)
+        ctx.save_for_backward(logits, call.targets, call.steps.step_ids, ref_logits)
+        ctx.saved = saved  # nobody else knows these
         ctx.scalars = call.temperature, call.banned_token
         ctx.overwrite_logits = call.overwrite_logits
-        return surrogate.loss
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
@@ -198,10 +201,10 @@ class _Function(torch.autograd.Function):
                 "stepwise_surrogate with backend 'triton' is differentiable once: "
                 "create_graph=True is not supported"
             )
-        logits, targets, step_ids, ref_logits, *saved = ctx.saved_tensors
+        logits, targets, step_ids, ref_logits = ctx.saved_tensors
         out = logits.detach() if ctx.overwrite_logits else None
         gradient = _gradient(
-            grad_loss, logits, targets, step_ids, ref_logits, saved, *ctx.scalars, out
+            grad_loss, logits, targets, step_ids, ref_logits, ctx.saved, *ctx.scalars, out
         )
         if ctx.overwrite_logits:
             # Whatever else saved the logits must learn of it.

@@ -36,7 +36,6 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
     assert kernel.asm["cubin" if backend == "cuda" else "hsaco"]
     compiled.add((self.__name__, id(kernel)))
-    return kernel
 
 JITFunction.run = compile_only
 """
