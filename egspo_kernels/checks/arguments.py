@@ -47,7 +47,7 @@ def check_index(name: str, tensor: Tensor, length: int, device: torch.device, up
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
     if length and may_read_values(tensor):
-        low, high = int(tensor.min()), int(tensor.max())
+        low, high = map(int, tensor.aminmax())
         if low < 0 or high >= upper:
             raise ValueError(f"{name} must lie in [0, {upper}), got values in [{low}, {high}]")
 
