@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels.shared.product import Settings, chunks, product
+from egspo_kernels.shared.product import Settings, chunk_size, chunks, product
 from egspo_kernels.triton_kernels import rows as row_kernels
 from egspo_kernels.triton_kernels.kl import PARTIALS
 from egspo_kernels.triton_kernels.launch import segment_count
@@ -51,7 +51,7 @@ def row_bytes(
 
 
 def logits_buffer(head: Head, settings: Settings) -> Tensor:
-    rows = min(settings.chunk_rows, head.hidden.shape[0])
+    rows = chunk_size(head.hidden.shape[0], settings.chunk_rows)
     return head.hidden.new_empty((rows, head.weight.shape[0]), dtype=settings.logits_dtype)
 
 
