@@ -43,7 +43,7 @@ def stepwise_surrogate(
         numbers = (*objective.values(), float(temperature), banned_token)
         return Surrogate(*_operator(logits, targets, *steps, ref_logits, *numbers)[:OUTPUTS])
     call = _Call(targets, steps, ref_logits, objective, temperature, banned_token, overwrite_logits)
-    loss = _Function.apply(logits, call)  # type: ignore[no-untyped-call]
+    loss = _Function.apply(logits, call)
     return Surrogate(loss, *call.measured)
 
 
@@ -202,9 +202,18 @@ class _Function(torch.autograd.Function):
                 "create_graph=True is not supported"
             )
         logits, targets, step_ids, ref_logits = ctx.saved_tensors
+        temperature, banned_token = ctx.scalars
         out = logits.detach() if ctx.overwrite_logits else None
         gradient = _gradient(
-            grad_loss, logits, targets, step_ids, ref_logits, ctx.saved, *ctx.scalars, out
+            grad_loss,
+            logits,
+            targets,
+            step_ids,
+            ref_logits,
+            ctx.saved,
+            temperature,
+            banned_token,
+            out,
         )
         if ctx.overwrite_logits:
             # Whatever else saved the logits must learn of it.

@@ -86,7 +86,7 @@ class Agreement:
             self.facts[name] = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
             if tensor is not None and may_read_values(tensor):
                 values = tensor.detach().contiguous().view(torch.uint8).numpy()
-                self.facts[f"{name} (checksum of its values)"] = zlib.crc32(values)
+                self.facts[f"{name} (checksum of its values)"] = zlib.crc32(values.tobytes())
 
     def digest(self, function: str) -> int:
         """A number that two calls share if they have the same facts."""
@@ -135,7 +135,7 @@ def _gather_numbers(
     Args:
         near: a tensor on the device of the call, or a wrong argument.
     """
-    device = torch.device("cpu")
+    device: torch.device | None = torch.device("cpu")
     if dist.get_backend(group) in ("nccl", "xccl"):
         on_gpu = isinstance(near, Tensor) and near.device.type != "cpu"
         device = near.device if on_gpu else torch.accelerator.current_accelerator()
