@@ -85,7 +85,7 @@ class Agreement:
         for name, tensor in tensors.items():
             self.facts[name] = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
             if tensor is not None and may_read_values(tensor):
-                values = tensor.detach().contiguous().view(torch.uint8).numpy()
+                values = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
                 self.facts[f"{name} (checksum of its values)"] = zlib.crc32(values.tobytes())
 
     def digest(self, function: str) -> int:
