@@ -95,8 +95,7 @@ class Dispatcher:
         self._probes = dict(candidates)
         self._elsewhere = tuple(candidates.items())
         # On a CPU Triton is its interpreter: for tests, on explicit request.
-        last = ("cuda", "triton")
-        self._on_cpu = tuple(sorted(self._elsewhere, key=lambda item: item[0] in last))
+        self._on_cpu = tuple(sorted(self._elsewhere, key=lambda item: item[0] == "triton"))
         self._announced: set[str] = set()
         _DISPATCHERS[function] = self
 
