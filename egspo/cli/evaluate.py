@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egspo.cli.common import AddCommand, configure_output
 from egspo.cli.model import add_adapter_argument, add_generation_arguments, given_generation
-from egspo.files import set_aside
+from egspo.files import remove_partial, set_aside
+from egspo.runs.lock import RunLock
 
 if TYPE_CHECKING:
     from egspo.config import GenerationConfig, TaskConfig, TrainConfig
@@ -66,10 +68,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     configure_output()
-    from egspo.engines.processes import process_state
+    from egspo.engines.processes import Processes, process_state
     from egspo.evaluations.metrics import metric_notes
     from egspo.evaluations.plan import EvaluationPlan, fingerprint, load_task
-    from egspo.evaluations.run import run_evaluation
+    from egspo.evaluations.run import SAMPLES, run_evaluation
+    from egspo.training.occupation import lock_folder
 
     run = _run_of(args.adapter or args.model)
     chosen, checkpoint = _chosen_model(args, run)
@@ -88,19 +91,28 @@ def _evaluate(args: argparse.Namespace) -> None:
     state = process_state()
     if args.overwrite:
         _set_aside(plan.output, state)
-    with state.main_process_first():  # which downloads
-        model, tokenizer = chosen.load(state.device)
-    name = chosen.path if chosen.adapter is None else f"{chosen.path} with {chosen.adapter}"
-    rows = run_evaluation(
-        plan,
-        tasks,
-        model,
-        tokenizer,
-        name=name,
-        weights={"model": fingerprint(chosen.path), "adapter": fingerprint(chosen.adapter)},
-        state=state,
-        notes=notes,
+    leftovers = [plan.output, plan.output / SAMPLES]
+    lock = lock_folder(
+        plan.output,
+        Processes(),
+        lambda: [remove_partial(folder) for folder in leftovers],
+        name="--output-dir",
     )
+    with lock or nullcontext():
+        with state.main_process_first():  # which downloads
+            model, tokenizer = chosen.load(state.device)
+        name = chosen.path if chosen.adapter is None else f"{chosen.path} with {chosen.adapter}"
+        rows = run_evaluation(
+            plan,
+            tasks,
+            model,
+            tokenizer,
+            name=name,
+            weights={"model": fingerprint(chosen.path), "adapter": fingerprint(chosen.adapter)},
+            state=state,
+            notes=notes,
+            check=(lambda: None) if lock is None else lock.check,
+        )
     if state.is_main_process:
         _show(rows, name, [*metric_notes(list(tasks.values())), *notes], plan.output)
 
@@ -228,6 +240,8 @@ def _notes(
 def _set_aside(output: Path, state: Any) -> None:
     """Rename the folder of an earlier evaluation."""
     if state.is_main_process and output.exists():
+        if output.is_dir():
+            RunLock(output, name="--output-dir").release()  # nobody else is writing there
         print(f"egspo: the earlier evaluation is kept in {set_aside(output)}", file=sys.stderr)
     state.wait_for_everyone()
 

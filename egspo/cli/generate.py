@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,12 @@ from egspo.cli.output import (
     JsonlWriter,
     TextWriter,
     Writer,
+    alone,
     answered,
     check_output,
     opened,
 )
-from egspo.cli.prompts import is_jsonl, read_prompts
+from egspo.cli.prompts import Prompt, is_jsonl, read_prompts
 
 if TYPE_CHECKING:
     from egspo.rollouts.completion import Completion, TextDelta
@@ -74,6 +75,14 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     file, jsonl = args.output, is_jsonl(args.format, args.output)
     check_output(file, jsonl=jsonl, resume=args.resume, overwrite=args.overwrite)
+    with alone(file):
+        _answer(args, prompts, file, jsonl)
+
+
+def _answer(
+    args: argparse.Namespace, prompts: Sequence[Prompt], file: Path | None, jsonl: bool
+) -> None:
+    """The prompts that ``file`` lacks."""
     done = answered(file, prompts) if args.resume else set()
     if len(done) == len(prompts):
         print(f"egspo: {file} has all {len(prompts)} answers", file=sys.stderr)

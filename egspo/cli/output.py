@@ -15,6 +15,7 @@ from egspo.cli.prompts import Prompt
 from egspo.config import GenerationConfig
 from egspo.files import set_aside
 from egspo.inspection.printable import printable
+from egspo.runs.lock import RunLock
 
 if TYPE_CHECKING:
     from egspo.rollouts.completion import Completion, TextDelta
@@ -121,6 +122,8 @@ def check_output(file: Path | None, *, jsonl: bool, resume: bool, overwrite: boo
         raise ValueError(f"--{'resume' if resume else 'overwrite'} needs --output FILE")
     if resume and not jsonl:
         raise ValueError("--resume needs JSONL output, whose lines say which prompts are done")
+    if file is not None and file.is_dir():
+        raise ValueError(f"--output is a file, and {file} is a folder")
     if file is None or not file.exists() or resume or overwrite:
         return
     lines = [f"{file} exists already. Either"]
@@ -169,12 +172,27 @@ def _index(line: str) -> int | None:
 
 
 @contextmanager
+def alone(file: Path | None) -> Iterator[None]:
+    """Inside, no other process writes to ``file``; a pipe, a device and None are not watched.
+
+    Raises:
+        RunLockedError: another process does.
+    """
+    if file is None or (file.exists() and not file.is_file()):
+        yield
+        return
+    target = file.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with RunLock(target, name="--output"):
+        yield
+
+
+@contextmanager
 def opened(file: Path | None, *, resume: bool, overwrite: bool) -> Iterator[TextIO]:
     """Standard output, or ``file`` ready for further lines."""
     if file is None:
         yield sys.stdout
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
     if overwrite and file.exists():
         print(f"egspo: the earlier file is kept in {set_aside(file)}", file=sys.stderr)
     if resume and file.exists():

@@ -68,6 +68,7 @@ def run_evaluation(
     weights: Mapping[str, str | None],
     state: PartialState,
     notes: Sequence[str] = (),
+    check: Callable[[], object] = lambda: None,
 ) -> list[SummaryRow]:
     """Evaluate; samples that an earlier run of the same evaluation finished are kept.
 
@@ -82,6 +83,7 @@ def run_evaluation(
         weights: see :func:`egspo.evaluations.plan.identity`.
         state: the processes.
         notes: for the summary.
+        check: called before samples are written; raises where the folder is not ours any more.
 
     Returns:
         A row per task and length; in processes other than the main one as well.
@@ -107,9 +109,10 @@ def run_evaluation(
         todo = _missing(cell, plan.samples)
         share = todo[state.process_index :: state.num_processes]
         if share:
-            _Evaluator(cell, denoiser, tokenizer, plan.seed, state).run(share)
+            _Evaluator(cell, denoiser, tokenizer, plan.seed, state, check).run(share)
     state.wait_for_everyone()
     if state.is_main_process:
+        check()
         for cell in cells:
             cell.file.join()
     state.wait_for_everyone()
@@ -178,7 +181,9 @@ class _Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         state: PartialState,
+        check: Callable[[], object],
     ) -> None:
+        self.check = check
         self.cell, self.denoiser, self.tokenizer = cell, denoiser, tokenizer
         self.seed, self.state = seed, state
         self.scores: list[float] = []
@@ -243,6 +248,7 @@ class _Evaluator:
             self._sample(key, completion, steps, named, errors)
             for (key, completion, steps), named in zip(finished, scores, strict=True)
         ]
+        self.check()
         cell.file.append(self.state.process_index, records)
         self.done += len(records)
         self.tokens += sum(record["tokens"] for record in records)

@@ -1,4 +1,5 @@
-"""One run at a time in a folder: a lock that says who holds it, and that a kill does not leave.
+"""One writer at a time in a folder or file: a lock that names its holder, and that a kill does not
+leave.
 
 The lock is a file that names its holder. On the same machine the holder is gone when its process
 is; elsewhere, as on a shared file system, when the file was not touched for a while, which a thread
@@ -36,22 +37,23 @@ class RunLockedError(RuntimeError):
 
 
 class RunLock:
-    """The right to write to ``folder``, which exists; a context manager.
+    """The right to write to ``path``; a context manager.
 
     Args:
-        folder: of the run.
+        path: a folder that exists, or a file, which need not, in one.
         name: as the user knows it.
         beat, stale: as :data:`BEAT` and :data:`STALE`, in seconds.
 
     Raises:
         OSError: the folder cannot be written.
-        RunLockedError: another run has it; says which process, where and since when.
+        RunLockedError: another process has it; says which process, where and since when.
     """
 
     def __init__(
-        self, folder: Path, *, name: str = "output_dir", beat: float = BEAT, stale: float = STALE
+        self, path: Path, *, name: str = "output_dir", beat: float = BEAT, stale: float = STALE
     ) -> None:
-        self._file, self._where, self._stale = folder / LOCK, f"{name} {folder}", stale
+        self._file = path / LOCK if path.is_dir() else path.with_name(f"{LOCK}-{path.name}")
+        self._name, self._where, self._stale = name, f"{name} {path}", stale
         self._token = uuid.uuid4().hex
         self._take()
         stop = threading.Event()
@@ -120,7 +122,7 @@ class RunLock:
     def _held_by(self, holder: dict[str, Any]) -> RunLockedError:
         return RunLockedError(
             f"{self._where} is in use by {_described(holder)}: wait for that run, stop it, or "
-            "choose another output_dir"
+            f"choose another {self._name}"
         )
 
 

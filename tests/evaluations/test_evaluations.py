@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -16,8 +17,9 @@ from egspo.evaluations import best_checkpoint, bootstrap, run, wilson
 from egspo.evaluations.checkpoints import choose_checkpoint
 from egspo.evaluations.intervals import interval_of
 from egspo.evaluations.records import SampleFile
-from egspo.files import CheckpointError
+from egspo.files import PARTIAL, CheckpointError
 from egspo.models import new_model
+from egspo.runs.lock import LOCK
 from egspo.runs.metrics import read_metrics
 from egspo.tasks.sudoku_answers import GridRewards, grid_in
 from egspo.training.trainer import train
@@ -483,3 +485,25 @@ def test_which_interval() -> None:
     assert interval_of([[1.0, 0.0], [0.0, 0.0]], proportion=True) == bootstrap([0.5, 0.0])
     assert interval_of([[1.0], [0.0]], proportion=False) == bootstrap([1.0, 0.0])
     assert interval_of([[0.25], [0.25]], proportion=False) is None
+
+
+def test_one_evaluation_at_a_time_writes_to_a_folder(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two would join and delete each other's parts."""
+    output = tmp_path / "eval"
+    evaluate(trained, output, "--limit", "1")
+    before = samples(output, "sudoku-20.jsonl")
+    leftover = output / "samples" / f"{PARTIAL}x-1"
+    leftover.write_text("of a kill")
+    runs.hold_elsewhere(output / LOCK)
+    for more in ([], ["--overwrite"]):
+        arguments = ["eval", str(trained), "--output-dir", str(output), "--limit", "2", *more]
+        assert main(arguments) == 2
+        said = f"--output-dir {output} is in use by process {os.getppid()} on here since then"
+        assert said in capsys.readouterr().err.replace("\n", " ")
+        assert samples(output, "sudoku-20.jsonl") == before and leftover.exists()
+    (output / LOCK).unlink()
+    evaluate(trained, output, "--limit", "2")
+    assert len(samples(output, "sudoku-20.jsonl")) == 2
+    assert not list(output.rglob(".*"))

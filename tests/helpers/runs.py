@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 import os
 import pkgutil
@@ -18,6 +19,7 @@ import torch
 
 from egspo.config import TrainConfig
 from egspo.config.convert import from_mapping
+from egspo.runs.lock import _identity
 from egspo.runs.metrics import deterministic, read_metrics
 from egspo.tasks import Example, Reward, Task
 from egspo.tasks.base import register_task
@@ -306,10 +308,18 @@ def _become_rank(rank: int, world_size: int, port: int) -> None:
     )
 
 
+def hold_elsewhere(lock: Path) -> None:
+    """Write the file ``lock`` as another live process of this machine would."""
+    holder = {"token": "x", "host": "here", "since": "then", **_identity(os.getppid())}
+    lock.write_text(json.dumps(holder))
+
+
 def forkserver() -> ForkServerContext:
     """Processes forked from one that has the imports done: a start takes no seconds."""
     context = multiprocessing.get_context("forkserver")
     modules = ["egspo.training.trainer", "egspo.training.warm_start", "egspo.evaluations.run"]
+    # With what they are started from, which each would otherwise import for itself.
+    modules += ["egspo.cli", "egspo.evaluations.checkpoints", __name__, "tests.faults.harness"]
     context.set_forkserver_preload(modules)
     return context
 
