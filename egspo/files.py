@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 PARTIAL = ".egspo-partial-"
@@ -41,14 +42,15 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_partial(folder: Path, *, older_than: float = 0.0) -> None:
+def remove_partial(folder: Path, *, of: str = "", older_than: float = 0.0) -> None:
     """Delete what killed processes left half-written in ``folder``.
 
     Args:
         folder: where.
+        of: only what was to become this; empty for all.
         older_than: seconds since the last change, where other processes may be writing.
     """
-    for path in folder.glob(f"{PARTIAL}*"):
+    for path in folder.glob(f"{PARTIAL}{escape(of)}-*" if of else f"{PARTIAL}*"):
         if older_than and time.time() - path.stat().st_mtime < older_than:
             continue
         if path.is_dir() and not path.is_symlink():

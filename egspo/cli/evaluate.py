@@ -92,13 +92,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.overwrite:
         _set_aside(plan.output, state)
     leftovers = [plan.output, plan.output / SAMPLES]
+    processes = Processes()
     lock = lock_folder(
         plan.output,
-        Processes(),
+        processes,
         lambda: [remove_partial(folder) for folder in leftovers],
         name="--output-dir",
     )
-    with lock or nullcontext():
+    with lock or nullcontext(), processes.collective():
         with state.main_process_first():  # which downloads
             model, tokenizer = chosen.load(state.device)
         name = chosen.path if chosen.adapter is None else f"{chosen.path} with {chosen.adapter}"

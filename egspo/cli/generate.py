@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,12 @@ from egspo.cli.output import (
     JsonlWriter,
     TextWriter,
     Writer,
-    alone,
     answered,
     check_output,
     opened,
 )
 from egspo.cli.prompts import Prompt, is_jsonl, read_prompts
+from egspo.runs.lock import alone
 
 if TYPE_CHECKING:
     from egspo.rollouts.completion import Completion, TextDelta
@@ -75,7 +75,7 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     file, jsonl = args.output, is_jsonl(args.format, args.output)
     check_output(file, jsonl=jsonl, resume=args.resume, overwrite=args.overwrite)
-    with alone(file):
+    with nullcontext() if file is None else alone(file):
         _answer(args, prompts, file, jsonl)
 
 

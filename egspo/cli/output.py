@@ -15,7 +15,6 @@ from egspo.cli.prompts import Prompt
 from egspo.config import GenerationConfig
 from egspo.files import set_aside
 from egspo.inspection.printable import printable
-from egspo.runs.lock import RunLock
 
 if TYPE_CHECKING:
     from egspo.rollouts.completion import Completion, TextDelta
@@ -169,22 +168,6 @@ def _index(line: str) -> int | None:
         return None
     index = record.get("index") if isinstance(record, dict) else None
     return index if isinstance(index, int) and "completion" in record else None
-
-
-@contextmanager
-def alone(file: Path | None) -> Iterator[None]:
-    """Inside, no other process writes to ``file``; a pipe, a device and None are not watched.
-
-    Raises:
-        RunLockedError: another process does.
-    """
-    if file is None or (file.exists() and not file.is_file()):
-        yield
-        return
-    target = file.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with RunLock(target, name="--output"):
-        yield
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from egspo.files import partial_path, sync
+from egspo.files import partial_path, remove_partial, sync
 
 logger = logging.getLogger("egspo")
 
@@ -124,6 +124,29 @@ class RunLock:
             f"{self._where} is in use by {_described(holder)}: wait for that run, stop it, or "
             f"choose another {self._name}"
         )
+
+
+@contextmanager
+def alone(target: Path, *, name: str = "--output") -> Iterator[None]:
+    """Inside, no other process writes to ``target``, and nothing half-written of it is left.
+
+    Args:
+        target: a file or folder, which need not exist; the folder that it is in is made. A pipe
+            or a device is not locked.
+        name: as the user knows it.
+
+    Raises:
+        OSError: the folder that it is in cannot be written.
+        RunLockedError: another process does.
+    """
+    if target.exists() and not target.is_file() and not target.is_dir():
+        yield
+        return
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with RunLock(target, name=name):
+        remove_partial(target.parent, of=target.name)
+        yield
 
 
 def _described(holder: dict[str, Any]) -> str:

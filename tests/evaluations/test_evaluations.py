@@ -187,6 +187,30 @@ def test_two_processes_do_what_one_does(trained: Path, tmp_path: Path) -> None:
         assert samples(tmp_path / "two", name) == samples(tmp_path / "one", name)
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other(trained: Path, tmp_path: Path) -> None:
+    """With exit code 4, and the same command goes on."""
+    arguments = ["eval", str(trained), "--output-dir", str(tmp_path / "two"), "--batch-size", "1"]
+    blow = runs.Strike(1, "egspo.evaluations.records.SampleFile.append", 2, runs.SIGKILL)
+    log, port = tmp_path / "log", runs.free_port()
+    processes = [
+        runs.forkserver().Process(
+            target=runs.command_as_rank, args=(arguments, rank, 2, port, log, blow)
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [4, -runs.SIGKILL], log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert main(arguments) == 0
+    assert len(samples(tmp_path / "two", "sudoku-20.jsonl")) == 5
+    assert not list((tmp_path / "two").rglob("*part*"))
+
+
 def test_another_evaluation_is_refused_with_what_differs(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

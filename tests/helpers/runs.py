@@ -279,6 +279,23 @@ def evaluate_as_rank(arguments: list[str], rank: int, world_size: int, port: int
     raise SystemExit(main(arguments))
 
 
+def command_as_rank(
+    arguments: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    log: Path,
+    blow: Strike | None = None,
+) -> None:
+    """The same, with what it prints in ``log``."""
+    if blow is not None and blow.rank == rank:
+        strike(blow.target, blow.call, lambda: os.kill(os.getpid(), blow.signal))
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    evaluate_as_rank(arguments, rank, world_size, port)
+
+
 def evaluate_and_die(arguments: list[str], call: int) -> None:
     """``egspo eval`` that is killed when it is to write its ``call``-th samples."""
     from egspo.cli import main
