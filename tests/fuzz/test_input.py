@@ -223,9 +223,11 @@ def _odd(file: Path, rng: random.Random) -> None:
         change()
         save_file(tensors, file, metadata={"format": "pt"})
     else:
-        file.write_text(rng.choice(["{{", "{% for", "{{ 1/0 }}", "{{ x.y.z }}", "", "{{ messages"]))
+        texts = ["{{", "{% for", "{{ 1/0 }}", "{{ x.y.z }}", "", "{{ messages"]
+        file.write_text(rng.choice([*texts, LOOPS, "{{ 'x' * 10**8 }}"]))
 
 
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DAMAGE = (_pipe, _folder, _dangling, _cut, _cut, _flipped, _flipped, _odd, _odd, _odd, _odd)
 
 
@@ -233,8 +235,13 @@ DAMAGE = (_pipe, _folder, _dangling, _cut, _cut, _flipped, _flipped, _odd, _odd,
     "count", [25, pytest.param(300, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_model_folders(
-    count: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    count: int,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("egspo.models.chat_template.SECONDS", 1.0)
     rng = random.Random("folders")
     for number in range(count):
         folder = tmp_path / str(number)
