@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import multiprocessing
 import os
 import pkgutil
+import resource
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +166,24 @@ def command_and_signal(arguments: list[str], target: str, call: int, number: int
     signal.signal(signal.SIGINT, signal.default_int_handler)
     strike(target, call, lambda: os.kill(os.getpid(), number))
     raise SystemExit(main(arguments))
+
+
+def command_on_a_full_disk(arguments: list[str], target: str, call: int, log: Path) -> None:
+    """The command line ``egspo ARGUMENTS``, which can write nothing more from a chosen moment on;
+    ``log`` gets what it says."""
+    from egspo.cli import main
+    from egspo.training import trainer
+
+    trainer.plot_run = lambda run, png: png  # takes longer than these runs do
+    os.environ["EGSPO_CACHE"] = str(log.parent / "cache")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    strike(target, call, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard)))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write_text(said.getvalue())
+    raise SystemExit(code)
 
 
 SIGKILL, SIGTERM = int(signal.SIGKILL), int(signal.SIGTERM)
