@@ -26,6 +26,17 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file, as that of a full disk, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; at the end what was written takes the place of ``path``.
 
@@ -33,8 +44,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = partial_path(path)
     try:
-        yield temporary
-        sync(temporary)
+        with naming(path):
+            yield temporary
+            sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -99,6 +111,7 @@ def sync(path: Path) -> None:
     """Wait until the file, or what the folder lists, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from egspo.cli.prompts import Prompt
 from egspo.config import GenerationConfig
-from egspo.files import set_aside
+from egspo.files import naming, set_aside
 from egspo.inspection.printable import printable
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def opened(file: Path | None, *, resume: bool, overwrite: bool) -> Iterator[Text
         print(f"egspo: the earlier file is kept in {set_aside(file)}", file=sys.stderr)
     if resume and file.exists():
         _drop_torn_line(file)
-    with file.open("a" if resume else "x", encoding="utf-8") as stream:
+    with naming(file), file.open("a" if resume else "x", encoding="utf-8") as stream:
         yield stream
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from egspo.files import replacing
+from egspo.files import naming, replacing
 
 Record = dict[str, Any]
 
@@ -32,7 +32,8 @@ class SampleFile:
 
     def append(self, process: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Add samples, on disk before this returns."""
-        with self.part(process).open("a", encoding="utf-8") as stream:
+        part = self.part(process)
+        with naming(part), part.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
             stream.flush()
             os.fsync(stream.fileno())

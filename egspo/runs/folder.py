@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from egspo.config.recipe import TASK_COPY
+from egspo.files import naming
 from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
 from egspo.runs.published import NotOursError, check_ours
 
@@ -37,7 +38,8 @@ def claim(folder: Path) -> None:
         check_ours(folder / name)
     mark = folder / MARK
     if not mark.is_file():
-        mark.write_text("A run of egspo: it replaces what it wrote here, and nothing else.\n")
+        with naming(mark):
+            mark.write_text("A run of egspo: it replaces what it wrote here, and nothing else.\n")
 
 
 def check_run(folder: Path) -> None:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from egspo.files import partial_path, remove_partial, sync
+from egspo.files import naming, partial_path, remove_partial, sync
 
 logger = logging.getLogger("egspo")
 
@@ -89,12 +89,13 @@ class RunLock:
             self._wait_until_gone(holder)
         mine = {"token": self._token, "host": socket.gethostname(), **_identity(os.getpid())}
         mine["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
-        with _alone(self._file.parent):
+        with exclusive(self._file.parent):
             now = _read(self._file)
             if now is not None and now != holder:  # another one was faster
                 raise self._held_by(now)
             partial = partial_path(self._file)
-            partial.write_text(json.dumps(mine), "utf-8")
+            with naming(self._file):
+                partial.write_text(json.dumps(mine), "utf-8")
             sync(partial)
             partial.replace(self._file)
         self.check()
@@ -209,7 +210,7 @@ def _release(file: Path, token: str, process: int, stop: threading.Event) -> Non
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Inside, no other process of this machine is; none at all, if the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

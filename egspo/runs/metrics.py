@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from egspo.files import replacing
+from egspo.files import naming, replacing
 
 logger = logging.getLogger("egspo")
 
@@ -133,7 +133,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _append(path: Path, lines: Iterable[str]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
+    with naming(path), path.open("a", encoding="utf-8") as stream:
         stream.writelines(f"{line}\n" for line in lines)
         stream.flush()
         os.fsync(stream.fileno())

@@ -12,11 +12,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from egspo.files import CheckpointError, partial_path, set_aside, sync
+from egspo.files import CheckpointError, naming, partial_path, set_aside, sync
+from egspo.runs.lock import exclusive
 
 logger = logging.getLogger("egspo")
 
@@ -50,23 +51,21 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
     partial = partial_path(target)
     partial.mkdir(parents=True)
     try:
-        with _full_disk_said(target):
+        with naming(target), _full_disk_said(target):
             write(partial)
-        (partial / MANIFEST).write_text(json.dumps(_inventory(partial), indent=1))
+            (partial / MANIFEST).write_text(json.dumps(_inventory(partial), indent=1))
         for path in (*partial.rglob("*"), partial):
             sync(path)
-        if not replace:
-            with suppress(OSError):  # ENOTEMPTY: it is there
-                partial.rename(target)
-                sync(target.parent)
-            if is_intact(target):
+        with nullcontext() if replace else exclusive(target.parent):
+            if not replace and is_intact(target):
                 return
-            clear(target)
-        elif os.path.lexists(target):
-            check_ours(target)
-            delete_published(target)
-        partial.rename(target)
-        sync(target.parent)
+            if not replace:
+                clear(target)
+            elif os.path.lexists(target):
+                check_ours(target)
+                delete_published(target)
+            partial.rename(target)
+            sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -22,14 +22,14 @@ pytestmark = pytest.mark.slow  # a process each
 TRAIN, WARM, PLAIN = "train", "warm start", "sft"
 MOMENTS = [
     (TRAIN, "egspo.runs.metrics._append", 2),
-    (TRAIN, "egspo.training.state.save_weights", 2),
+    (TRAIN, "torch.save", 2),
     (TRAIN, "egspo.runs.published._inventory", 2),
     (TRAIN, "egspo.training.trainer.write_group", 2),
     (TRAIN, "egspo.training.trainer.publish", 1),
     (WARM, "egspo.training.warm_start.publish", 1),
     (WARM, "egspo.runs.metrics._append", 3),
     (PLAIN, "egspo.runs.metrics._append", 3),
-    (PLAIN, "egspo.training.state.save_weights", 2),
+    (PLAIN, "torch.save", 2),
 ]
 
 

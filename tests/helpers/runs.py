@@ -168,6 +168,19 @@ def command_and_signal(arguments: list[str], target: str, call: int, number: int
     raise SystemExit(main(arguments))
 
 
+def warm_start_at_once(folder: Path, number: int, ready: Any) -> None:
+    """In a process of its own: a warm start from the cache in ``folder``, when all are ready."""
+    from egspo.models import load_model
+    from egspo.tasks.prompts import build_data
+    from egspo.training.warm_start import warm_start
+
+    os.environ["EGSPO_CACHE"] = str(folder / "cache")
+    tiny = config(folder / str(number), {"sft": {"steps": 1, "batch_size": 2}})
+    data = build_data(tiny)
+    ready.wait(200)
+    load_model(warm_start(tiny, data, torch.device("cpu")))
+
+
 def command_on_a_full_disk(arguments: list[str], target: str, call: int, log: Path) -> None:
     """The command line ``egspo ARGUMENTS``, which can write nothing more from a chosen moment on;
     ``log`` gets what it says."""
