@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Self
 
 from egspo.files import naming, partial_path, remove_partial, sync
@@ -178,6 +179,8 @@ def _identity(process: Any) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any] | None:
     """What the lock says; nothing is said by a damaged one, None where there is none."""
     try:
+        if not S_ISREG(file.stat().st_mode):  # nor is a pipe waited for
+            return {}
         holder = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None

@@ -27,6 +27,7 @@ _FULL = (
     "os error 28",
     "file write failed",
     "PytorchStreamWriter",
+    "inline_container",
     "File too large",
 )
 
@@ -72,9 +73,13 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
 
 @contextmanager
 def _full_disk_said(target: Path) -> Iterator[None]:
-    """Libraries that write tensors say in errors of their own that the disk is full."""
+    """Libraries that write tensors say in errors of their own that the disk is full, and the copy of
+    a folder says it once for each file."""
     try:
         yield
+    except shutil.Error as error:
+        *_, reason = error.args[0][0]
+        raise OSError(f"{target} could not be saved: {reason}") from error
     except OSError:
         raise
     except Exception as error:

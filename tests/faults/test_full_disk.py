@@ -70,7 +70,9 @@ def test_training(
     monkeypatch.setenv("EGSPO_CACHE", str(tmp_path / "cache"))
     arguments = command(kind, tmp_path / "a")
     said = full(arguments, target, call, tmp_path)
-    assert "File too large" in said and str(tmp_path) in said
+    # What writes tensors knows no reason.
+    reason = "could not be saved" if target == "torch.save" else "File too large"
+    assert reason in said and str(tmp_path) in said
     for checkpoint in list_checkpoints(tmp_path / "a" / "run" / "checkpoints"):
         verify_published(checkpoint)
     assert main(arguments) == 0
@@ -96,6 +98,7 @@ def test_what_is_measured_and_exported(tmp_path: Path) -> None:
     assert samples.read_bytes() == whole.read_bytes()
     export = ["export", str(run), "--output", str(tmp_path / "exported")]
     said = full(export, "egspo.training.export.publish", 1, tmp_path)
-    assert "File too large" in said and str(tmp_path / "exported") in said
+    assert said.startswith(f"{tmp_path / 'exported'} could not be saved: ")
+    assert said.endswith("File too large") and len(said) < 300
     assert not [path for path in tmp_path.iterdir() if "export" in path.name]
     assert main(export) == 0
