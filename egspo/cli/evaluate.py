@@ -70,8 +70,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     configure_output()
     from egspo.engines.processes import Processes, process_state
     from egspo.evaluations.metrics import metric_notes
-    from egspo.evaluations.plan import EvaluationPlan, fingerprint, load_task
-    from egspo.evaluations.run import SAMPLES, run_evaluation
+    from egspo.evaluations.plan import SAMPLES, EvaluationPlan, fingerprint, load_task
+    from egspo.evaluations.run import run_evaluation
     from egspo.training.occupation import lock_folder
 
     run = _run_of(args.adapter or args.model)

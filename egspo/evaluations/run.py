@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from egspo.config import GenerationConfig
 from egspo.evaluations.metrics import metric_means, metric_notes
-from egspo.evaluations.plan import EvaluationPlan, check_same, examples_of, identity, save_identity
+from egspo.evaluations.plan import (
+    SAMPLES,
+    EvaluationPlan,
+    check_same,
+    examples_of,
+    identity,
+    save_identity,
+)
 from egspo.evaluations.records import Record, SampleFile
 from egspo.evaluations.summary import SummaryRow, summarise, write_summary
 from egspo.rollouts.completion import Completion, completions_of
@@ -30,7 +37,6 @@ from egspo.training.progress import RunProgress
 
 logger = logging.getLogger("egspo")
 
-SAMPLES = "samples"
 # Sequences that one rollout holds: it keeps the trajectories of all.
 _ROLLOUT = 4096
 # Noise of further samples of a prompt is as far from that of other prompts as any task is long.

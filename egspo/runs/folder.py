@@ -37,6 +37,8 @@ def claim(folder: Path) -> None:
     for name in PUBLISHED:
         check_ours(folder / name)
     mark = folder / MARK
+    if os.path.lexists(mark) and not mark.is_file():
+        raise NotOursError(f"{mark} is in the way, and egspo did not write it: move it away")
     if not mark.is_file():
         with naming(mark):
             mark.write_text("A run of egspo: it replaces what it wrote here, and nothing else.\n")

@@ -73,8 +73,8 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
 
 @contextmanager
 def _full_disk_said(target: Path) -> Iterator[None]:
-    """Libraries that write tensors say in errors of their own that the disk is full, and the copy of
-    a folder says it once for each file."""
+    """Libraries that write tensors say in errors of their own that the disk is full, and the copy
+    of a folder says it once for each file."""
     try:
         yield
     except shutil.Error as error:
@@ -132,9 +132,13 @@ def verify_published(path: Path) -> None:
     """Compare every file with its checksum; raises :class:`CheckpointError` naming the file."""
     for name, expected in read_manifest(path).items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != expected["bytes"] or _digest(file) != expected["sha256"]:
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{path} is damaged: {name} is missing")
+            same = file.stat().st_size == expected["bytes"] and _digest(file) == expected["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if not same:
             raise CheckpointError(f"{path} is damaged: {name} does not match its checksum")
 
 
@@ -163,6 +167,8 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(manifest, dict) or not manifest:
         raise CheckpointError(f"{path} is damaged: {MANIFEST} lists no files")
     for name, entry in manifest.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path} is damaged: {MANIFEST} lists what is elsewhere: {name}")
         if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
             raise CheckpointError(f"{path} is damaged: {MANIFEST} has no size and checksum: {name}")
     return manifest

@@ -445,17 +445,47 @@ def test_a_model_that_is_no_run_needs_tasks(
 
 def test_damaged_samples_are_refused(tmp_path: Path) -> None:
     file = SampleFile(tmp_path, "task-8")
-    file.append(0, [{"index": 1, "sample": 0, "score": 1.0}])
-    file.append(1, [{"index": 0, "sample": 0, "score": 0.0}])
+    rest = {"sample": 0, "rewards": {}, "tokens": 2, "steps": 1, "finish_reason": "stop"}
+    file.append(0, [{"index": 1, "score": 1.0, **rest}])
+    file.append(1, [{"index": 0, "score": 0.0, **rest}])
     file.join()
     assert [record["index"] for record in file.read()] == [0, 1]
-    file.append(0, [{"index": 0, "sample": 0, "score": 0.5}])  # joined, but killed before unlink
+    file.append(0, [{"index": 0, "score": 0.5, **rest}])  # joined, but killed before unlink
     file.join()
     assert [record["score"] for record in file.read()] == [0.5, 1.0]
     with file.path.open("a") as stream:
         stream.write("not json\n")
     with pytest.raises(ValueError, match=r"task-8.jsonl, line 3 is no sample.*'not json'"):
         file.read()
+    good = {"index": 0, "score": None, **rest}
+    for name, values in {
+        **dict.fromkeys(("index", "sample", "tokens", "steps"), (-1, 1.5, True, None, "x", [])),
+        "score": ("x", [], math.nan, math.inf),
+        "rewards": (None, [], {"a": "b"}, {"a": math.inf}),
+        "finish_reason": (None, 3),
+    }.items():
+        for value in values:
+            lines = [json.dumps(record) + "\n" for record in (good, {**good, name: value})]
+            file.path.write_text("".join(lines))
+            with pytest.raises(ValueError, match="line 2 is no sample of an evaluation"):
+                file.read()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "[]", "{}", '{"identity": []}', '{"identity": {"tasks": 3}}', "[" * 10**5, "x"],
+)
+def test_samples_of_an_unknown_evaluation_are_not_taken(
+    content: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "sudoku-20.jsonl").write_text("mine")
+    if content is not None:
+        (tmp_path / "evaluation.json").write_text(content)
+    assert main(["eval", str(trained), "--output-dir", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "evaluation" in said and "--overwrite" in said
+    assert (tmp_path / "samples" / "sudoku-20.jsonl").read_text() == "mine"
 
 
 def test_wilson() -> None:
