@@ -130,8 +130,8 @@ def check_same(plan: EvaluationPlan, new: Mapping[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         if any((plan.output / SAMPLES).glob("*.jsonl")):
             raise ValueError(
-                f"{plan.output / SAMPLES} has samples, and no {PLAN_FILE} says of which evaluation. "
-                f"{_ELSEWHERE}"
+                f"{plan.output / SAMPLES} has samples, and no {PLAN_FILE} says of which evaluation "
+                f"they are. {_ELSEWHERE}"
             )
         return dict(new)
     saved = _saved_identity(file)

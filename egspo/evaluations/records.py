@@ -96,4 +96,4 @@ def _parse(line: str, number: int, file: Path) -> Record:
         record = None
     if not _is_sample(record):
         raise ValueError(f"{file}, line {number} is no sample of an evaluation: {line[:80]!r}")
-    return record
+    return dict(record)

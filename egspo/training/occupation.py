@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from egspo.engines.processes import Processes
@@ -66,6 +67,26 @@ def lock_folder(
             lock.release()
         raise
     return taken[0] if taken else None
+
+
+@contextmanager
+def writing_alone(
+    folder: Path, processes: Processes, *, leftovers: Sequence[Path], name: str
+) -> Iterator[Callable[[], object]]:
+    """Inside, ``folder`` is locked; yields a check that it still is, of the main process.
+
+    Args:
+        folder, processes, name: as :func:`lock_folder`, which raises.
+        leftovers: folders where what killed processes left half-written is deleted.
+    """
+    lock = lock_folder(folder, processes, lambda: [*map(remove_partial, leftovers)], name=name)
+    try:
+        yield (lambda: None) if lock is None else lock.check
+    finally:
+        if lock is not None:
+            lock.release()
+            with suppress(OSError):  # only an empty one, in which nothing was written
+                folder.rmdir()
 
 
 def _check_shared(output: Path, processes: Processes) -> None:

@@ -471,6 +471,22 @@ def test_damaged_samples_are_refused(tmp_path: Path) -> None:
                 file.read()
 
 
+def test_overwrite_renames_evaluations_only(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for path in (mine, mine / "thesis.txt"):
+        assert main(["eval", str(trained), "--output-dir", str(path), "--overwrite"]) == 2
+        assert "is no evaluation" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    with pytest.raises(SystemExit):
+        main(["eval", str(trained), "--output-dir", ""])
+    assert "--output-dir: it must not be empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "content",
     [None, "[]", "{}", '{"identity": []}', '{"identity": {"tasks": 3}}', "[" * 10**5, "x"],

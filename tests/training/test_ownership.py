@@ -228,7 +228,7 @@ def test_a_manifest_that_says_nothing_is_damage(manifest: str, half: Path) -> No
 def test_a_name_that_no_file_has_is_damage(name: str, half: Path) -> None:
     newest = half / "checkpoints" / "step-000003"
     (newest / MANIFEST).write_text(json.dumps({name: {"bytes": 1, "sha256": ""}}))
-    with pytest.raises(CheckpointError, match=r"step-000003 is damaged: .*step-000002 is intact"):
+    with pytest.raises(CheckpointError, match=r"step-000003 is damaged: "):
         train(runs.config(half, FOUR), resume=newest)
 
 
