@@ -83,7 +83,7 @@ def _answer(
     args: argparse.Namespace, prompts: Sequence[Prompt], file: Path | None, jsonl: bool
 ) -> None:
     """The prompts that ``file`` lacks."""
-    done = answered(file, prompts) if args.resume else set()
+    done = answered(file, prompts) if args.resume and file is not None else set()
     if len(done) == len(prompts):
         print(f"egspo: {file} has all {len(prompts)} answers", file=sys.stderr)
         return

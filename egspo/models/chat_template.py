@@ -29,7 +29,7 @@ def render_chats(
     Raises:
         ValueError: the template fails, or takes longer or says more than any prompt does.
     """
-    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     texts: list[str] = []
     try:
         with _TimeLimit(SECONDS) as limit:

@@ -79,7 +79,12 @@ def writing_alone(
         folder, processes, name: as :func:`lock_folder`, which raises.
         leftovers: folders where what killed processes left half-written is deleted.
     """
-    lock = lock_folder(folder, processes, lambda: [*map(remove_partial, leftovers)], name=name)
+
+    def clean() -> None:
+        for each in leftovers:
+            remove_partial(each)
+
+    lock = lock_folder(folder, processes, clean, name=name)
     try:
         yield (lambda: None) if lock is None else lock.check
     finally:
