@@ -35,6 +35,7 @@ Preset = Literal[
     "coupled-grpo",
     "espo",
     "spg",
+    "just-grpo",
 ]
 
 
