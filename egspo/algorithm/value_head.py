@@ -23,6 +23,8 @@ VALUE_FILE = "value_head.pt"
 """Of a checkpoint: weights and moments."""
 UPDATES = 8
 """Gradient steps on the states of a rollout."""
+_MOMENTS = "exp_avg", "exp_avg_sq"
+_MISFITS = (AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class ValueHead:
@@ -122,7 +124,10 @@ class ValueHead:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             self.linear.load_state_dict(saved["head"])
             self.optimizer.load_state_dict(saved["optimizer"])
-        except (EOFError, KeyError, RuntimeError, TypeError, ValueError, UnpicklingError) as error:
+            for parameter, moments in self.optimizer.state.items():
+                if {moments[name].shape for name in _MOMENTS} != {parameter.shape}:
+                    raise ValueError(f"moments are not of the shape {list(parameter.shape)}")
+        except (*_MISFITS, UnpicklingError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise CheckpointError(f"{file} does not fit the model: {reason}") from error
 

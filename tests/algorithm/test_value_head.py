@@ -214,6 +214,14 @@ def test_a_resumed_run_is_the_same(tmp_path: Path, no_plots: None) -> None:
         other.iteration.values.load(find_checkpoint(tmp_path / "whole"))
     with pytest.raises(CheckpointError, match=f"has no {VALUE_FILE}"):
         other.iteration.values.load(tmp_path)
+    newest = find_checkpoint(tmp_path / "part")
+    values = Trainer(runs.config(tmp_path / "fresh", HEAD)).iteration.values
+    assert values is not None
+    damaged = torch.load(newest / VALUE_FILE, weights_only=True)
+    damaged["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(damaged, tmp_path / VALUE_FILE)
+    with pytest.raises(CheckpointError, match="moments are not of the shape"):
+        values.load(tmp_path)
 
 
 @pytest.mark.parametrize(
