@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from egspo.rollouts.trajectory import PromptBatch, Trajectory
 from egspo.rollouts.work import ModelCost
 from egspo.runs.checkpoint import find_checkpoint, list_checkpoints
 from egspo.runs.metrics import read_metrics
+from egspo.tasks import Reward
 from egspo.training.trainer import Trainer, train
 from tests.algorithm import test_causal_policy as causal
 from tests.algorithm import test_replay as full
@@ -222,6 +224,30 @@ def test_a_resumed_run_is_the_same(tmp_path: Path, no_plots: None) -> None:
     torch.save(damaged, tmp_path / VALUE_FILE)
     with pytest.raises(CheckpointError, match="moments are not of the shape"):
         values.load(tmp_path)
+
+
+def test_a_head_that_has_learned_is_not_saved_with_the_step_before(
+    tmp_path: Path, no_plots: None
+) -> None:
+    """Of equal rewards, so that nothing but the head changes in a step."""
+
+    def same(completions: Sequence[str], **_: Any) -> list[float]:
+        return [0.5 for _ in completions]
+
+    def fail() -> None:
+        raise RuntimeError("behind the update")
+
+    runs.rewards[:] = [Reward("same", same)]
+    undo = runs.strike("egspo.algorithm.iteration.peak_memory", 2, fail)
+    changes = {"algorithm": {**HEAD["algorithm"], "lam": 0.0}, "checkpoint": {"every": 0}}
+    try:
+        with pytest.raises(RuntimeError, match="behind the update"):
+            train(runs.config(tmp_path, runs.LETTERS, changes))
+    finally:
+        undo()
+        runs.rewards.clear()
+    assert [record.get("updates") for record in read_metrics(tmp_path)] == [None, 0]
+    assert not list_checkpoints(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize(
