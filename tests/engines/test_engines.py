@@ -40,6 +40,7 @@ JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "join
 PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
+VALUES = {"algorithm": {"step_values": "head"}, "steps": 3}
 COUPLED = {
     **SHORT,
     "algorithm": {
@@ -98,6 +99,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache", marks=SLOW),
         pytest.param(2, [FSDP2, SHORT, *BLOCKS], id="2-fsdp2-blocks", marks=SLOW),
         pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
+        pytest.param(2, [SHORT, VALUES], id="2-values", marks=SLOW),
+        pytest.param(3, [FSDP2, SHORT, VALUES], id="3-fsdp2-values", marks=SLOW),
         pytest.param(3, [FSDP2, COUPLED], id="3-fsdp2-coupled", marks=SLOW),
         pytest.param(
             2,
