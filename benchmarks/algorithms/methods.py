@@ -41,6 +41,21 @@ METHODS = {
         tier=1,
     ),
     "all": Method(("algorithm.strategy=all",), by_lam=True, tier=1),
+    "value-head": Method(
+        (
+            *("algorithm.strategy=high_entropy", "algorithm.stepwise=true"),
+            "algorithm.step_values=head",
+        ),
+        by_k=True,
+        tier=2,
+    ),
+    "just-grpo": Method(
+        (
+            *("algorithm.preset=just-grpo", "algorithm.beta=0"),
+            *("generation.policy=left_to_right", "generation.steps={steps}"),
+        ),
+        tier=2,
+    ),
     "d1": _preset("d1"),
     "wd1": _preset("wd1"),
     "coupled-grpo": _preset("coupled-grpo"),

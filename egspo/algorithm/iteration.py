@@ -14,6 +14,7 @@ from egspo.algorithm.phases.rollout import Rollout, rollout_metrics
 from egspo.algorithm.phases.selection import selection_metrics
 from egspo.algorithm.phases.update import Update
 from egspo.algorithm.sampled_group import sampled_group
+from egspo.algorithm.value_head import ValueHead
 from egspo.config import TrainConfig
 from egspo.engines import Engine
 from egspo.engines.processes import Processes
@@ -27,7 +28,14 @@ from egspo.tasks.prompts import Data
 
 
 class Iteration:
-    """The algorithm, on one of several processes or the only one."""
+    """The algorithm, on one of several processes or the only one.
+
+    Args:
+        config, data: of the run.
+        denoiser, engine: of the policy.
+        processes: this one among all of them.
+        values: the value head, where the run has one.
+    """
 
     def __init__(
         self,
@@ -36,9 +44,11 @@ class Iteration:
         denoiser: Denoiser,
         engine: Engine,
         processes: Processes,
+        values: ValueHead | None = None,
     ) -> None:
+        assert (values is not None) == config.algorithm.predicts
         self.config, self.data, self.denoiser = config, data, denoiser
-        self.engine, self.processes = engine, processes
+        self.engine, self.processes, self.values = engine, processes, values
         self.rewards = TrainingRewards(config.task, data, denoiser.eos_id)
         self.micro_batches = MicroBatches(
             config.micro_batch_size,
@@ -59,7 +69,9 @@ class Iteration:
             config, self.objective, self.micro_batches, engine, processes, self.mark_updated
         )
         self.updated = False
-        """Whether the weights may have changed since the iteration began."""
+        """Whether the weights may have changed in the last update."""
+        self.changed = False
+        """Whether anything that is saved may have, since whoever saves set this to False."""
         self.version = 0
         """How many iterations have changed the weights."""
         self.group: list[TrajectoryRecord] = []
@@ -113,8 +125,9 @@ class Iteration:
             selection = self.objective.select(samples)
         with self.phase(metrics, step, "score"):
             scores, one_step = replay_states(self.objective, samples, selection, self.rewards)
+            values = None if self.values is None else self.values.predict(selection.states)
         metrics |= selection_metrics(selection)
-        return Batch(step, samples, selection, scores, one_step, self.version, metrics)
+        return Batch(step, samples, selection, scores, one_step, values, self.version, metrics)
 
     def update(self, batch: Batch) -> Metrics:
         """Advantages and update, by the ratio to the weights that made the batch.
@@ -134,6 +147,8 @@ class Iteration:
                     self.config, self.data, self.denoiser.eos_id, batch, advantage, one_step
                 )
             metrics |= self.optimize(batch, advantage.to(self.denoiser.device))
+            if self.values is not None:
+                metrics |= self._train_values(self.values, batch)
         if metrics["staleness"]:
             metrics["ratio/drift"] = None  # the policy has moved, and its ratio is no defect
         self.version += self.updated
@@ -142,7 +157,15 @@ class Iteration:
 
     def mark_updated(self) -> None:
         """The weights are about to change."""
-        self.updated = True
+        self.updated = self.changed = True
+
+    def _train_values(self, values: ValueHead, batch: Batch) -> Metrics:
+        """Once the rewards of the batch have been predicted."""
+        self.changed = True
+        samples = batch.samples
+        here = samples.groups.sequences
+        rewards = samples.rewards.flatten()[here.start : here.stop]
+        return values.train(samples.trajectory, rewards)
 
     def _one_step(self, batch: Batch, metrics: Metrics) -> OneStepCompletions | None:
         """The one-step completions and their rewards, waited for; None where there are none."""

@@ -113,10 +113,12 @@ def rollout_blocks(
     entropy_reduce: EntropyReduce = "mean",
     entropy_temperature: float = 1.0,
     complete: bool = False,
+    pool: bool = False,
 ) -> Iterator[RolloutBlock]:
     """:func:`rollout` block by block, for who takes completions as they come; with ``complete``
-    also the most likely tokens at every step, :attr:`Trajectory.greedy`."""
-    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature, complete)
+    also the most likely tokens at every step, :attr:`Trajectory.greedy`, with ``pool`` mean hidden
+    states, :attr:`Trajectory.pooled`."""
+    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature, complete, pool)
     return _Rollout(denoiser, prompts, config, recording, sequence_ids).blocks()
 
 
@@ -153,6 +155,10 @@ class _Rollout:
         if recording.complete:
             size = (count, config.steps, length)
             self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
+        self.pooled = None
+        if recording.pool:
+            wide = denoiser.head_weight.shape[1]
+            self.pooled = torch.zeros((count, most, wide), dtype=dtype, device=device)
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.starts = [0] * count
         """First position not denoised, by sequence; where that is in the first block of a
@@ -223,6 +229,7 @@ class _Rollout:
             lengths=length_before(self.tokens, self.denoiser.eos_id),
             mask_id=self.denoiser.mask_id,
             greedy=self.greedy,
+            pooled=None if self.pooled is None else self.pooled[:, : self.num_steps],
         )
 
     def _sequences(self, rows: list[int]) -> Sequences:
@@ -282,6 +289,8 @@ class _Rollout:
         self.log_prob[index, columns] = block.log_prob
         if self.greedy is not None and block.greedy is not None:
             self.greedy[index, columns] = block.greedy
+        if self.pooled is not None and block.pooled is not None:
+            self.pooled[index, columns] = block.pooled
 
         broken = block.token_entropy.isnan() & inside
         ended = ((block.tokens == self.denoiser.eos_id) & inside).any(1)

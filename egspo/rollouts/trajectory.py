@@ -79,6 +79,9 @@ class Trajectory:
     greedy: Tensor | None = None
     """int32 [B, T, L], the most likely token of every position that is masked before a step, where
     the rollout was asked for it; what else is in it means nothing."""
+    pooled: Tensor | None = None
+    """float [B, T, D], mean over the active block of the hidden states before each step, where the
+    rollout was asked for it; 0 at steps not taken."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -143,8 +146,7 @@ class Trajectory:
     @classmethod
     def _map(cls, prompts: PromptBatch, function, parts: Sequence[Trajectory]) -> Trajectory:  # type: ignore[no-untyped-def]
         names = [f.name for f in fields(cls) if f.name not in ("prompts", "mask_id")]
-        if parts[0].greedy is None:
-            names.remove("greedy")
+        names = [name for name in names if getattr(parts[0], name) is not None]
         merged = {name: function([getattr(part, name) for part in parts]) for name in names}
         return cls(prompts=prompts, mask_id=parts[0].mask_id, **merged)
 

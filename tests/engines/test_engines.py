@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from egspo.config import DistributedConfig
+from egspo.config.recipe import save_config
 from egspo.engines.processes import Processes
 from egspo.runs.checkpoint import list_checkpoints
 from egspo.runs.metrics import deterministic, read_metrics
@@ -39,6 +40,7 @@ JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "join
 PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
+VALUES = {"algorithm": {"step_values": "head"}, "steps": 3}
 COUPLED = {
     **SHORT,
     "algorithm": {
@@ -97,6 +99,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache", marks=SLOW),
         pytest.param(2, [FSDP2, SHORT, *BLOCKS], id="2-fsdp2-blocks", marks=SLOW),
         pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
+        pytest.param(2, [SHORT, VALUES], id="2-values", marks=SLOW),
+        pytest.param(3, [FSDP2, SHORT, VALUES], id="3-fsdp2-values", marks=SLOW),
         pytest.param(3, [FSDP2, COUPLED], id="3-fsdp2-coupled", marks=SLOW),
         pytest.param(
             2,
@@ -209,6 +213,30 @@ def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
     message = (tmp_path / "run.lost-0").read_text()
     assert "at most 3 s (distributed.timeout)" in message
     assert "process 1 is in 'select of step 2'" in message
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("absent", "engine"), [(1, "replicated"), (1, "fsdp2"), (0, "replicated"), (0, "fsdp2")]
+)
+def test_who_does_not_come_to_the_start_is_lost(absent: int, engine: str, tmp_path: Path) -> None:
+    """The one that keeps the list of who came, or the other; by the command line."""
+    recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    changes = {"distributed": {"engine": engine, "timeout": 3.0}}
+    save_config(runs.config(tmp_path / "run", changes), recipe)
+    process = runs.forkserver().Process(
+        target=runs.command_as_rank,
+        args=(["train", str(recipe)], 1 - absent, 2, runs.free_port(), log),
+    )
+    begin = time.monotonic()
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 4, log.read_text()
+    assert time.monotonic() - begin < 55
+    said = " ".join(log.read_text().split())
+    assert "error: not all of the 2 processes came to the start of the run" in said
+    assert "Traceback" not in said
 
 
 FROZEN = {
