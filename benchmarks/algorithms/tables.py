@@ -99,10 +99,10 @@ def verdict(rows: Sequence[Comparison]) -> str:
         + ". ".join(parts)
         + "."
         if parts
-        else "Nothing is compared with `high_entropy` here."
+        else "Nothing is judged against `high_entropy` here."
     )
     if few:
-        said += f" With fewer than {FEWEST} seeds, so not judged: " + "; ".join(few) + "."
+        said += f" With fewer than {FEWEST} seeds, not judged: " + "; ".join(few) + "."
     return said
 
 

@@ -256,7 +256,7 @@ def test_arms_are_compared_seed_by_seed() -> None:
     text = verdict(rows)
     assert "below it: *uniform, K = 1, λ = 0*" in text
     assert "not separated from it: *random, K = 1, λ = 0*" in text
-    assert "With fewer than 5 seeds, so not judged: sign_aware, K = 1, λ = 0." in text
+    assert "With fewer than 5 seeds, not judged: sign_aware, K = 1, λ = 0." in text
 
 
 def test_the_document_has_every_task(tmp_path: Path) -> None:
