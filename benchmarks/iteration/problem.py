@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,14 +21,16 @@ from egspo.config import (
     TaskConfig,
     TrainConfig,
 )
-from egspo.models import LLaDAConfig, add_lora
-from egspo.models.loading import model_on_meta
+from egspo.models import add_lora, model_on_meta, new_config
 from egspo.rollouts.denoiser import Denoiser
 from egspo.tasks import Example, Reward, Task
 from egspo.tasks.prompts import Data, PromptSet
 from egspo.training.build import autocast_dtype
 
 PAD, EOS, MASK, UNKNOWN = range(4)
+Decoder = Literal["full attention", "dual cache", "block-causal"]
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
+"""Of egspo: LLaDA without and with the cache, SDAR of the same sizes."""
 SPECIAL = 4
 
 
@@ -58,6 +60,7 @@ class Problem:
     dtype: str = "float32"
     """Of the weights; products are bfloat16 on a GPU in either case."""
     checkpointing: bool = False
+    decoder: Decoder = "full attention"
 
     def __post_init__(self) -> None:
         if self.vocabulary <= SPECIAL:
@@ -88,6 +91,7 @@ class Problem:
                 block_length=self.block_length,
                 batch_size=self.rollout_batch,
                 early_exit=False,
+                cache="dual" if self.decoder == "dual cache" else "none",
             ),
             algorithm=AlgorithmConfig(
                 group_size=self.group_size,
@@ -95,7 +99,8 @@ class Problem:
                 stepwise=stepwise,
                 stop_at_eos=False,
                 baseline="rank",  # as published code has it
-                one_step="rollout",  # as ``auto`` decides at the size of an 8B model
+                # As ``auto`` decides at the size of an 8B model.
+                one_step="replay" if self.decoder == "block-causal" else "rollout",
                 beta=self.beta,
             ),
             optimizer=OptimizerConfig(learning_rate=1e-30),
@@ -104,24 +109,42 @@ class Problem:
         )
 
     def model_fields(self) -> dict[str, Any]:
-        return {
-            "d_model": self.d_model,
-            "n_layers": self.layers,
-            "n_heads": self.heads,
-            "mlp_hidden_size": self.mlp,
+        tokens = {
             "vocab_size": self.vocabulary,
-            "max_sequence_length": self.prompt_tokens + self.new_tokens,
-            "init_std": self.init_std,
             "mask_token_id": MASK,
             "eos_token_id": EOS,
             "pad_token_id": PAD,
         }
+        longest = self.prompt_tokens + self.new_tokens
+        if self.decoder == "block-causal":
+            return tokens | {
+                "model_type": "sdar",
+                "hidden_size": self.d_model,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.heads,
+                "head_dim": self.d_model // self.heads,
+                "intermediate_size": self.mlp,
+                "block_size": self.block_length,
+                "max_position_embeddings": longest,
+                "initializer_range": self.init_std,
+                "bos_token_id": None,
+            }
+        return tokens | {
+            "model_type": "llada",
+            "d_model": self.d_model,
+            "n_layers": self.layers,
+            "n_heads": self.heads,
+            "mlp_hidden_size": self.mlp,
+            "max_sequence_length": longest,
+            "init_std": self.init_std,
+        }
 
     def denoiser(self, device: torch.device | str) -> Denoiser:
-        """A LLaDA of these sizes with random weights and a LoRA adapter, whose base is the
+        """A model of these sizes with random weights and a LoRA adapter, whose base is the
         reference policy."""
         config = self.config(stepwise=True)
-        model = model_on_meta(LLaDAConfig(**self.model_fields()))
+        model = model_on_meta(new_config(self.model_fields()))
         model.to(getattr(torch, self.dtype)).to_empty(device=device)
         generator = torch.Generator(device).manual_seed(0)
         with torch.no_grad():
@@ -140,7 +163,7 @@ class Problem:
 
     def meta_model(self, *, adapted: bool = True) -> nn.Module:
         """The model without memory for weights: its sizes are what costs are counted from."""
-        model = model_on_meta(LLaDAConfig(**self.model_fields()))
+        model = model_on_meta(new_config(self.model_fields()))
         return self._adapted(model) if adapted else model
 
     def _adapted(self, model: PreTrainedModel) -> nn.Module:
