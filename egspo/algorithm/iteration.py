@@ -17,7 +17,7 @@ from egspo.algorithm.sampled_group import sampled_group
 from egspo.config import TrainConfig
 from egspo.engines import Engine
 from egspo.engines.processes import Processes
-from egspo.engines.reduction import part
+from egspo.engines.reduction import part, share
 from egspo.rewards.queue import RewardQueue
 from egspo.rewards.training import TrainingRewards
 from egspo.rollouts.denoiser import Denoiser
@@ -60,6 +60,8 @@ class Iteration:
         )
         self.updated = False
         """Whether the weights may have changed since the iteration began."""
+        self.routed = (0, 0)
+        """Agreement of routers with the rollout in the passes before the first optimizer step."""
         self.version = 0
         """How many iterations have changed the weights."""
         self.group: list[TrajectoryRecord] = []
@@ -82,6 +84,7 @@ class Iteration:
             first_sequence: id of the first sequence; ids are never repeated in a run.
         """
         metrics: Metrics = {}
+        self.denoiser.agreement.take()
         size = self.config.algorithm.group_size
         groups = Groups.shared(prompt_index, size, first_sequence, self.processes)
         with self.engine.gathered():
@@ -99,6 +102,8 @@ class Iteration:
                 scores, one_step = replay_states(self.objective, samples, selection, self.rewards)
         metrics |= rollout_metrics(trajectory, metrics["time/rollout"])
         metrics |= about_rewards | selection_metrics(selection)
+        if trajectory.experts is not None:
+            metrics["routing/agreement"] = share(*self.denoiser.agreement.take())
         return Batch(step, samples, selection, scores, one_step, self.version, metrics)
 
     def update(self, batch: Batch) -> Metrics:
@@ -106,7 +111,8 @@ class Iteration:
 
         Returns what to log of all phases, as parts for :func:`egspo.engines.reduction.merge`.
         """
-        self.updated = False
+        self.updated, self.routed = False, (0, 0)
+        self.denoiser.agreement.take()
         metrics: Metrics = {**batch.metrics, "staleness": self.version - batch.version}
         one_step = self._one_step(batch, metrics)
         with self.phase(metrics, batch.step, "update"):
@@ -119,6 +125,9 @@ class Iteration:
                     self.config, self.data, self.denoiser.eos_id, batch, advantage, one_step
                 )
             metrics |= self.optimize(batch, advantage.to(self.denoiser.device))
+        routing = metrics.get("routing/agreement")
+        if routing is not None and not routing.number and not metrics["staleness"]:
+            metrics["routing/agreement"] = share(*self.routed)  # nothing was replayed before
         if metrics["staleness"]:
             metrics["ratio/drift"] = None  # the policy has moved, and its ratio is no defect
         self.version += self.updated
@@ -127,6 +136,8 @@ class Iteration:
 
     def mark_updated(self) -> None:
         """The weights are about to change."""
+        if not self.updated:
+            self.routed = self.denoiser.agreement.take()
         self.updated = True
 
     def _one_step(self, batch: Batch, metrics: Metrics) -> OneStepCompletions | None:

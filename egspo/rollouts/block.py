@@ -28,6 +28,8 @@ class Recording:
     entropy_temperature: float = 1.0
     complete: bool = False
     """Also the most likely token of every masked position at every step."""
+    experts: bool = False
+    """Also the experts of every token, of models that have some."""
 
 
 @dataclass
@@ -50,6 +52,10 @@ class DenoisedBlock:
     """Steps taken by each sequence."""
     greedy: Tensor | None
     """int32 [B, S, L], see :attr:`egspo.rollouts.trajectory.Trajectory.greedy`."""
+    experts: Tensor | None
+    """int16 [B, S, W, R, K], of the block at every step, where recorded."""
+    before: Tensor | None
+    """int16 [B, W, R, K], of the block before, where its clean pass rode with the first step."""
 
 
 class _Later(NamedTuple):
@@ -103,6 +109,8 @@ class BlockDenoising:
         if recording.complete:
             size = (*steps, config.max_new_tokens)
             self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
+        self.experts: Tensor | None = None
+        self.before: Tensor | None = None
 
     def run(self) -> DenoisedBlock:
         """All steps of the block."""
@@ -138,6 +146,8 @@ class BlockDenoising:
             self.log_prob,
             steps,
             self.greedy,
+            self.experts,
+            self.before,
         )
 
     def _advance(
@@ -147,6 +157,8 @@ class BlockDenoising:
         with self.decoder.denoiser.autocast():
             canvas = self.canvas[rows, self.margin : self.canvas.shape[1] - self.margin]
             window = self.decoder.window(context, canvas)
+        if window.experts is not None:
+            self._keep_experts(index, rows, window.experts)
         known = self.step[rows] >= 0
         # Stable: by sequence, then from left to right.
         flat = known.flatten().int().argsort(stable=True)[:masked]
@@ -178,6 +190,16 @@ class BlockDenoising:
             log_prob.gather(1, chosen).masked_fill(~valid, 0.0).sum(1),
             self._entropy(entropy, known, chosen, valid, later),
         )
+
+    def _keep_experts(self, index: int, rows: Tensor, experts: Tensor) -> None:
+        """Of a step, int16 [R, n, layers, K], and of what rode with it."""
+        width = self.positions.shape[1]
+        if self.experts is None:
+            shape = (*self.entropy.shape, width, *experts.shape[2:])
+            self.experts = experts.new_zeros(shape)
+        if experts.shape[1] > width:  # all sequences are at their first step
+            self.before = experts[:, :-width]
+        self.experts[rows, index] = experts[:, -width:]
 
     def _sample(
         self, index: int, hidden: Tensor, rows: Tensor, positions: Tensor

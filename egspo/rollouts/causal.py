@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from egspo.models.cache import KeyValueCache
+from egspo.models.routes import Routes
 from egspo.rollouts.decoder import Sequences, Window
 from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.routing import StateExperts
 from egspo.rollouts.trajectory import PromptBatch
 from egspo_kernels import linear_token_stats
 
@@ -79,10 +81,12 @@ class CausalDecoder:
     Args:
         denoiser: a block-causal model.
         block_length: B, positions of a block.
+        record: also give the experts of each step.
     """
 
     denoiser: Denoiser
     block_length: int
+    record: bool = False
 
     def begin(self, batch: Sequences) -> Steps:
         """Prepare for the steps of a block, which may be another one in every sequence."""
@@ -124,6 +128,7 @@ class CausalDecoder:
         every = torch.cat([room, context.prompt_ids, canvas, room], dim=1)
         offsets = torch.arange(-size if riding else 0, size, device=canvas.device)
         columns = size + context.prompt_ids.shape[1] + context.start[:, None] + offsets
+        routes = Routes() if self.record else None
         with self.denoiser.eagerly() if riding else nullcontext():
             hidden = self.denoiser.cached_hidden_states(
                 every.gather(1, columns),
@@ -131,9 +136,11 @@ class CausalDecoder:
                 context.cache,
                 columns - context.low,
                 None,
+                routes,
             )
         context.riding = False
-        return Window(hidden[:, -size:], context.start)
+        experts = None if routes is None else routes.stacked()
+        return Window(hidden[:, -size:], context.start, experts)
 
     def states(
         self,
@@ -144,6 +151,7 @@ class CausalDecoder:
         canvas: Tensor,
         *,
         keep: bool = False,
+        experts: StateExperts | None = None,
     ) -> tuple[Window, Replayed | None]:
         """Hidden states [M, B, D] of the blocks of M states, by one pass over R trajectories.
 
@@ -154,47 +162,55 @@ class CausalDecoder:
             start: int64 [M], first position of the block of each state.
             canvas: int64 [M, L], completions before the steps.
             keep: also return what :meth:`completions` needs.
+            experts: that the rollout chose.
         """
         size, width, device = self.block_length, prompts.ids.shape[1], tokens.device
-        count, trajectories = place.shape[0], tokens.shape[0]
+        trajectories = tokens.shape[0]
         # Blocks before the last one that is needed; the rest of a sequence need not exist.
         clean = width + int(start.max())
-        lengths = prompts.mask.sum(1)
-        # The number of each state among those of its trajectory.
-        order = place.argsort(stable=True)
-        sizes = torch.bincount(place, minlength=trajectories)
-        number = torch.empty_like(place)
-        before = (sizes.cumsum(0) - sizes)[place[order]]
-        number[order] = torch.arange(count, device=device) - before
-        copies = int(sizes.max())
-
-        offsets = torch.arange(size, device=device)
-        whole = torch.cat([prompts.ids[place], canvas], dim=1)
-        positions = start[:, None] + offsets
-        columns = (width + positions).clamp(max=whole.shape[1] - 1)
-        ids = tokens.new_full((trajectories, copies, size), self.denoiser.mask_id)
-        ids[place, number] = whole.gather(1, columns)
-        there = torch.zeros_like(ids, dtype=torch.bool)
-        there[place, number] = positions < canvas.shape[1]
-        where = torch.zeros_like(ids)
-        where[place, number] = lengths[place][:, None] + positions
+        number, copies = _numbered(place, trajectories)
+        blocks = self._blocks(prompts, place, start, canvas)
+        ids, there, where = (
+            part.new_full((trajectories, copies, size), fill).index_put((place, number), part)
+            for part, fill in zip(blocks, (self.denoiser.mask_id, False, 0), strict=True)
+        )
         stream = torch.arange(1, copies + 1, device=device).repeat_interleave(size)
-
         sequence = torch.cat([prompts.ids, tokens], dim=1)[:, :clean]
         mask = F.pad(prompts.mask, (0, tokens.shape[1]), value=True)[:, :clean]
         position = (mask.cumsum(1) - 1).clamp(min=0)
+        real = torch.cat([mask, there.flatten(1)], dim=1)
+        routes = recorded = None
+        if experts is not None:
+            recorded = experts.of_pass(place, number, copies, clean)
+            routes = Routes(recorded if experts.replay else None)
         hidden, cache = self.denoiser.stream_hidden_states(
             torch.cat([sequence, ids.flatten(1)], dim=1),
-            torch.cat([mask, there.flatten(1)], dim=1),
+            real,
             torch.cat([position, where.flatten(1)], dim=1),
             F.pad(stream, (clean, 0)).expand(trajectories, -1),
             keep=keep,
+            routes=routes,
         )
+        if routes is not None and recorded is not None:
+            needed = _needed(place, start, trajectories, clean - width)
+            needed = F.pad(needed, (width, copies * size), value=True)
+            self.denoiser.agreement.add(routes, recorded, real & needed)
         drawn = hidden[:, clean:]
         rows = drawn.reshape(len(drawn), copies, size, -1)[place, number]
         if cache is None:
             return Window(rows, start), None
         return Window(rows, start), Replayed(prompts, cache.narrow(0, clean), place, start)
+
+    def _blocks(
+        self, prompts: PromptBatch, place: Tensor, start: Tensor, canvas: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, whether they are there, and positions of the blocks of M states, [M, B] each."""
+        width = prompts.ids.shape[1]
+        positions = start[:, None] + torch.arange(self.block_length, device=start.device)
+        whole = torch.cat([prompts.ids[place], canvas], dim=1)
+        ids = whole.gather(1, (width + positions).clamp(max=whole.shape[1] - 1))
+        lengths = prompts.mask.sum(1)[place]
+        return ids, positions < canvas.shape[1], lengths[:, None] + positions
 
     @torch.no_grad()
     def completions(self, replayed: Replayed, canvas: Tensor, *, later: bool) -> Tensor:
@@ -254,15 +270,46 @@ class CausalDecoder:
         return masked.index_put((row, positions[row, offset]), best)
 
 
+def _numbered(place: Tensor, trajectories: int) -> tuple[Tensor, int]:
+    """Number of each state among those of its trajectory, int64 [M], and the most of any."""
+    order = place.argsort(stable=True)
+    sizes = torch.bincount(place, minlength=trajectories)
+    number = torch.empty_like(place)
+    before = (sizes.cumsum(0) - sizes)[place[order]]
+    number[order] = torch.arange(len(place), device=place.device) - before
+    return number, int(sizes.max())
+
+
+def _needed(place: Tensor, start: Tensor, trajectories: int, length: int) -> Tensor:
+    """bool [R, length], clean positions before the last state of their own trajectory: the others
+    are in a pass for other trajectories, and the rollout may not have computed them."""
+    last = start.new_zeros(trajectories)
+    last = last.scatter_reduce(0, place, start, "amax", include_self=False)
+    return torch.arange(length, device=start.device) < last[:, None]
+
+
 class RunningCaches:
     """The caches of the sequences that are being denoised, in the order of the last batch.
 
     A prompt is computed once for all sequences that answer it. What was dropped is computed again
     from the tokens.
+
+    Args:
+        decoder: of the rollout.
+        prompts: of all sequences.
+        length: of completions.
+        experts: int16 [N, P + L, R, K], gets those of the columns that are computed here.
     """
 
-    def __init__(self, decoder: CausalDecoder, prompts: PromptBatch, length: int) -> None:
+    def __init__(
+        self,
+        decoder: CausalDecoder,
+        prompts: PromptBatch,
+        length: int,
+        experts: Tensor | None = None,
+    ) -> None:
         self.decoder, self.prompts, self.length = decoder, prompts, length
+        self.experts = experts
         ids, mask = prompts.ids.tolist(), prompts.mask.tolist()
         self.keys = [
             tuple(t for t, real in zip(*row, strict=True) if real)
@@ -270,8 +317,8 @@ class RunningCaches:
         ]
         self.rows: list[int] = []
         self.cache: KeyValueCache | None = None
-        self.prefilled: dict[tuple[int, ...], tuple[KeyValueCache, int]] = {}
-        """By prompt that others wait to answer: one sequence, and its first column."""
+        self.prefilled: dict[tuple[int, ...], tuple[KeyValueCache, int, Tensor | None]] = {}
+        """By prompt that others wait to answer: one sequence, its first column, and experts."""
 
     def clear(self) -> None:
         """Drop everything."""
@@ -301,7 +348,8 @@ class RunningCaches:
             assert self.cache is not None
             parts.append((kept, 0, self.cache, [self.rows.index(i) for i in kept]))
         for i in fresh:
-            cache, first = self.prefilled[self.keys[i]]
+            cache, first, experts = self.prefilled[self.keys[i]]
+            self._keep(i, first, experts)
             parts.append(([i], first, cache, [0]))
         for i in lost:
             parts.append(([i], *self._again(i, tokens[i], starts[i]), [0]))
@@ -325,20 +373,31 @@ class RunningCaches:
         index = torch.tensor(unique, device=self.prompts.ids.device)
         batch = PromptBatch(self.prompts.ids[index], self.prompts.mask[index])[:]
         first = self.decoder.block_length + self.prompts.ids.shape[1] - batch.ids.shape[1]
-        cache = self._clean(batch)
+        cache, experts = self._clean(batch)
         for n, i in enumerate(unique):
-            self.prefilled[self.keys[i]] = cache.take(torch.tensor([n])), first
+            one = None if experts is None else experts[n]
+            self.prefilled[self.keys[i]] = cache.take(torch.tensor([n])), first, one
 
     def _again(self, row: int, tokens: Tensor, start: int) -> tuple[int, KeyValueCache]:
         """First column and cache of a sequence whose blocks before ``start`` are finished."""
         prompt = self.prompts.ids[row][self.prompts.mask[row]]
         ids = torch.cat([prompt, tokens[:start]])[None]
         first = self.decoder.block_length + self.prompts.ids.shape[1] - len(prompt)
-        return first, self._clean(PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
+        cache, experts = self._clean(PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
+        self._keep(row, first, None if experts is None else experts[0])
+        return first, cache
 
-    def _clean(self, batch: PromptBatch) -> KeyValueCache:
+    def _keep(self, row: int, first: int, experts: Tensor | None) -> None:
+        """Take down the ``experts`` [n, R, K] of a sequence whose columns begin at ``first``."""
+        if self.experts is not None and experts is not None:
+            begin = first - self.decoder.block_length
+            self.experts[row, begin : begin + len(experts)] = experts
+
+    def _clean(self, batch: PromptBatch) -> tuple[KeyValueCache, Tensor | None]:
         """The last block of a sequence, where it is a part, is computed to be overwritten."""
         denoiser = self.decoder.denoiser
         mask = None if bool(batch.mask.all()) else batch.mask
+        routes = Routes() if self.decoder.record else None
         with denoiser.autocast(), denoiser.eagerly():
-            return denoiser.hidden_states_and_cache(batch.ids, mask)[1]
+            cache = denoiser.hidden_states_and_cache(batch.ids, mask, routes)[1]
+        return cache, None if routes is None else routes.stacked()
