@@ -16,12 +16,13 @@ from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
 from egspo.rollouts.block import BlockDenoising, DenoisedBlock, Recording, most_steps
-from egspo.rollouts.causal import CausalDecoder, RunningCaches
+from egspo.rollouts.causal import CausalDecoder
 from egspo.rollouts.decoder import Sequences
 from egspo.rollouts.decoding import decoder_of
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.graphs import check_device
 from egspo.rollouts.routing import RecordedExperts
+from egspo.rollouts.running_caches import RunningCaches
 from egspo.rollouts.trajectory import NEVER, PromptBatch, Trajectory, length_before
 
 logger = logging.getLogger("egspo")
