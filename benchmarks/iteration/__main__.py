@@ -5,7 +5,8 @@
     python -m benchmarks.iteration --flops-only llada-8b        # counted, nothing is timed
     python -m benchmarks.iteration --decoders                   # block-causal beside the others
 
-Seconds are those of the fastest of --repeats iterations, FLOPs are counted by torch while it runs,
+Seconds are those of the fastest of --repeats iterations (with --decoders on a CPU, the processor's,
+whatever else runs there), FLOPs are counted by torch while it runs,
 memory is the most that tensors took beyond the weights, optimizer state included.
 """
 

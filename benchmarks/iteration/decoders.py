@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,9 +20,11 @@ def measured_rows(
 ) -> list[dict[str, Any]]:
     """A row for each decoder and phase: seconds of the fastest of ``repeats`` iterations.
 
-    The decoders take turns, so that a machine that is busy for a while is so for all.
+    On a CPU they are the processor's, and the decoders take turns: what else the machine does
+    hardly counts.
     """
-    benches = {name: Bench(replace(problem, decoder=name), device) for name in DECODERS}
+    clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
+    benches = {name: Bench(replace(problem, decoder=name), device, clock) for name in DECODERS}
     counted = {name: bench.run("egspo", algorithm, "count") for name, bench in benches.items()}
     runs: dict[str, list[dict[str, PhaseCost]]] = {name: [] for name in benches}
     for _ in range(repeats):
