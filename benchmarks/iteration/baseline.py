@@ -105,7 +105,9 @@ class Baseline:
             ("algorithm.strategy", algorithm.strategy, "high_entropy"),
             ("algorithm.entropy_over", algorithm.entropy_over, "revealed"),
             ("algorithm.stop_at_eos", algorithm.stop_at_eos, False),
-            ("algorithm.aggregation", algorithm.aggregation, "sum"),
+            ("algorithm.aggregation", algorithm.aggregation, "exact"),
+            # What the loss of a step is divided by, here and there.
+            ("max_new_tokens % steps", generation.max_new_tokens % generation.steps, 0),
             ("algorithm.schedule", algorithm.schedule, "joint"),
             ("algorithm.num_iterations", algorithm.num_iterations, 1),
             ("algorithm.kl", algorithm.kl, "k3"),

@@ -37,10 +37,13 @@ def add_commands(add: AddCommand) -> None:
         help="of the denoising steps, saved by early exit (default 0)",
     )
     shares.add_argument(
-        "--trained-states",
+        "--scored-states",
         type=float,
         metavar="SHARE",
         help="of prompts x group x selected steps (default 1)",
+    )
+    shares.add_argument(
+        "--trained-states", type=float, metavar="SHARE", help="of the same (default: as scored)"
     )
     rates = plan.add_mutually_exclusive_group()
     rates.add_argument("--tflops", type=float, metavar="X", help="TFLOP/s that one GPU sustains")
@@ -68,9 +71,11 @@ def _plan(args: argparse.Namespace) -> int:
     from egspo.planning.report import as_json, make_report, print_plan
 
     config = load_config(args.recipe, args.overrides)
-    given = (args.saved_steps, args.trained_states)
-    if args.measured is not None and given != (None, None):
-        raise ValueError("--measured has the shares: leave out --saved-steps and --trained-states")
+    given = (args.saved_steps, args.scored_states, args.trained_states)
+    if args.measured is not None and given != (None, None, None):
+        raise ValueError(
+            "--measured has the shares: leave out --saved-steps, --scored-states, --trained-states"
+        )
     if args.tflops is not None and not args.tflops > 0:
         raise ValueError(f"--tflops must be > 0, got {args.tflops}")
     rates = None if args.rates is None else read_rates(args.rates)
@@ -79,8 +84,11 @@ def _plan(args: argparse.Namespace) -> int:
     if args.measured is not None:
         shares = measured_shares(args.measured)
     else:
-        saved, trained = given
-        shares = Shares(0.0 if saved is None else saved, 1.0 if trained is None else trained)
+        saved, scored, trained = given
+        scored = 1.0 if scored is None else scored
+        shares = Shares(
+            0.0 if saved is None else saved, scored, scored if trained is None else trained
+        )
     report = make_report(Planner(config, args.gpus, shares), args.gpu_memory, rates)
     if args.json:
         print(json.dumps(as_json(report), indent=1))

@@ -27,15 +27,18 @@ class Shares:
 
     saved_steps: float = 0.0
     """Of the denoising steps, saved by early exit: ``rollout/saved`` of a run."""
+    scored_states: float = 1.0
+    """Of prompts_per_step x group_size x selected_steps; without KL, EGSPO scores none of a group
+    whose rewards are all the same."""
     trained_states: float = 1.0
-    """Of prompts_per_step x group_size x selected_steps; groups whose rewards are all the same
-    train none."""
+    """Of the same; without KL, none whose advantage is 0."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.saved_steps < 1:
             raise ValueError(f"saved_steps must be in [0, 1), got {self.saved_steps}")
-        if not 0 <= self.trained_states <= 1:
-            raise ValueError(f"trained_states must be in [0, 1], got {self.trained_states}")
+        for name in ("scored_states", "trained_states"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def expected_work(

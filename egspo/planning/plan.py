@@ -144,7 +144,7 @@ class Planner:
                 total[phase] += counted(work[phase])
         shares = {
             "rollout": 1 - self.shares.saved_steps,
-            "score": self.shares.trained_states,
+            "score": self.shares.scored_states,
             "update": self.shares.trained_states,
         }
         processes = self.config.prompts_per_step / each.prompts_per_step
@@ -309,10 +309,10 @@ def measured_shares(run: Path) -> Shares:
     config = load_config(run / "config.yaml")
     sequences = config.prompts_per_step * config.algorithm.group_size
     most = sequences * config.ranks * len(records)
-    return Shares(
-        sum(record["rollout/saved"] for record in records) / len(records),
-        sum(record["selected/states"] for record in records) / most,
-    )
+    scored = sum(record["selected/states"] for record in records)
+    skipped = sum(record["skipped/states"] for record in records)
+    saved = sum(record["rollout/saved"] for record in records) / len(records)
+    return Shares(saved, scored / most, (scored - skipped) / most)
 
 
 def read_rates(file: Path) -> dict[str, float]:

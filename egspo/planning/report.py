@@ -118,7 +118,7 @@ def _phases(report: Report) -> Group:
     shares, seconds = planner.shares, report.seconds(plan)
     title = (
         f"A training step, {shares.saved_steps:.0%} of the denoising steps saved by early exit, "
-        f"{shares.trained_states:.0%} of the states trained"
+        f"{shares.scored_states:.0%} of the states scored, {shares.trained_states:.0%} trained"
     )
     table = Table("phase")
     table.add_column("TFLOP", justify="right", no_wrap=True)

@@ -24,6 +24,7 @@ from egspo.runs.metrics import read_metrics
 from egspo.training.trainer import Trainer
 from tests.algorithm.test_replay import prompts_of, small_denoiser
 from tests.helpers import runs
+from tests.helpers.marks import first_fast
 from tests.helpers.runs import LETTERS
 
 pytestmark = pytest.mark.usefixtures("no_plots", "varied")
@@ -151,7 +152,7 @@ def assert_same(actual: list[list[Tensor]], expected: list[list[Tensor]]) -> Non
             torch.testing.assert_close(a, b, rtol=0, atol=1e-7 * largest)
 
 
-@pytest.mark.parametrize("schedule", ["joint", "per_step"])
+@pytest.mark.parametrize("schedule", first_fast(["joint", "per_step"]))
 @pytest.mark.parametrize(
     "changes",
     [
@@ -225,7 +226,7 @@ DOING = {"replay": "replaying", "forward": "updating on", "backward": "updating 
 
 @pytest.mark.parametrize("phase", DOING)
 @pytest.mark.parametrize("schedule", ["joint", "per_step"])
-@pytest.mark.parametrize("budget", [False, True])
+@pytest.mark.parametrize("budget", first_fast([False, True]))
 def test_out_of_memory_splits_and_the_gradient_stays(
     phase: str, schedule: str, budget: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from egspo.rollouts.denoiser import Denoiser
 from tests.algorithm.test_cached_policy import enumerable_denoiser, enumerate_cached
 from tests.algorithm.test_enumeration import flat_gradient, relative_error
 from tests.helpers import runs
-from tests.helpers.enumerated import EnumeratedRun, Outcome, data_of, expectation, text_of
+from tests.helpers.enumerated import Draws, EnumeratedRun, Outcome, data_of, expectation, text_of
 from tests.helpers.toy import MASK, Enumeration, TabularModel, enumerate_trajectories, toy_denoiser
 
 GENERATION = GenerationConfig(max_new_tokens=2, steps=2, block_length=2, temperature=0.8)
+UNEVEN = replace(GENERATION, max_new_tokens=3, block_length=3)  # steps of two tokens and of one
 ROOT = Path(__file__).parents[2]
 PRESET: dict[str, dict[str, Any]] = {name: PRESETS[name]["algorithm"] for name in PRESETS}
 
@@ -57,6 +59,7 @@ class Problem:
         reward: Callable[[str], float] = binary,
         denoiser: Denoiser | None = None,
         enumeration: Enumeration | None = None,
+        drawn: list[list[list[int]]] | None = None,
         seed: int = 8,  # where which of the steps has the larger entropy depends on the tokens
         **options: Any,
     ) -> None:
@@ -80,17 +83,19 @@ class Problem:
         self.enumeration = enumeration or enumerate_trajectories(self.denoiser, generation)
         self.reward = reward
         self.completions = self.enumeration.trajectory.tokens.tolist()
+        self.drawn: list[Draws] = list(drawn or self.completions)
         self.probability = self.enumeration.probability.detach()
 
-    def groups(self) -> tuple[list[list[list[int]]], list[Tensor]]:
+    def groups(self) -> tuple[list[list[Draws]], list[Tensor]]:
         """Every group, in one of its orders, and the probability of all of them."""
         size = self.config.algorithm.group_size
-        every, chances = [], []
-        for group in itertools.combinations_with_replacement(range(len(self.completions)), size):
+        every: list[list[Draws]] = []
+        chances = []
+        for group in itertools.combinations_with_replacement(range(len(self.drawn)), size):
             orders = math.factorial(size)
             for count in Counter(group).values():
                 orders //= math.factorial(count)
-            every.append([self.completions[i] for i in group])
+            every.append([self.drawn[i] for i in group])
             chances.append(orders * self.probability[list(group)].prod())
         return every, chances
 
@@ -114,8 +119,10 @@ class Problem:
         result = -(1 - own) * flat_gradient(value, self.denoiser)
         if algorithm.beta:
             result = result + algorithm.beta * flat_gradient(self._divergence(), self.denoiser)
-        # An optimizer step for all, or one for each.
-        return result / (self.config.ranks if algorithm.schedule == "joint" else 1)
+        # An optimizer step for all, or one for each; and the tokens of a step in the schedule.
+        result = result / (self.config.ranks if algorithm.schedule == "joint" else 1)
+        generation = self.config.generation
+        return result * generation.steps / generation.max_new_tokens
 
     def _divergence(self) -> Tensor:
         """Summed over steps, expected over states; of ``k3``, the divergence that its expected
@@ -183,10 +190,12 @@ def test_other_options_that_are_exact(changes: dict[str, Any]) -> None:
     assert_exact(problem)
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.slow
-def test_blocks_and_their_caches(cache: Any) -> None:
-    """Two blocks of a LLaDA; a completion that ends in the first is not denoised further."""
+def test_steps_of_different_sizes() -> None:
+    assert_exact(Problem({}, UNEVEN))
+
+
+def blocks(cache: Any, changes: dict[str, Any], **options: Any) -> Problem:
+    """Two blocks of a LLaDA."""
     generation = replace(GENERATION, block_length=1, cache=cache)
     denoiser = enumerable_denoiser()
     if cache == "none":
@@ -199,8 +208,14 @@ def test_blocks_and_their_caches(cache: Any) -> None:
         enumeration = enumerate_trajectories(denoiser, generation, logits)
     else:
         enumeration = enumerate_cached(denoiser, generation)
-    problem = Problem({}, generation, denoiser=denoiser, enumeration=enumeration)
-    outcomes = assert_exact(problem)
+    return Problem(changes, generation, denoiser=denoiser, enumeration=enumeration, **options)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.slow
+def test_blocks_and_their_caches(cache: Any) -> None:
+    """A completion that ends in the first is not denoised further."""
+    outcomes = assert_exact(blocks(cache, {}))
     assert any(outcome.metrics["rollout/saved"] for outcome in outcomes)
 
 
@@ -268,16 +283,50 @@ def error(problem: Problem) -> float:
     return relative_error(exact * (estimate @ exact) / (exact @ exact), estimate)
 
 
-BIASED: dict[str, tuple[dict[str, Any], float, float]] = {
-    "`baseline: rank`": ({"baseline": "rank"}, 12.4, 5.4),
-    "`stop_at_eos: true`, EGSPO-SA": ({"stop_at_eos": True}, 26.9, 12.2),
-    "`stop_at_eos: true`, EGSPO": ({"stop_at_eos": True, "stepwise": False}, 42.9, 14.9),
-    "`scale_by_std: true`, EGSPO-SA": ({"scale_by_std": True}, 16.8, 34.0),
-    "`ratio_temperature: one` at temperature 0.8": ({"ratio_temperature": "one"}, 4.1, 5.5),
+LOW_CONFIDENCE = {
+    "generation": replace(GENERATION, policy="low_confidence"),
+    # Which position the first step reveals depends on what it draws at both.
+    "drawn": [[[a, b], [c, c]] for a, b, c in itertools.product(range(MASK), repeat=3)],
+}
+BIASED: dict[str, tuple[Callable[..., Problem], float, float]] = {
+    "`baseline: rank`": (partial(Problem, {"baseline": "rank"}), 12.4, 5.4),
+    "`stop_at_eos: true`, EGSPO-SA": (partial(Problem, {"stop_at_eos": True}), 26.9, 12.2),
+    "`stop_at_eos: true`, EGSPO": (
+        partial(Problem, {"stop_at_eos": True, "stepwise": False}),
+        42.9,
+        14.9,
+    ),
+    "`scale_by_std: true`, EGSPO-SA": (partial(Problem, {"scale_by_std": True}), 16.8, 34.0),
+    "`ratio_temperature: one` at temperature 0.8": (
+        partial(Problem, {"ratio_temperature": "one"}),
+        4.1,
+        5.5,
+    ),
     "one step of the two (`selected_steps: 1`, or `entropy_share: 0.5`)": (
-        {"selected_steps": 1},
+        partial(Problem, {"selected_steps": 1}),
         74.7,
         62.2,
+    ),
+    "`aggregation: sum` or `mean`, a step of two tokens and one of one": (
+        partial(Problem, {"aggregation": "sum"}, UNEVEN),
+        21.8,
+        32.9,
+    ),
+    "`policy: low_confidence`, EGSPO-SA": (partial(Problem, {}, **LOW_CONFIDENCE), 37.0, 45.5),
+    "`policy: low_confidence`, EGSPO": (
+        partial(Problem, {"stepwise": False}, **LOW_CONFIDENCE),
+        36.6,
+        45.2,
+    ),
+    "`detach_cache: true`, `cache: prefix`": (
+        partial(blocks, "prefix", {"detach_cache": True}),
+        36.3,
+        35.3,
+    ),
+    "`detach_cache: true`, `cache: dual`": (
+        partial(blocks, "dual", {"detach_cache": True}),
+        37.9,
+        39.7,
     ),
 }
 """What an option costs in percent, of :func:`binary` and :func:`smooth` rewards."""
@@ -287,9 +336,9 @@ BIASED: dict[str, tuple[dict[str, Any], float, float]] = {
 @pytest.mark.slow
 def test_what_is_biased_by_design(name: str) -> None:
     """As docs/algorithm.md says; and only in direction, as none of it is a matter of rounding."""
-    changes, *percent = BIASED[name]
+    problem, *percent = BIASED[name]
     rewards = (binary, smooth) if name == "`baseline: rank`" else (binary,)
     for reward, expected in zip(rewards, percent, strict=False):
-        assert 100 * error(Problem(changes, reward=reward)) == pytest.approx(expected, abs=0.05)
+        assert 100 * error(problem(reward=reward)) == pytest.approx(expected, abs=0.05)
     row = f"| {name} | {percent[0]} % | {percent[1]} % |"
     assert row in (ROOT / "docs" / "algorithm.md").read_text("utf-8")

@@ -85,7 +85,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(2, [], id="2", marks=SLOW),
         # 8 sequences: no process has whole groups only
         pytest.param(3, [SHORT], id="3", marks=SLOW),
-        pytest.param(2, [FSDP2], id="2-fsdp2"),
+        pytest.param(2, [FSDP2], id="2-fsdp2", marks=SLOW),
         pytest.param(3, [FSDP2, SHORT], id="3-fsdp2", marks=SLOW),
         pytest.param(2, [ADAPTIVE], id="2-adaptive", marks=SLOW),
         pytest.param(3, [ADAPTIVE, JOINT, FSDP2], id="3-fsdp2-adaptive-joint", marks=SLOW),

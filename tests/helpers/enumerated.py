@@ -3,7 +3,7 @@
 The rollout is the real one. Only what it samples is replaced: each position gets the token of the
 completion whose turn it is, with the probability that the model gives that token. Orders such as
 ``max_prob`` depend on the logits alone, so that a completion has one trajectory, and its
-probability is known from :mod:`tests.helpers.toy`.
+probability is known from :mod:`tests.helpers.toy`. Of other orders it is said what each step draws.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from egspo_kernels import sample_tokens
 from tests.helpers.toy import MASK, PROMPT
 
 EOS = 2
+Draws = Sequence[int] | Sequence[Sequence[int]]
 
 
 def text_of(tokens: Sequence[int]) -> str:
@@ -94,14 +95,18 @@ class EnumeratedRun:
         self.gradient = self._zero()
 
     def groups(
-        self, wanted: Sequence[Sequence[Sequence[int]]], monkeypatch: pytest.MonkeyPatch
+        self, wanted: Sequence[Sequence[Draws]], monkeypatch: pytest.MonkeyPatch
     ) -> list[Outcome]:
-        """A step for each group of completions, each of L tokens."""
+        """A step for each group of completions, each of L tokens, or of the L that each of T steps
+        draws."""
         size = self.config.algorithm.group_size
         tokens = torch.tensor(wanted)
         assert tokens.shape[1] == size and self.config.steps > len(wanted)
+        if tokens.ndim == 3:
+            tokens = tokens[:, :, None].expand(-1, -1, self.config.generation.steps, -1)
         # A pipeline makes one step more.
-        self._force(torch.cat([tokens, tokens[:1]]).flatten(), monkeypatch)
+        tokens = torch.cat([tokens, tokens[:1]])
+        self._force(tokens.movedim(2, 0).flatten(1), monkeypatch)
         reduce, outcomes = self.engine.reduce_gradients, []
 
         def keep(has_gradient: bool) -> bool:
@@ -128,11 +133,14 @@ class EnumeratedRun:
         return torch.zeros(sum(p.numel() for p in self.trained), dtype=torch.float64)
 
     def _force(self, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let position ``row_id`` of all the run's completions be sampled as ``tokens[row_id]``."""
+        """At ``step``, position ``row_id`` of all completions becomes ``tokens[step, row_id]``."""
 
-        def forced(logits: Tensor, *, row_ids: Tensor, temperature: float, **options: Any) -> Any:
-            sample = sample_tokens(logits, row_ids=row_ids, temperature=temperature, **options)
-            token = tokens[row_ids]
+        def forced(
+            logits: Tensor, *, row_ids: Tensor, temperature: float, step: int, **options: Any
+        ) -> Any:
+            options = {"row_ids": row_ids, "temperature": temperature, "step": step, **options}
+            sample = sample_tokens(logits, **options)
+            token = tokens[step, row_ids]
             allowed = logits.index_fill(1, torch.tensor([MASK]), float("-inf"))
             place = token[:, None]
             return sample._replace(

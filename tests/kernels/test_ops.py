@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from egspo_kernels import SampledTokens, TokenStats, last_backend, sample_tokens, token_stats
-from tests.kernels.marks import first_fast
+from tests.helpers.marks import first_fast
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

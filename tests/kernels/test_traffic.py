@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.marks import first_fast
 from tests.kernels.aot import bytes_moved
-from tests.kernels.marks import first_fast
 from tests.kernels.traffic import CASES, LLADA, Case, counted, measured
 
 triton = pytest.importorskip("triton")

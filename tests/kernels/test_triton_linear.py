@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from egspo_kernels import linear_stepwise_surrogate, stepwise_surrogate, token_stats
+from tests.helpers.marks import first_fast
 from tests.kernels.linear_cases import (
     BANNED,
     TEMPERATURE,
@@ -14,7 +15,6 @@ from tests.kernels.linear_cases import (
     statistics,
     surrogate,
 )
-from tests.kernels.marks import first_fast
 from tests.kernels.surrogate_cases import (
     DEVICE,
     FIELDS,

@@ -20,8 +20,8 @@ from egspo_kernels import (
     linear_token_stats,
     token_stats,
 )
+from tests.helpers.marks import first_fast
 from tests.kernels.linear_cases import Head, statistics
-from tests.kernels.marks import first_fast
 from tests.kernels.surrogate_cases import DEVICE, assert_same_bits
 
 pytest.importorskip("triton")

@@ -27,7 +27,7 @@ from egspo_kernels.triton_kernels.noise import (  # noqa: E402
     exponentials,
     uniform,
 )
-from tests.kernels.marks import slow  # noqa: E402
+from tests.helpers.marks import slow  # noqa: E402
 
 # The interpreter computes with numpy, which warns where a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

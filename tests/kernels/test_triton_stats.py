@@ -20,7 +20,7 @@ from egspo_kernels import (
     token_stats,
 )
 from egspo_kernels.dispatch.backend import ENVIRONMENT_VARIABLE
-from tests.kernels.marks import slow
+from tests.helpers.marks import slow
 
 pytest.importorskip("triton")
 # The interpreter computes with numpy, which warns where a GPU does not.

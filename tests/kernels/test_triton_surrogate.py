@@ -12,7 +12,7 @@ from torch import Tensor
 
 from egspo_kernels import last_backend, stepwise_surrogate, token_stats
 from egspo_kernels.shared.objective import Objective, Steps, step_objective
-from tests.kernels.marks import first_fast
+from tests.helpers.marks import first_fast
 from tests.kernels.surrogate_cases import (
     DEVICE,
     FIELDS,

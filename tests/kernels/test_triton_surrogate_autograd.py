@@ -14,7 +14,7 @@ from egspo_kernels import (
     available_backends,
     last_backend,
 )
-from tests.kernels.marks import first_fast
+from tests.helpers.marks import first_fast
 from tests.kernels.surrogate_cases import DEVICE, Problem, assert_same_bits
 
 pytest.importorskip("triton")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.marks import slow
 from tests.kernels.surrogate_cases import FIELDS, assert_close_enough, rounding_of
 from tests.kernels.vocab_cases import Case, on_gpu, on_ranks, statistics, surrogate
 
@@ -61,7 +62,7 @@ def test_surrogate(kl: str | None) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("impossible", [[0, 1, 2], [16], [0, 1, 2, 12, 13, 14, 15, 16]])
+@pytest.mark.parametrize("impossible", slow([[0, 1, 2], [16], [0, 1, 2, 12, 13, 14, 15, 16]]))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_impossible_tokens(impossible: list[int]) -> None:
     """A shard without a token to choose has a banned one alone, too."""

@@ -195,6 +195,7 @@ def sizes_of_a_rank(rank: int, port: int, lora: bool, found: Any) -> None:
     found.put((parts, moments, whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_parts_of_a_sharded_model_take_what_is_estimated(lora: bool, tmp_path: Path) -> None:
     context = runs.forkserver()

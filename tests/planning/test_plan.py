@@ -113,15 +113,20 @@ def test_what_early_exit_and_skipped_groups_save(tmp_path: Path) -> None:
     shares = measured_shares(tmp_path)
     records = read_metrics(tmp_path)[1:]
     assert shares.saved_steps == sum(r["rollout/saved"] for r in records) / 3
-    assert shares.trained_states == sum(r["selected/states"] for r in records) / (3 * 2 * 4 * 3)
-    most = planned(config).plan.flops
-    less = Planner(config, 1, shares).plan.flops
-    assert less["rollout"] == pytest.approx((1 - shares.saved_steps) * most["rollout"], rel=1e-6)
-    half = planned(config, trained_states=0.5).plan.flops
-    assert [2 * half[p] for p in ("score", "update")] == pytest.approx(
-        [most[p] for p in ("score", "update")], rel=1e-6
+    most = 3 * 2 * 4 * 3
+    scored, skipped = (sum(r[f"{n}/states"] for r in records) for n in ("selected", "skipped"))
+    assert (shares.scored_states, shares.trained_states) == (
+        scored / most,
+        (scored - skipped) / most,
     )
-    for wrong in ({"saved_steps": 1.0}, {"trained_states": 1.5}):
+    full = planned(config).plan.flops
+    less = Planner(config, 1, shares).plan.flops
+    assert less["rollout"] == pytest.approx((1 - shares.saved_steps) * full["rollout"], rel=1e-6)
+    parts = planned(config, scored_states=0.5, trained_states=0.25).plan.flops
+    assert [2 * parts["score"], 4 * parts["update"]] == pytest.approx(
+        [full["score"], full["update"]], rel=1e-6
+    )
+    for wrong in ({"saved_steps": 1.0}, {"scored_states": -0.1}, {"trained_states": 1.5}):
         with pytest.raises(ValueError, match="must be in"):
             Shares(**wrong)
 

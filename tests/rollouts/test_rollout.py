@@ -16,6 +16,7 @@ from egspo.rollouts.engine import rollout
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
 from egspo.rollouts.unmasking import POLICIES, schedule
 from tests.algorithm.test_enumeration import ALGORITHM
+from tests.helpers.marks import slow_but
 from tests.helpers.toy import (
     MASK,
     PROMPT,
@@ -68,7 +69,7 @@ def test_schedule_refuses(length: int, steps: int, block: int) -> None:
         schedule(length, steps, block)
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", slow_but({"entropy_bounded", "max_prob"}, sorted(POLICIES)))
 def test_trajectories_and_probabilities_are_the_enumerated_ones(policy: str) -> None:
     config = with_policy(replace(CONFIG, block_length=4, steps=2), policy, bound=2.2)
     denoiser = toy_denoiser(4)

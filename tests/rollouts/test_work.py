@@ -16,6 +16,7 @@ from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.engine import rollout
 from egspo.rollouts.work import ModelCost, peak_memory
 from tests.algorithm.test_replay import prompts_of, small_denoiser
+from tests.helpers.marks import first_fast
 
 CONFIG = GenerationConfig(max_new_tokens=16, steps=8, block_length=8, temperature=0.9)
 SIZES = {"d_model": 32, "n_layers": 3, "mlp_hidden_size": 64}
@@ -29,7 +30,7 @@ def counted_denoiser(**options: Any) -> Denoiser:
     return denoiser
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", first_fast([False, True]))
 @pytest.mark.parametrize(
     "options",
     [{}, {"cache": "prefix"}, {"cache": "dual"}, {"guidance": 1.0}, {"threshold": 0.2}],

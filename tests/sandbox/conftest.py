@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
@@ -30,12 +29,6 @@ def require_bubblewrap() -> None:
         pytest.fail(f"EGSPO_REQUIRE_SANDBOX is set, and {reason}")
     if reason is not None:
         pytest.skip(reason)
-
-
-def slow_but(kept: set[str], names: Iterable[str]) -> list[Any]:
-    """``names``, of which the fast tests take those ``kept``."""
-    assert kept <= set(names)
-    return [pytest.param(n, marks=() if n in kept else pytest.mark.slow) for n in names]
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from egspo.sandbox import Bubblewrap, Limits
+from tests.helpers.marks import slow_but
 from tests.sandbox.attacks import FORGERIES, PROBES
-from tests.sandbox.conftest import LIMITS, require_bubblewrap, slow_but
+from tests.sandbox.conftest import LIMITS, require_bubblewrap
 
 TESTS = """
 from solution import f

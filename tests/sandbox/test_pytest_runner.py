@@ -12,9 +12,10 @@ import pytest
 import egspo.sandbox.processes as processes
 from egspo.sandbox import Bubblewrap
 from egspo.sandbox.exam import set_exam
+from tests.helpers.marks import slow_but
 from tests.sandbox.attacks import FORGERIES as SEPARATE_FORGERIES
 from tests.sandbox.attacks import PROBES
-from tests.sandbox.conftest import LIMITS, require_bubblewrap, slow_but
+from tests.sandbox.conftest import LIMITS, require_bubblewrap
 from tests.sandbox.forgeries import COMMON, FORGERIES, HONEST, SLOW_FORGERIES, TESTS
 from tests.sandbox.test_escapes import PROBE_TESTS
 from tests.sandbox.test_escapes import TESTS as ONE_TEST

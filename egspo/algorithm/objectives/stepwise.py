@@ -89,9 +89,12 @@ class StepwiseObjective:
 
     @property
     def share(self) -> float:
-        algorithm, ranks = self.config.algorithm, self.config.ranks
-        joint = algorithm.schedule == "joint"
-        return 1.0 / (ranks if joint else min(algorithm.ranks_per_update, ranks))
+        algorithm, generation = self.config.algorithm, self.config.generation
+        steps = self.config.ranks
+        if algorithm.schedule == "per_step":
+            steps = min(algorithm.ranks_per_update, steps)
+        exact = algorithm.aggregation == "exact"
+        return 1.0 / steps / (generation.max_new_tokens / generation.steps if exact else 1.0)
 
     def loss(
         self, states: States, index: Tensor, scores: Scores, advantage: Tensor, weight: float

@@ -108,10 +108,11 @@ class AlgorithmConfig:
     the KL then goes to what training began from."""
     reference_blend: float = 1.0
     """Share of the policy in a refresh: 1 copies it; of adapters, factors are blended."""
-    aggregation: Literal["sum", "mean", "exact"] = "sum"
-    """``sum``: the log-ratio is summed over a step's tokens and the loss divided by their
-    number (the published code); ``mean``: mean log-ratio; ``exact``: neither division, which is
-    unbiased where steps differ in size."""
+    aggregation: Literal["exact", "sum", "mean"] = "exact"
+    """``exact``: the log-ratio is summed over a step's tokens, and the loss divided by the tokens
+    of a step in the schedule (``max_new_tokens / steps``), one number for all steps: unbiased
+    where they differ in size; ``sum``: divided by the step's own number of tokens (the published
+    code); ``mean``: mean log-ratio."""
     ratio_temperature: Literal["sampling", "one"] = "sampling"
     """Temperature at which log-probabilities are scored; ``one`` is the published code's."""
     schedule: Literal["joint", "per_step"] = "joint"

@@ -20,3 +20,10 @@ def first_fast(cases: Iterable[Any], fast: int = 1) -> list[Any]:
     """The first ``fast`` cases, and the others as slow ones."""
     listed = list(cases)
     return [*listed[:fast], *slow(listed[fast:])]
+
+
+def slow_but(kept: set[str], names: Iterable[str]) -> list[Any]:
+    """``names``, of which the fast tests take those ``kept``."""
+    listed = list(names)
+    assert kept <= set(listed)
+    return [pytest.param(n, marks=() if n in kept else pytest.mark.slow) for n in listed]
