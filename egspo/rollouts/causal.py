@@ -192,8 +192,8 @@ class CausalDecoder:
             routes=routes,
         )
         if routes is not None and recorded is not None:
-            needed = _needed(place, start, trajectories, clean - width)
-            needed = F.pad(needed, (width, copies * size), value=True)
+            needed = torch.arange(clean, device=device) < width + _last(place, start, trajectories)
+            needed = F.pad(needed, (0, copies * size), value=True)
             self.denoiser.agreement.add(routes, recorded, real & needed)
         drawn = hidden[:, clean:]
         rows = drawn.reshape(len(drawn), copies, size, -1)[place, number]
@@ -280,9 +280,8 @@ def _numbered(place: Tensor, trajectories: int) -> tuple[Tensor, int]:
     return number, int(sizes.max())
 
 
-def _needed(place: Tensor, start: Tensor, trajectories: int, length: int) -> Tensor:
-    """bool [R, length], clean positions before the last state of their own trajectory: the others
-    are in a pass for other trajectories, and the rollout may not have computed them."""
+def _last(place: Tensor, start: Tensor, trajectories: int) -> Tensor:
+    """int64 [R, 1], where the last block of each trajectory begins. Clean columns from there on are
+    in a pass for other trajectories, and the rollout may not have computed them."""
     last = start.new_zeros(trajectories)
-    last = last.scatter_reduce(0, place, start, "amax", include_self=False)
-    return torch.arange(length, device=start.device) < last[:, None]
+    return last.scatter_reduce(0, place, start, "amax", include_self=False)[:, None]
