@@ -119,7 +119,9 @@ class Batch:
     selection: Selection
     scores: Scores
     one_step: RewardQueue | None
-    """Scores the M one-step completions in the background; None for EGSPO."""
+    """Scores the M one-step completions in the background; None where there are none."""
+    values: Tensor | None
+    """float64 [M], what the value head predicts of the states; None where there is none."""
     version: int
     """Of the weights: how many iterations had changed them."""
     metrics: Metrics

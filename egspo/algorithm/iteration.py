@@ -14,6 +14,7 @@ from egspo.algorithm.phases.rollout import Rollout, rollout_metrics
 from egspo.algorithm.phases.selection import selection_metrics
 from egspo.algorithm.phases.update import Update
 from egspo.algorithm.sampled_group import sampled_group
+from egspo.algorithm.value_head import ValueHead
 from egspo.config import TrainConfig
 from egspo.engines import Engine
 from egspo.engines.processes import Processes
@@ -27,7 +28,14 @@ from egspo.tasks.prompts import Data
 
 
 class Iteration:
-    """The algorithm, on one of several processes or the only one."""
+    """The algorithm, on one of several processes or the only one.
+
+    Args:
+        config, data: of the run.
+        denoiser, engine: of the policy.
+        processes: this one among all of them.
+        values: the value head, where the run has one.
+    """
 
     def __init__(
         self,
@@ -36,9 +44,11 @@ class Iteration:
         denoiser: Denoiser,
         engine: Engine,
         processes: Processes,
+        values: ValueHead | None = None,
     ) -> None:
+        assert (values is not None) == config.algorithm.predicts
         self.config, self.data, self.denoiser = config, data, denoiser
-        self.engine, self.processes = engine, processes
+        self.engine, self.processes, self.values = engine, processes, values
         self.rewards = TrainingRewards(config.task, data, denoiser.eos_id)
         self.micro_batches = MicroBatches(
             config.micro_batch_size,
@@ -59,7 +69,9 @@ class Iteration:
             config, self.objective, self.micro_batches, engine, processes, self.mark_updated
         )
         self.updated = False
-        """Whether the weights may have changed since the iteration began."""
+        """Whether the weights may have changed in the last update."""
+        self.changed = False
+        """Whether anything that is saved may have, since whoever saves set this to False."""
         self.routed = (0, 0)
         """Agreement of routers with the rollout in the passes before the first optimizer step."""
         self.version = 0
@@ -100,11 +112,12 @@ class Iteration:
                 selection = self.objective.select(samples)
             with self.phase(metrics, step, "score"):
                 scores, one_step = replay_states(self.objective, samples, selection, self.rewards)
+                values = None if self.values is None else self.values.predict(selection.states)
         metrics |= rollout_metrics(trajectory, metrics["time/rollout"])
         metrics |= about_rewards | selection_metrics(selection)
         if trajectory.experts is not None:
             metrics["routing/agreement"] = share(*self.denoiser.agreement.take())
-        return Batch(step, samples, selection, scores, one_step, self.version, metrics)
+        return Batch(step, samples, selection, scores, one_step, values, self.version, metrics)
 
     def update(self, batch: Batch) -> Metrics:
         """Advantages and update, by the ratio to the weights that made the batch.
@@ -125,6 +138,8 @@ class Iteration:
                     self.config, self.data, self.denoiser.eos_id, batch, advantage, one_step
                 )
             metrics |= self.optimize(batch, advantage.to(self.denoiser.device))
+            if self.values is not None:
+                metrics |= self._train_values(self.values, batch)
         routing = metrics.get("routing/agreement")
         if routing is not None and not routing.number and not metrics["staleness"]:
             metrics["routing/agreement"] = share(*self.routed)  # nothing was replayed before
@@ -138,7 +153,15 @@ class Iteration:
         """The weights are about to change."""
         if not self.updated:
             self.routed = self.denoiser.agreement.take()
-        self.updated = True
+        self.updated = self.changed = True
+
+    def _train_values(self, values: ValueHead, batch: Batch) -> Metrics:
+        """Once the rewards of the batch have been predicted."""
+        self.changed = True
+        samples = batch.samples
+        here = samples.groups.sequences
+        rewards = samples.rewards.flatten()[here.start : here.stop]
+        return values.train(samples.trajectory, rewards)
 
     def _one_step(self, batch: Batch, metrics: Metrics) -> OneStepCompletions | None:
         """The one-step completions and their rewards, waited for; None where there are none."""

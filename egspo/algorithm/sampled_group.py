@@ -30,7 +30,7 @@ def sampled_group(
         eos_id: end of text.
         batch: M selected states and the rollout that they are of.
         advantage: float64 [M].
-        one_step: M completions; None for EGSPO.
+        one_step: M completions; None where there are none.
     """
     samples, states, sequences = batch.samples, batch.states, batch.selection.sequences
     size, here = samples.groups.size, samples.groups.sequences
@@ -46,10 +46,12 @@ def sampled_group(
     for m, of in enumerate(sequence):
         if of not in members or not batch.selection.of_rollout:
             continue
-        text, reward = (None, None) if one_step is None else one_step.at(m)
+        text, value = (None, None) if one_step is None else one_step.at(m)
+        if batch.values is not None:
+            value = finite_or_none(batch.values[m])
         selected[members.index(of)].append(
             SelectedStep(
-                int(states.rank[m]), int(states.step[m]), finite_or_none(advantage[m]), text, reward
+                int(states.rank[m]), int(states.step[m]), finite_or_none(advantage[m]), text, value
             )
         )
     example = samples.groups.prompt_index[group]

@@ -13,7 +13,7 @@ import yaml
 
 from egspo.config.convert import expected, field_types, near_names, plain
 from egspo.config.options.run import TrainConfig
-from egspo.config.presets import PRESETS
+from egspo.config.presets import PRESETS, SameAs
 from egspo.config.recipe import config_to_dict
 
 
@@ -150,5 +150,6 @@ def _attribute_docs(cls: type) -> dict[str, str]:
 
 def _yaml(value: Any) -> str:
     """On one line."""
+    value = str(value) if isinstance(value, SameAs) else value
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from egspo.config.options.generation import GenerationConfig
+
+
+class SameAs(str):
+    """Stands for the value of that other option of its section."""
 
 
 def _remasked(objective: str, *, updates: int, clip: float | None = None) -> dict[str, Any]:
@@ -61,6 +68,19 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "prompt_masking": 0.15,
         }
     },
+    # JustGRPO (arXiv 2601.15165): every token a step, from left to right, all of them trained.
+    "just-grpo": {
+        "algorithm": {
+            "strategy": "all",
+            "stepwise": False,
+            "scale_by_std": True,
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "beta": 0.0,
+            "num_iterations": 1,
+        },
+        "generation": {"policy": "left_to_right", "steps": SameAs("max_new_tokens")},
+    },
     # The authors' public code, including what `egspo-sa` does otherwise.
     "reference": {
         "algorithm": {
@@ -78,3 +98,21 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "generation": {"policy": "low_confidence", "early_exit": False},
     },
 }
+
+
+def preset_values(name: str, tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The values of the preset ``name`` by section, for a recipe's ``tree``."""
+
+    def value(section: str, wanted: Any) -> Any:
+        if not isinstance(wanted, SameAs):
+            return wanted
+        given = tree.get(section)
+        defaults = {"generation": GenerationConfig()}
+        return (given if isinstance(given, Mapping) else {}).get(
+            str(wanted), getattr(defaults[section], wanted)
+        )
+
+    return {
+        section: {key: value(section, wanted) for key, wanted in values.items()}
+        for section, values in PRESETS[name].items()
+    }

@@ -16,7 +16,7 @@ import yaml
 
 from egspo.config.convert import ConfigError, from_mapping, joined, plain, shown
 from egspo.config.options.run import TrainConfig
-from egspo.config.presets import PRESETS
+from egspo.config.presets import PRESETS, preset_values
 from egspo.config.protocol import fill_protocol
 from egspo.config.yaml_text import dump_yaml, load_yaml, yaml_problem
 from egspo.files import replacing
@@ -199,7 +199,7 @@ def _fill_preset(
     if not isinstance(name, str) or name not in PRESETS:
         return set()  # None, or refused with the other values of a wrong type
     filled = set()
-    for section_name, values in PRESETS[name].items():
+    for section_name, values in preset_values(name, tree).items():
         if tree.get(section_name) is None:
             tree[section_name] = {}
         section = tree[section_name]

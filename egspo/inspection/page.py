@@ -137,7 +137,8 @@ def _canvas(record: TrajectoryRecord) -> str:
 def _selected(record: TrajectoryRecord) -> str:
     if not record.selected:
         return ""
-    stepwise = any(selected.completion is not None for selected in record.selected)
+    completed = any(selected.completion is not None for selected in record.selected)
+    stepwise = completed or any(selected.reward is not None for selected in record.selected)
     names = ["rank", "step", "entropy", *(["V", "R - V"] if stepwise else []), "advantage"]
     rows = []
     for selected in sorted(record.selected, key=lambda each: each.rank):
@@ -157,9 +158,10 @@ def _selected(record: TrajectoryRecord) -> str:
                 )
             )
         rows.append(f'<tr data-s="{selected.step}">{numbers}<td class="text">{text}</td></tr>')
-    legend = "V: reward of the greedy one-step completion of the state before" if stepwise else ""
+    legend = "V: reward of the greedy one-step completion of the state before" if completed else ""
+    legend = "V: what the value head predicts" if stepwise and not completed else legend
     return f'<h2>Selected steps <span class="soft">{legend}</span></h2>' + _table(
-        [*names, "one-step completion" if stepwise else ""], rows
+        [*names, "one-step completion" if completed else ""], rows
     )
 
 

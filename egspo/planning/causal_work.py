@@ -100,11 +100,11 @@ def causal_training(config: TrainConfig, lengths: Sequence[int]) -> tuple[Work, 
     score, update = Work(), Work()
     reference = algorithm.beta > 0
     # Completions are always those of a replay: see egspo.algorithm.one_step.
-    policy = config.replays or algorithm.stepwise
+    policy = config.replays or algorithm.completes
     for _ in range(policy + reference):
         score += passes
     score.head_rows = revealed * (policy + (reference and algorithm.kl == "k3"))
-    if algorithm.stepwise:
+    if algorithm.completes:
         score.head_rows += sum(step.masked - step.quota for step in drawn)
         if algorithm.completion_blocks == "all":
             score += chains

@@ -14,8 +14,14 @@ from dataclasses import dataclass
 
 from egspo.algorithm.micro_batches import Columns
 from egspo.algorithm.one_step import cheaper_source
+from egspo.algorithm.value_head import UPDATES
 from egspo.config import TrainConfig
-from egspo.planning.causal_work import causal_rollout, causal_training, drawn_steps
+from egspo.planning.causal_work import (
+    causal_plan,
+    causal_rollout,
+    causal_training,
+    drawn_steps,
+)
 from egspo.rollouts.engine import MAX_PADDING
 from egspo.rollouts.unmasking import Step, schedule
 from egspo.rollouts.work import ModelCost, Work
@@ -58,23 +64,32 @@ def expected_work(
         prediction_shift, cost: of the model.
         block_size: of a block-causal model; None where attention has no direction.
     """
+    lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
     if block_size is not None:
-        lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
         score, update = causal_training(config, lengths)
+        _add_values(config, score, update, [len(causal_plan(config, n)) for n in lengths])
         return {"rollout": causal_rollout(config, prompts), "score": score, "update": update}
     source = None
-    if config.algorithm.stepwise:
+    if config.algorithm.completes:
         source = cheaper_source(config, cost, sum(prompts) / len(prompts), prediction_shift)
     plan = schedule(
         config.generation.max_new_tokens, config.generation.steps, config.generation.block_length
     )
-    lengths = [length for length in prompts for _ in range(config.algorithm.group_size)]
     score, update = _training(config, plan, lengths, prediction_shift, completes=source == "replay")
+    _add_values(config, score, update, [len(plan)] * len(lengths))
     return {
         "rollout": _rollout(config, plan, lengths, prediction_shift, completes=source == "rollout"),
         "score": score,
         "update": update,
     }
+
+
+def _add_values(config: TrainConfig, score: Work, update: Work, steps: Sequence[int]) -> None:
+    """What the value head takes, of trajectories of so many steps."""
+    if config.algorithm.predicts:
+        everything = config.algorithm.strategy == "all"
+        score.value_rows = sum(n if everything else min(config.ranks, n) for n in steps)
+        update.value_rows = 2 * UPDATES * sum(steps)
 
 
 def _rollout(

@@ -336,4 +336,13 @@ def _rollout(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memo
                 "rollout",
             )
         )
+    if config.algorithm.predicts:
+        items.append(
+            MemoryItem(
+                "hidden states of the value head",
+                count * generation.steps * sizes.width * 4,
+                f"{count} sequences x {generation.steps} steps x {sizes.width} x 4 B",
+                "always",
+            )
+        )
     return items

@@ -28,6 +28,8 @@ class Recording:
     entropy_temperature: float = 1.0
     complete: bool = False
     """Also the most likely token of every masked position at every step."""
+    pool: bool = False
+    """Also the mean hidden state of the active block before every step."""
     experts: bool = False
     """Also the experts of every token, of models that have some."""
 
@@ -52,6 +54,8 @@ class DenoisedBlock:
     """Steps taken by each sequence."""
     greedy: Tensor | None
     """int32 [B, S, L], see :attr:`egspo.rollouts.trajectory.Trajectory.greedy`."""
+    pooled: Tensor | None
+    """float [B, S, D], see :attr:`egspo.rollouts.trajectory.Trajectory.pooled`."""
     experts: Tensor | None
     """int16 [B, S, W, R, K], of the block at every step, where recorded."""
     before: Tensor | None
@@ -109,6 +113,10 @@ class BlockDenoising:
         if recording.complete:
             size = (*steps, config.max_new_tokens)
             self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
+        self.pooled: Tensor | None = None
+        if recording.pool:
+            width = decoder.denoiser.head_weight.shape[1]
+            self.pooled = torch.zeros((*steps, width), dtype=dtype, device=device)
         self.experts: Tensor | None = None
         self.before: Tensor | None = None
 
@@ -146,6 +154,7 @@ class BlockDenoising:
             self.log_prob,
             steps,
             self.greedy,
+            self.pooled,
             self.experts,
             self.before,
         )
@@ -157,6 +166,8 @@ class BlockDenoising:
         with self.decoder.denoiser.autocast():
             canvas = self.canvas[rows, self.margin : self.canvas.shape[1] - self.margin]
             window = self.decoder.window(context, canvas)
+        if self.pooled is not None:
+            self.pooled[rows, index] = self._pool(window, rows).to(self.pooled.dtype)
         if window.experts is not None:
             self._keep_experts(index, rows, window.experts)
         known = self.step[rows] >= 0
@@ -266,6 +277,15 @@ class BlockDenoising:
             old = target[rows]
             fresh = fresh.to(old.dtype).where(valid, old.gather(1, where))
             target[rows] = old.scatter(1, where, fresh)
+
+    def _pool(self, window: Window, rows: Tensor) -> Tensor:
+        """Mean hidden states [R, D] of the blocks, over positions of the completion."""
+        positions, length = self.positions[rows], self.config.max_new_tokens
+        inside = ((positions >= 0) & (positions < length))[:, :, None]
+        sequence = torch.arange(len(rows), device=rows.device)[:, None]
+        hidden = window.rows(sequence, positions.clamp(0, length - 1))
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return (wide * inside).sum(1) / inside.sum(1)
 
     def _record(self, index: int, rows: Tensor, log_prob: Tensor, entropy: Tensor) -> None:
         self.log_prob[rows, index] = log_prob.to(self.log_prob.dtype)

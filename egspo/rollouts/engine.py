@@ -115,15 +115,17 @@ def rollout_blocks(
     entropy_reduce: EntropyReduce = "mean",
     entropy_temperature: float = 1.0,
     complete: bool = False,
+    pool: bool = False,
     experts: bool = False,
 ) -> Iterator[RolloutBlock]:
     """:func:`rollout` block by block, for who takes completions as they come.
 
     With ``complete`` also the most likely tokens at every step, :attr:`Trajectory.greedy`; with
-    ``experts`` those of every token, where the model has some and no pass is a CUDA graph.
+    ``pool`` mean hidden states, :attr:`Trajectory.pooled`; with ``experts`` those of every token,
+    where the model has some and no pass is a CUDA graph.
     """
     recording = Recording(
-        seed, entropy_over, entropy_reduce, entropy_temperature, complete, experts
+        seed, entropy_over, entropy_reduce, entropy_temperature, complete, pool, experts
     )
     return _Rollout(denoiser, prompts, config, recording, sequence_ids).blocks()
 
@@ -161,6 +163,10 @@ class _Rollout:
         if recording.complete:
             size = (count, config.steps, length)
             self.greedy = torch.zeros(size, dtype=torch.int32, device=device)
+        self.pooled = None
+        if recording.pool:
+            wide = denoiser.head_weight.shape[1]
+            self.pooled = torch.zeros((count, most, wide), dtype=dtype, device=device)
         self.prompt_lengths: list[int] = prompts.mask.sum(1).tolist()
         self.starts = [0] * count
         """First position not denoised, by sequence; where that is in the first block of a
@@ -246,6 +252,7 @@ class _Rollout:
             lengths=length_before(self.tokens, self.denoiser.eos_id),
             mask_id=self.denoiser.mask_id,
             greedy=self.greedy,
+            pooled=None if self.pooled is None else self.pooled[:, : self.num_steps],
             experts=None if self.experts is None else self.experts.until(self.num_steps),
         )
 
@@ -306,6 +313,8 @@ class _Rollout:
         self.log_prob[index, columns] = block.log_prob
         if self.greedy is not None and block.greedy is not None:
             self.greedy[index, columns] = block.greedy
+        if self.pooled is not None and block.pooled is not None:
+            self.pooled[index, columns] = block.pooled
         if self.experts is not None and block.experts is not None:
             self.experts.steps[index, columns] = block.experts
             if block.before is not None:

@@ -81,6 +81,9 @@ class Trajectory:
     greedy: Tensor | None = None
     """int32 [B, T, L], the most likely token of every position that is masked before a step, where
     the rollout was asked for it; what else is in it means nothing."""
+    pooled: Tensor | None = None
+    """float [B, T, D], mean over the active block of the hidden states before each step, where the
+    rollout was asked for it; 0 at steps not taken."""
     experts: RecordedExperts | None = None
     """That the rollout chose, where it was asked for them."""
 
@@ -156,8 +159,7 @@ class Trajectory:
         experts: RecordedExperts | None,
     ) -> Trajectory:
         names = [f.name for f in fields(cls) if f.name not in ("prompts", "mask_id", "experts")]
-        if parts[0].greedy is None:
-            names.remove("greedy")
+        names = [name for name in names if getattr(parts[0], name) is not None]
         merged = {name: function([getattr(part, name) for part in parts]) for name in names}
         return cls(prompts=prompts, mask_id=parts[0].mask_id, experts=experts, **merged)
 

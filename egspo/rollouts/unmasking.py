@@ -133,7 +133,7 @@ POLICIES = {
         UnmaskingPolicy("margin", True, _margin),
         UnmaskingPolicy("entropy", True, _low_entropy),
         UnmaskingPolicy("entropy_bounded", True, _low_entropy, bounded=True),
-        UnmaskingPolicy("sequential", True, _leftmost),
+        UnmaskingPolicy("left_to_right", True, _leftmost),
     )
 }
 

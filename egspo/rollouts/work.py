@@ -29,6 +29,8 @@ class Work:
     """Rows multiplied by the LM head."""
     scored_rows: int = 0
     """Those that were without gradients, in a pass that has them."""
+    value_rows: int = 0
+    """Rows multiplied by the value head; twice where its gradient is made too."""
     cache_bytes: int = 0
     """Keys and values stored."""
     logits_bytes: int = 0
@@ -68,6 +70,7 @@ class ModelCost:
     per_pair: int
     """Of attention forward."""
     per_head_row: int
+    per_value_row: int
     head_trained: bool
     checkpointed: bool
     """Whether the backward pass runs the forward pass again."""
@@ -105,6 +108,7 @@ class ModelCost:
             per_token_backward=backward,
             per_pair=4 * inner * layers,
             per_head_row=2 * width * vocabulary,
+            per_value_row=2 * width,
             head_trained=head.weight.requires_grad,
             checkpointed=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
             per_token_again=forward - last,
@@ -116,6 +120,7 @@ class ModelCost:
             work.tokens * self.per_token
             + work.pairs * self.per_pair
             + (work.head_rows + work.scored_rows) * self.per_head_row
+            + work.value_rows * self.per_value_row
         )
 
     def training(self, work: Work) -> int:
@@ -128,6 +133,7 @@ class ModelCost:
             + attention * 7 // 2
             + head * (4 if self.head_trained else 3)
             + self.per_head_row * work.scored_rows
+            + self.per_value_row * work.value_rows
         )
         if self.checkpointed:
             flops += work.tokens * self.per_token_again + attention

@@ -40,7 +40,7 @@ class SelectedStep:
     completion: str | None = None
     """Greedy one-step completion of the state before the step (EGSPO-SA)."""
     reward: float | None = None
-    """Of that completion."""
+    """Of that completion; or what the value head predicts."""
 
 
 @dataclass(frozen=True)

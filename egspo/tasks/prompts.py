@@ -154,7 +154,7 @@ def check_task(config: TrainConfig, task: Task) -> None:
     for reward in task.rewards:
         if reward.name in _METRIC_NAMES:
             raise ValueError(f"a reward may not be called {reward.name!r}: a metric has that name")
-    if config.algorithm.stepwise and not any(r.intermediate for r in task.rewards):
+    if config.algorithm.completes and not any(r.intermediate for r in task.rewards):
         raise ValueError(
             "algorithm.stepwise (EGSPO-SA) needs a reward that scores one-step completions, and "
             f"task {task.name} has none with task.intermediate_rewards="

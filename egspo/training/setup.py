@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from egspo.algorithm.batch import Metrics
 from egspo.algorithm.reference import ReferenceRefresh
+from egspo.algorithm.value_head import ValueHead
 from egspo.config import TrainConfig
 from egspo.config.protocol import deviations
 from egspo.engines import Engine, build_engine, choose_engine, with_accelerate_options
@@ -79,6 +80,7 @@ class Parts:
     identity: Identity
     denoiser: Denoiser
     reference: ReferenceRefresh
+    values: ValueHead | None
     engine: Engine
     state: TrainingState
 
@@ -154,16 +156,21 @@ def assemble(launch: Launch, origin: Origin) -> Parts:
         load_weights(denoiser.model, origin.checkpoint)
         reference.load(origin.checkpoint, origin.step)
     engine = build_engine(launch.engine, config, denoiser, launch.processes, launch.accelerator)
+    values = ValueHead.of(config.algorithm, denoiser, launch.processes)
     scheduler = build_scheduler(engine.optimizer, config.optimizer, config.steps)
 
     def write(folder: Path, weights: dict[str, Tensor] | None) -> None:
         save_model(denoiser.model, data.tokenizer, config.generation, folder, weights)
         reference.save(folder)
+        if values is not None:
+            values.save(folder)
 
     state = TrainingState("train", denoiser.model, engine, scheduler, write)
     if origin.checkpoint is not None:
         state.load(origin.checkpoint)
-    return Parts(launch, origin, data, identity, denoiser, reference, engine, state)
+        if values is not None:
+            values.load(origin.checkpoint)
+    return Parts(launch, origin, data, identity, denoiser, reference, values, engine, state)
 
 
 def _check_work(config: TrainConfig, processes: Processes) -> None:

@@ -89,7 +89,7 @@ class Trainer:
         self.data, self.denoiser, self.reference = parts.data, parts.denoiser, parts.reference
         self.engine, self.state, self._identity = parts.engine, parts.state, parts.identity
         self.iteration = Iteration(
-            self.config, self.data, self.denoiser, self.engine, self.processes
+            self.config, self.data, self.denoiser, self.engine, self.processes, parts.values
         )
         self.pipeline = Pipeline(self.config, self.iteration, self._work)
         self.completed = self.origin.step
@@ -193,7 +193,7 @@ class Trainer:
     def _complete(self, step: int, improved: bool) -> None:
         """All of ``step`` is done; save where that is due."""
         self.completed, self._between_steps = step, True
-        self.iteration.updated = False
+        self.iteration.changed = False
         options = self.config.checkpoint
         if self.config.saves_at(step) or (improved and options.keep_best):
             self._save()
@@ -209,7 +209,7 @@ class Trainer:
             saved = step_of(newest[0]) if newest else 0
             if self.processes.is_main and saved < self.completed:
                 logger.error("the steps from %d to %d are lost", saved + 1, self.completed)
-        elif self.completed and self._between_steps and not self.iteration.updated:
+        elif self.completed and self._between_steps and not self.iteration.changed:
             try:
                 self._save()
             except (OSError, NonFiniteError, RunLockedError) as error:  # must not hide the cause

@@ -180,13 +180,13 @@ def recorded_log_probs(denoiser: Denoiser, sampled: Trajectory, config: Generati
 
 
 @pytest.mark.parametrize("threshold", [None, 0.05])
-@pytest.mark.parametrize("policy", ["max_prob", "low_confidence", "random"])
+@pytest.mark.parametrize("policy", ["max_prob", "low_confidence", "random", "left_to_right"])
 @pytest.mark.parametrize("family", BLOCK_CAUSAL)
 def test_the_cache_is_exact_behind_any_prompt(
     family: str, policy: Any, threshold: float | None
 ) -> None:
     """Prompts shorter than a block, of whole blocks and of parts; in batches of three."""
-    if threshold is not None and policy == "random":
+    if threshold is not None and policy in ("random", "left_to_right"):
         pytest.skip("its scores are no probabilities")
     denoiser = small_denoiser(family, torch.float64)
     config = replace(GENERATION, policy=policy, threshold=threshold, batch_size=3, early_exit=False)

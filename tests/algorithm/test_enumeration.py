@@ -22,7 +22,7 @@ from tests.helpers.toy import PROMPT, Enumeration, enumerate_trajectories, rewar
 
 GENERATION = GenerationConfig(max_new_tokens=4, steps=3, block_length=4, temperature=0.8)
 ALGORITHM = AlgorithmConfig(strategy="all", aggregation="exact", beta=0.0)
-EXACT = ["max_prob", "margin", "entropy", "random"]
+EXACT = ["max_prob", "margin", "entropy", "random", "left_to_right"]
 
 
 def flat_gradient(value: Tensor, denoiser: Denoiser) -> Tensor:

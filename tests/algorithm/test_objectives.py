@@ -52,6 +52,7 @@ def test_what_is_no_objective_is_refused(tmp_path: Path, path: str, message: str
     ("algorithm", "message"),
     [
         ({"objective": "mean_feild"}, "did you mean 'mean_field'"),
+        ({"objective": "left_to_right"}, "preset: just-grpo"),
         ({"objective": "nothing at all"}, r"package\.module:Class"),
         ({"objective": "coupled"}, r"needs algorithm\.stepwise: false"),
         ({"objective": "weighted", "stepwise": False, "beta": 0.1}, "no KL"),

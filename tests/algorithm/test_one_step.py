@@ -65,7 +65,7 @@ def config_of(generation: GenerationConfig, **algorithm: Any) -> TrainConfig:
 
 def test_the_cheaper_of_the_two_by_sizes() -> None:
     """LLaDA-8B: 1.4 GFLOP a row of the head, 15.2 a token of a pass."""
-    llada = ModelCost(int(14.2e9), 0, 0, int(1.04e9), False, False, 0)
+    llada = ModelCost(int(14.2e9), 0, 0, int(1.04e9), 8192, False, False, 0)
     for steps in (32, 128):
         published = config_of(GenerationConfig(steps=steps))
         assert cheaper_source(published, llada, 200, 0) == "rollout"

@@ -204,7 +204,8 @@ def test_the_update_of_a_pipeline_takes_the_importance_weighted_gradient() -> No
     assert [record["staleness"] for record in metrics] == [0, 1]
 
     def objective(table: Tensor) -> Tensor:
-        """Mean over trajectories and K of the ratio times the advantage, written out."""
+        """Mean over trajectories and K of the ratio times the advantage, by the tokens that the
+        schedule has in a step, written out."""
         batch, advantage = updated[1]
         trajectory, total = batch.samples.trajectory, torch.zeros((), dtype=torch.float64)
         states = zip(batch.states.row, batch.states.step, advantage, strict=True)
@@ -221,7 +222,7 @@ def test_the_update_of_a_pipeline_takes_the_importance_weighted_gradient() -> No
                 each[revealed].gather(1, tokens[revealed, None]).sum() for each in log_prob
             )
             total = total + (now - then).exp() * value
-        return total / (len(trajectory) * 2)
+        return total / (len(trajectory) * 2) / (SEVERAL.max_new_tokens / SEVERAL.steps)
 
     assert not torch.equal(weights[0], weights[1])
     current = weights[1].clone().requires_grad_()

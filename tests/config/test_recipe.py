@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from egspo.config import PRESETS, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from egspo.config.convert import ConfigError, from_mapping
+from egspo.config.presets import preset_values
 from egspo.config.recipe import config_to_dict, load_config, save_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
@@ -158,8 +159,18 @@ def test_preset_fills_what_is_left_out(write: Write, preset: str) -> None:
     config = config_to_dict(load_config(write(f"{MODEL}algorithm: {{preset: {preset}}}\n")))
     overridden = config_to_dict(load_config(write(MODEL), [f"algorithm.preset={preset}"]))
     assert config == overridden
-    for section, values in PRESETS[preset].items():
+    for section, values in preset_values(preset, {}).items():
         assert values.items() <= config[section].items()
+
+
+def test_a_preset_takes_the_value_of_another_option(write: Write) -> None:
+    path = write(f"{MODEL}generation: {{max_new_tokens: 64}}\nalgorithm: {{preset: just-grpo}}\n")
+    assert load_config(path).generation.steps == 64
+    assert load_config(path, ["generation.max_new_tokens=96"]).generation.steps == 96
+    assert load_config(path, ["generation.steps=32"]).generation.steps == 32
+    path = write(f"{MODEL}generation: {{max_new_tokens: 64, steps: 32}}\n")
+    (problem,) = problems(path, "algorithm.preset=just-grpo")
+    assert "means generation.steps=64, but the recipe itself sets 32" in problem
 
 
 def test_recipe_wins_over_its_preset_and_overrides_over_both(write: Write) -> None:
@@ -210,7 +221,7 @@ nonsense: 1
         "generation.temprature": "unknown key; did you mean generation.temperature?",
         "generation.policy": (
             "expected one of low_confidence, random, max_prob, margin, entropy, "
-            "entropy_bounded, sequential, got the string 'best'"
+            "entropy_bounded, left_to_right, got the string 'best'"
         ),
         "optimizer.learning_rate": "expected a finite number, got the string 'fast'",
         "optimizer.betas": "expected a list of 2 items, each a finite number, got the list [0.9]",

@@ -39,6 +39,7 @@ JOINT = {"model": {"config": {"init_std": 0.7}}, "algorithm": {"schedule": "join
 PIPELINE = {"pipeline": True, "eval": {"every": 0}, "checkpoint": {"every": 0}}
 REFRESH = {"algorithm": {"beta": 0.1, "reference_every": 1, "reference_blend": 0.5}, "steps": 3}
 SHORT = {"steps": 2, "eval": {"every": 0}}
+VALUES = {"algorithm": {"step_values": "head"}, "steps": 3}
 COUPLED = {
     **SHORT,
     "algorithm": {
@@ -104,6 +105,8 @@ def assert_same_weights(one: Path, other: Path) -> None:
             for family in BLOCK_CAUSAL
         ),
         pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
+        pytest.param(2, [SHORT, VALUES], id="2-values", marks=SLOW),
+        pytest.param(3, [FSDP2, SHORT, VALUES], id="3-fsdp2-values", marks=SLOW),
         pytest.param(3, [FSDP2, COUPLED], id="3-fsdp2-coupled", marks=SLOW),
         pytest.param(
             2,

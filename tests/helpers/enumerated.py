@@ -21,6 +21,7 @@ from torch import Tensor
 
 from egspo.algorithm.iteration import Iteration
 from egspo.algorithm.pipeline import Pipeline
+from egspo.algorithm.value_head import ValueHead
 from egspo.config import TrainConfig
 from egspo.engines import WholeModel
 from egspo.engines.optimization import build_optimizer
@@ -91,7 +92,8 @@ class EnumeratedRun:
         self.engine = WholeModel(
             model, lambda model: build_optimizer(model, config.optimizer), self.processes
         )
-        self.iteration = Iteration(config, data, denoiser, self.engine, self.processes)
+        self.values = ValueHead.of(config.algorithm, denoiser, self.processes)
+        self.iteration = Iteration(config, data, denoiser, self.engine, self.processes, self.values)
         self.gradient = self._zero()
 
     def groups(

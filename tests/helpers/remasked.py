@@ -100,7 +100,7 @@ class Scored:
         self.selection = self.objective.select(self.samples)
         self.tables["old"] = self.table.detach().clone()
         self.scores = self.objective.score(self.selection.states)
-        self.batch = Batch(1, self.samples, self.selection, self.scores, None, 0, {})
+        self.batch = Batch(1, self.samples, self.selection, self.scores, None, None, 0, {})
         self.advantage = self.objective.advantages(self.batch, None)
 
     def move(self) -> None:

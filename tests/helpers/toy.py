@@ -190,7 +190,7 @@ def outcomes(
         "margin": lambda i: float(top[i, 0] - top[i, 1]),
         "entropy": lambda i: -float(entropy[i].detach()),
         "entropy_bounded": lambda i: -float(entropy[i].detach()),
-        "sequential": lambda i: 0.0,
+        "left_to_right": lambda i: 0.0,
     }
     if policy == "random":
         subsets = [list(subset) for subset in itertools.combinations(masked, quota)]

@@ -71,8 +71,9 @@ def hashed(completions: Sequence[str], **_: Any) -> list[float]:
         {"model": {"gradient_checkpointing": True}, "generation": {"batch_size": 3}},
         {"micro_batch_size": None, "micro_batch_tokens": 60},
         {"algorithm": {"beta": 0.1, "reference_every": 2}, **LORA},
+        {"algorithm": {"step_values": "head"}},
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_flops_are_those_a_run_logs(changes: dict[str, Any], tmp_path: Path) -> None:
     """Of prompts of different lengths; which steps are trained decides the head's rows alone."""

@@ -18,6 +18,7 @@ from egspo.algorithm.advantages import egspo_sa_advantages
 from egspo.algorithm.iteration import Iteration
 from egspo.cli import main
 from egspo.config import PRESETS
+from egspo.config.presets import preset_values
 from egspo.config.recipe import load_config
 from egspo.runs.metrics import read_metrics
 from egspo.tasks import Reward
@@ -86,9 +87,15 @@ def _objective(preset: str) -> str:
     return str(PRESETS[preset]["algorithm"].get("objective", "stepwise"))
 
 
-@pytest.mark.parametrize("preset", sorted(p for p in PRESETS if _objective(p) != "stepwise"))
-def test_presets_of_other_objectives(preset: str, tmp_path: Path, no_plots: None) -> None:
-    wanted = {f"{s}.{k}": v for s, values in PRESETS[preset].items() for k, v in values.items()}
+# JustGRPO trains every step, of another rollout.
+OTHERS = sorted(p for p in PRESETS if _objective(p) != "stepwise" or p == "just-grpo")
+
+
+@pytest.mark.parametrize("preset", OTHERS)
+def test_presets_of_other_methods(preset: str, tmp_path: Path, no_plots: None) -> None:
+    wanted = {
+        f"{s}.{k}": v for s, vs in preset_values(preset, runs.RECIPE).items() for k, v in vs.items()
+    }
     overrides = [f"{path}={json.dumps(value)}" for path, value in wanted.items()]
     config = load_config(recipe_file(tmp_path), [f"algorithm.preset={preset}", *overrides])
     train(config)
@@ -99,7 +106,7 @@ def test_presets_of_other_objectives(preset: str, tmp_path: Path, no_plots: None
         assert record["loss"] is None or math.isfinite(record["loss"])
 
 
-@pytest.mark.parametrize("preset", sorted(p for p in PRESETS if _objective(p) == "stepwise"))
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - set(OTHERS)))
 def test_presets(preset: str, tmp_path: Path, no_plots: None) -> None:
     recipe = recipe_file(tmp_path)
     config = load_config(recipe, [f"algorithm.preset={preset}", "algorithm.stop_at_eos=false"])

@@ -45,7 +45,7 @@ class StepwiseObjective:
         self.config, self.micro_batches, self.processes = config, micro_batches, processes
         self.canvases, self.epochs = 1, config.algorithm.num_iterations
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
-        self.completes = config.algorithm.stepwise
+        self.completes = config.algorithm.completes
         self.completes_in_rollout = self.completes and (
             cheaper_source(
                 config,
@@ -124,22 +124,22 @@ def state_advantages(
     Args:
         algorithm: of the run.
         batch: M states.
-        one_step: M completions; None for EGSPO.
+        one_step: M completions; None where there are none.
         processes: where the other members of the groups are.
     """
     states, samples = batch.states, batch.samples
     sequence = torch.tensor(batch.selection.sequence_of_states(), dtype=torch.int64)
     rank, step = states.rank.cpu(), states.step.cpu()
-    mine = sequence, rank, step, None if one_step is None else one_step.rewards
+    mine = sequence, rank, step, batch.values if one_step is None else one_step.rewards
     shape = (*samples.rewards.shape, states.ranks)
     valid = torch.zeros(shape, dtype=torch.bool).flatten(0, 1)
     selected = torch.zeros(valid.shape, dtype=torch.int64)
     values = torch.full(valid.shape, float("nan"), dtype=torch.float64)
-    for row, column, steps, rewards in processes.gather(mine):
+    for row, column, steps, found in processes.gather(mine):
         valid[row, column], selected[row, column] = True, steps
-        if rewards is not None:
-            values[row, column] = rewards
-    if one_step is None:
+        if found is not None:
+            values[row, column] = found
+    if not algorithm.stepwise:
         advantage = egspo_advantages(
             samples.rewards, valid.view(shape), scale_by_std=algorithm.scale_by_std
         )
@@ -150,7 +150,7 @@ def state_advantages(
             values.view(shape),
             valid.view(shape),
             lam.view(shape),
-            step_rewards=samples.step_rewards,
+            step_rewards=None if one_step is None else samples.step_rewards,
             normalize_returns=algorithm.normalize_returns,
             returns=algorithm.returns,
             baseline=algorithm.baseline,

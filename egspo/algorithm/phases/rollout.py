@@ -41,6 +41,7 @@ class Rollout:
             entropy_reduce=algorithm.entropy_reduce,
             entropy_temperature=1.0 if algorithm.entropy_at == "one" else generation.temperature,
             complete=self.complete,
+            pool=algorithm.predicts,
             experts=algorithm.objective == "stepwise",
         ):
             if block.finished:

@@ -35,6 +35,7 @@ Preset = Literal[
     "coupled-grpo",
     "espo",
     "spg",
+    "just-grpo",
 ]
 
 
@@ -76,6 +77,12 @@ class AlgorithmConfig:
     """Where one-step completions come from: the passes of the ``rollout``, with the head at every
     masked position of every step; or the ``replay`` of the selected states. ``auto`` counts both
     and takes the cheaper."""
+    step_values: Literal["completions", "head"] = "completions"
+    """V of a state in EGSPO-SA: the reward of its one-step completion, or what a linear head on the
+    rollout's hidden states predicts of the final reward (``head``). The head is trained beside the
+    policy, and takes neither passes nor rewards of its own."""
+    value_learning_rate: float = 1e-2
+    """Of Adam on the value head."""
     lam: float = 0.5
     """Lambda, the weight of the stepwise term."""
     lam_schedule: Literal["constant", "late", "halving"] = "constant"
@@ -194,6 +201,40 @@ class AlgorithmConfig:
             f"algorithm.entropy_share ({share}) is a share of the steps of largest entropy: it "
             f"needs algorithm.strategy: high_entropy, got {self.strategy}",
         )
+
+        self._check_values()
+
+    def _check_values(self) -> None:
+        rate = self.value_learning_rate
+        require(rate > 0, f"algorithm.value_learning_rate must be > 0, got {rate}")
+        defaults = type(self).__dataclass_fields__
+        if self.step_values == "head":
+            require(
+                self.stepwise,
+                "algorithm.step_values: head predicts what the stepwise term compares rewards "
+                "with: it needs algorithm.stepwise: true",
+            )
+            for option in ("one_step", "completion_blocks"):
+                value = getattr(self, option)
+                require(
+                    value == defaults[option].default,
+                    f"algorithm.{option} ({value}) is about one-step completions, which "
+                    "algorithm.step_values: head does not make",
+                )
+        require(
+            self.step_values == "head" or rate == defaults["value_learning_rate"].default,
+            f"algorithm.value_learning_rate ({rate}) is of algorithm.step_values: head",
+        )
+
+    @property
+    def completes(self) -> bool:
+        """Whether one-step completions are made and scored."""
+        return self.stepwise and self.step_values == "completions"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a value head stands in for them."""
+        return self.stepwise and self.step_values == "head"
 
     def update_ranks(self, ranks: int) -> list[list[int]]:
         """Ranks in [0, ``ranks``) by optimizer step, in the order in which they are made."""

@@ -8,7 +8,7 @@ from typing import Literal
 from egspo.config.options.checks import require
 
 Policy = Literal[
-    "low_confidence", "random", "max_prob", "margin", "entropy", "entropy_bounded", "sequential"
+    "low_confidence", "random", "max_prob", "margin", "entropy", "entropy_bounded", "left_to_right"
 ]
 
 

@@ -33,11 +33,13 @@ def check_objective(algorithm: AlgorithmConfig, generation: GenerationConfig) ->
     if name not in OBJECTIVES:
         module, _, kind = name.partition(":")
         close = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        if name == "left_to_right":
+            hint = ": it is stepwise on every step, algorithm.preset: just-grpo."
         require(
             all(part.isidentifier() for part in (*module.split("."), kind)),
-            f"algorithm.objective: {name!r} is unknown"
-            + (f"; did you mean {close[0]!r}?" if close else "")
-            + f" There are {', '.join(OBJECTIVES)}, and your own by package.module:Class",
+            f"algorithm.objective: {name!r} is unknown{hint} There are "
+            f"{', '.join(OBJECTIVES)}, and your own by package.module:Class",
         )
         return
     defaults = type(algorithm).__dataclass_fields__

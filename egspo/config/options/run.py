@@ -74,9 +74,9 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, got {value}")
         require(
-            not self.pipeline or self.algorithm.stepwise,
+            not self.pipeline or self.algorithm.completes,
             "pipeline: true has the one-step completions scored during an update: it needs "
-            "algorithm.stepwise: true",
+            "algorithm.stepwise: true and algorithm.step_values: completions",
         )
         for name, every in (
             ("eval.every", self.eval.every),
