@@ -157,6 +157,8 @@ def _compared(axes: Axes, loaded: Mapping[str, Sequence[Records]], x: Spent, tit
         axes.plot(places, mean, color=colour, **_marker(steps), label=f"{method} ({seeds})")
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     _finish(axes, title, mean, xlabel=_UNITS[x])
+    if x != "step":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto"))
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> str:
