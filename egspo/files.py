@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 PARTIAL = ".egspo-partial-"
@@ -25,6 +26,17 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file, as that of a full disk, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; at the end what was written takes the place of ``path``.
 
@@ -32,8 +44,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = partial_path(path)
     try:
-        yield temporary
-        sync(temporary)
+        with naming(path):
+            yield temporary
+            sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -41,14 +54,15 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_partial(folder: Path, *, older_than: float = 0.0) -> None:
+def remove_partial(folder: Path, *, of: str = "", older_than: float = 0.0) -> None:
     """Delete what killed processes left half-written in ``folder``.
 
     Args:
         folder: where.
+        of: only what was to become this; empty for all.
         older_than: seconds since the last change, where other processes may be writing.
     """
-    for path in folder.glob(f"{PARTIAL}*"):
+    for path in folder.glob(f"{PARTIAL}{escape(of)}-*" if of else f"{PARTIAL}*"):
         if older_than and time.time() - path.stat().st_mtime < older_than:
             continue
         if path.is_dir() and not path.is_symlink():
@@ -97,6 +111,7 @@ def sync(path: Path) -> None:
     """Wait until the file, or what the folder lists, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from egspo.cli.common import AddCommand, configure_output
 from egspo.cli.model import add_adapter_argument, add_generation_arguments, given_generation
 from egspo.files import set_aside
+from egspo.runs.lock import RunLock
+from egspo.runs.published import NotOursError
 
 if TYPE_CHECKING:
     from egspo.config import GenerationConfig, TaskConfig, TrainConfig
@@ -58,7 +61,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=1, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of the sampling noise (default 0)")
     text = "(default: eval/CHECKPOINT inside the run, or runs/eval/MODEL)"
-    add("--output-dir", type=Path, metavar="DIR", help=text)
+    add("--output-dir", type=_folder, metavar="DIR", help=text)
     text = "start over; the old folder is kept as DIR.old-TIMESTAMP"
     add("--overwrite", action="store_true", help=text)
     add_generation_arguments(parser, without=["max_new_tokens"])
@@ -66,10 +69,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     configure_output()
-    from egspo.engines.processes import process_state
+    from egspo.engines.processes import Processes, process_state
     from egspo.evaluations.metrics import metric_notes
-    from egspo.evaluations.plan import EvaluationPlan, fingerprint, load_task
+    from egspo.evaluations.plan import SAMPLES, EvaluationPlan, fingerprint, load_task
     from egspo.evaluations.run import run_evaluation
+    from egspo.training.occupation import writing_alone
 
     run = _run_of(args.adapter or args.model)
     chosen, checkpoint = _chosen_model(args, run)
@@ -88,19 +92,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     state = process_state()
     if args.overwrite:
         _set_aside(plan.output, state)
-    with state.main_process_first():  # which downloads
-        model, tokenizer = chosen.load(state.device)
-    name = chosen.path if chosen.adapter is None else f"{chosen.path} with {chosen.adapter}"
-    rows = run_evaluation(
-        plan,
-        tasks,
-        model,
-        tokenizer,
-        name=name,
-        weights={"model": fingerprint(chosen.path), "adapter": fingerprint(chosen.adapter)},
-        state=state,
-        notes=notes,
-    )
+    processes, leftovers = Processes(), [plan.output, plan.output / SAMPLES]
+    alone = writing_alone(plan.output, processes, leftovers=leftovers, name="--output-dir")
+    with alone as check, processes.collective():
+        with state.main_process_first():  # which downloads
+            model, tokenizer = chosen.load(state.device)
+        name = chosen.path if chosen.adapter is None else f"{chosen.path} with {chosen.adapter}"
+        rows = run_evaluation(
+            plan,
+            tasks,
+            model,
+            tokenizer,
+            name=name,
+            weights={"model": fingerprint(chosen.path), "adapter": fingerprint(chosen.adapter)},
+            state=state,
+            notes=notes,
+            check=check,
+        )
     if state.is_main_process:
         _show(rows, name, [*metric_notes(list(tasks.values())), *notes], plan.output)
 
@@ -226,8 +234,17 @@ def _notes(
 
 
 def _set_aside(output: Path, state: Any) -> None:
-    """Rename the folder of an earlier evaluation."""
-    if state.is_main_process and output.exists():
+    """Rename the folder of an earlier evaluation; raises NotOursError where it is none."""
+    from egspo.evaluations.plan import PLAN_FILE, SAMPLES
+
+    if state.is_main_process and os.path.lexists(output):
+        known = (PLAN_FILE, SAMPLES)
+        ours = output.is_dir() and any((output / name).exists() for name in known)
+        if not ours and not (output.is_dir() and not any(output.iterdir())):
+            raise NotOursError(
+                f"--output-dir {output} is no evaluation: --overwrite renames nothing else"
+            )
+        RunLock(output, name="--output-dir").release()  # nobody else is writing there
         print(f"egspo: the earlier evaluation is kept in {set_aside(output)}", file=sys.stderr)
     state.wait_for_everyone()
 
@@ -241,6 +258,12 @@ def _show(rows: Any, name: str, notes: list[str], output: Path) -> None:
     for line in (*footnotes(rows), *notes):
         console.print(line, markup=False)
     print(f"samples: {output / 'samples'}\ntable: {output / MARKDOWN}")
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it must not be empty; the working directory is .")
+    return Path(text)
 
 
 def _names(text: str) -> list[str]:

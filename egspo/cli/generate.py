@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ from egspo.cli.output import (
     check_output,
     opened,
 )
-from egspo.cli.prompts import is_jsonl, read_prompts
+from egspo.cli.prompts import Prompt, is_jsonl, read_prompts
+from egspo.runs.lock import alone
 
 if TYPE_CHECKING:
     from egspo.rollouts.completion import Completion, TextDelta
@@ -74,7 +75,15 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     file, jsonl = args.output, is_jsonl(args.format, args.output)
     check_output(file, jsonl=jsonl, resume=args.resume, overwrite=args.overwrite)
-    done = answered(file, prompts) if args.resume else set()
+    with nullcontext() if file is None else alone(file):
+        _answer(args, prompts, file, jsonl)
+
+
+def _answer(
+    args: argparse.Namespace, prompts: Sequence[Prompt], file: Path | None, jsonl: bool
+) -> None:
+    """The prompts that ``file`` lacks."""
+    done = answered(file, prompts) if args.resume and file is not None else set()
     if len(done) == len(prompts):
         print(f"egspo: {file} has all {len(prompts)} answers", file=sys.stderr)
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from egspo.cli.common import AddCommand
 from egspo.files import replacing
+from egspo.runs.lock import alone
 
 if TYPE_CHECKING:
     from egspo.inspection.console import PlainConsole
@@ -60,7 +61,8 @@ def _inspect(args: argparse.Namespace) -> None:
     record = _chosen(group, args.index, file)
     for kind, path in (("html", args.html), ("png", args.png)):
         if path is not None:
-            print(_write(kind, path, record, group, source))
+            with alone(path, name=f"--{kind}"):
+                print(_write(kind, path, record, group, source))
     if args.html is None and args.png is None:
         from egspo.inspection.terminal import trajectory_view
 
@@ -121,7 +123,6 @@ def _write(
         return plot_trajectory(record, path, group=group, source=source)
     from egspo.inspection.page import trajectory_page
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     page = trajectory_page(record, group=group, source=source)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

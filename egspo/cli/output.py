@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from egspo.cli.prompts import Prompt
 from egspo.config import GenerationConfig
-from egspo.files import set_aside
+from egspo.files import naming, set_aside
 from egspo.inspection.printable import printable
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def check_output(file: Path | None, *, jsonl: bool, resume: bool, overwrite: boo
         raise ValueError(f"--{'resume' if resume else 'overwrite'} needs --output FILE")
     if resume and not jsonl:
         raise ValueError("--resume needs JSONL output, whose lines say which prompts are done")
+    if file is not None and file.is_dir():
+        raise ValueError(f"--output is a file, and {file} is a folder")
     if file is None or not file.exists() or resume or overwrite:
         return
     lines = [f"{file} exists already. Either"]
@@ -174,12 +176,11 @@ def opened(file: Path | None, *, resume: bool, overwrite: bool) -> Iterator[Text
     if file is None:
         yield sys.stdout
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
     if overwrite and file.exists():
         print(f"egspo: the earlier file is kept in {set_aside(file)}", file=sys.stderr)
     if resume and file.exists():
         _drop_torn_line(file)
-    with file.open("a" if resume else "x", encoding="utf-8") as stream:
+    with naming(file), file.open("a" if resume else "x", encoding="utf-8") as stream:
         yield stream
 
 

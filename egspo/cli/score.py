@@ -60,6 +60,7 @@ def add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _score(args: argparse.Namespace) -> None:
     from egspo.files import read_user_text, replacing, set_aside
     from egspo.rewards.audit import audit, read_completions
+    from egspo.runs.lock import alone
 
     text = read_user_text(args.completions)
     if args.output is not None and args.output.is_dir():
@@ -71,11 +72,11 @@ def _score(args: argparse.Namespace) -> None:
     _show(task, audited)
     if args.output is None:
         return
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.output.exists():
-        print(f"egspo: the earlier file is kept in {set_aside(args.output)}", file=sys.stderr)
-    with replacing(args.output) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(_record(each)) + "\n" for each in audited)
+    with alone(args.output):
+        if args.output.exists():
+            print(f"egspo: the earlier file is kept in {set_aside(args.output)}", file=sys.stderr)
+        with replacing(args.output) as temporary, temporary.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(_record(each)) + "\n" for each in audited)
 
 
 def _record(audited: Audited) -> dict[str, object]:

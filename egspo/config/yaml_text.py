@@ -7,11 +7,47 @@ from typing import Any
 
 import yaml
 
+# Of a recipe, generously: its own tree is four levels deep, and its options are some hundred.
+_MOST_LEVELS, _MOST_VALUES = 64, 100_000
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema for plain scalars, and no duplicate keys."""
+    """YAML 1.2's core schema for plain scalars, no duplicate keys, and a size that is bounded."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # starts without YAML 1.1's
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[str, int] = {}  # of complete anchors, with what their aliases stand for
+        self._open: list[list[Any]] = [[None, 0]]  # anchor and size so far
+
+    def get_event(self) -> yaml.Event:
+        """The next event of the parser, from which nothing has been built yet."""
+        event: yaml.Event = super().get_event()  # type: ignore[no-untyped-call]
+        self._check_size(event)
+        return event
+
+    def _check_size(self, event: yaml.Event) -> None:
+        sizes, open_nodes = self._sizes, self._open
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise _refused(event, f"the alias *{event.anchor} refers to what it is in")
+            open_nodes[-1][1] += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            open_nodes[-1][1] += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append([event.anchor, 1])
+            if len(open_nodes) > _MOST_LEVELS:
+                raise _refused(event, f"nested more than {_MOST_LEVELS - 1} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            open_nodes[-1][1] += size
+            if anchor is not None:
+                sizes[anchor] = size
+        if open_nodes[-1][1] > _MOST_VALUES:
+            raise _refused(event, f"more than {_MOST_VALUES} values, with those of its aliases")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -34,10 +70,6 @@ _FLOAT = re.compile(
     r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
-
-
-# Of a recipe, generously: its own tree is four levels deep, and its options are some hundred.
-_MOST_LEVELS, _MOST_VALUES = 64, 100_000
 
 
 _SCALARS = {
@@ -64,36 +96,9 @@ def load_yaml(text: str) -> Any:
             by its aliases beyond what any recipe needs.
     """
     try:
-        _check_size(text)
         return yaml.load(text, Loader=_Loader)
     except (ValueError, OverflowError, RecursionError) as error:  # dates and numbers that are none
         raise yaml.YAMLError(str(error)) from error
-
-
-def _check_size(text: str) -> None:
-    """Follow the events of the parser, before anything is built of them."""
-    sizes: dict[str, int] = {}  # of complete anchors, with all that their aliases stand for
-    open_nodes: list[list[Any]] = [[None, 0]]  # anchor and size so far
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.AliasEvent):
-            if any(anchor == event.anchor for anchor, _ in open_nodes):
-                raise _refused(event, f"the alias *{event.anchor} refers to what it is in")
-            open_nodes[-1][1] += sizes.get(str(event.anchor), 1)
-        elif isinstance(event, yaml.ScalarEvent):
-            open_nodes[-1][1] += 1
-            if event.anchor is not None:
-                sizes[event.anchor] = 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append([event.anchor, 1])
-            if len(open_nodes) > _MOST_LEVELS:
-                raise _refused(event, f"nested more than {_MOST_LEVELS - 1} levels deep")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = open_nodes.pop()
-            open_nodes[-1][1] += size
-            if anchor is not None:
-                sizes[anchor] = size
-        if open_nodes[-1][1] > _MOST_VALUES:
-            raise _refused(event, f"more than {_MOST_VALUES} values, with those of its aliases")
 
 
 def _refused(event: yaml.Event, problem: str) -> yaml.YAMLError:

@@ -50,15 +50,20 @@ def process_state(timeout: timedelta = _UNBOUNDED) -> PartialState:
     try:
         state = PartialState(cpu=on_cpus, timeout=timeout)
     except torch.distributed.DistError as error:
-        raise LostProcessError(
-            f"not all of the {started} processes came to the start of the run: {error}"
-        ) from error
+        raise _absent(started, error) from error
     if state.num_processes != started:
         raise ValueError(
             f"the launcher started {started} processes (WORLD_SIZE), accelerate sees "
             f"{state.num_processes}: they would all do the same"
         )
     return state
+
+
+def _absent(started: int, error: Exception) -> LostProcessError:
+    reason = str(error).partition("\n")[0]  # without torch's C++ stack
+    return LostProcessError(
+        f"not all of the {started} processes came to the start of the run, or one left it: {reason}"
+    )
 
 
 def world_size() -> int:
@@ -84,9 +89,12 @@ class Processes:
         if alone or not dist.is_initialized():
             return
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self._beats = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self._phases = self._shared_store()
+        try:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._beats = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._phases = self._shared_store()
+        except (RuntimeError, ConnectionError) as error:
+            raise _absent(self.count, error) from error
         self.enter("start")
 
     def share(self, total: int) -> range:
@@ -218,7 +226,10 @@ class Processes:
             store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
             port[0] = store.port
         dist.broadcast_object_list(port, src=0, group=self._group)
-        return store or TCPStore(host, port[0], is_master=False, wait_for_workers=False)
+        wait = timedelta(seconds=self.timeout)
+        return store or TCPStore(
+            host, port[0], is_master=False, timeout=wait, wait_for_workers=False
+        )
 
 
 class _Beating:

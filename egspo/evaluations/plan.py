@@ -17,6 +17,8 @@ from egspo.tasks import Example, Task
 from egspo.training.continuation import flat
 
 PLAN_FILE = "evaluation.json"
+SAMPLES = "samples"
+_ELSEWHERE = "Give another --output-dir, or --overwrite to start over (the old folder is renamed)."
 Split = Literal["test", "validation"]
 
 # May differ between two runs of one evaluation: what they change is only the speed.
@@ -126,8 +128,13 @@ def check_same(plan: EvaluationPlan, new: Mapping[str, Any]) -> dict[str, Any]:
     """
     file = plan.output / PLAN_FILE
     if not file.is_file():
+        if any((plan.output / SAMPLES).glob("*.jsonl")):
+            raise ValueError(
+                f"{plan.output / SAMPLES} has samples, and no {PLAN_FILE} says of which evaluation "
+                f"they are. {_ELSEWHERE}"
+            )
         return dict(new)
-    saved = json.loads(file.read_text("utf-8"))["identity"]
+    saved = _saved_identity(file)
     plain = json.loads(json.dumps(new))
     before, now = flat(_common(saved, plain)), flat(_common(plain, saved))
     changed = [
@@ -138,10 +145,23 @@ def check_same(plan: EvaluationPlan, new: Mapping[str, Any]) -> dict[str, Any]:
     if changed:
         listed = "".join(f"\n  - {change}" for change in changed)
         raise ValueError(
-            f"{plan.output} has the samples of another evaluation:{listed}\n"
-            "Give another --output-dir, or --overwrite to start over (the old folder is renamed)."
+            f"{plan.output} has the samples of another evaluation:{listed}\n{_ELSEWHERE}"
         )
     return {**plain, **{name: {**saved[name], **plain[name]} for name in _BY_CHOICE}}
+
+
+def _saved_identity(file: Path) -> dict[str, Any]:
+    """What :func:`save_identity` wrote; raises ValueError where it is damaged."""
+    try:
+        identity = json.loads(file.read_text("utf-8"))["identity"]
+        if not all(isinstance(identity[name], dict) for name in _BY_CHOICE):
+            raise ValueError(f"{' and '.join(_BY_CHOICE)} are no sections")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}): it does not say of which "
+            f"evaluation the samples beside it are. {_ELSEWHERE}"
+        ) from error
+    return dict(identity)
 
 
 def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ Every process appends to a part of its own; the main process joins the parts bef
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from egspo.files import replacing
+from egspo.files import naming, replacing
 
 Record = dict[str, Any]
 
@@ -32,7 +33,8 @@ class SampleFile:
 
     def append(self, process: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Add samples, on disk before this returns."""
-        with self.part(process).open("a", encoding="utf-8") as stream:
+        part = self.part(process)
+        with naming(part), part.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
             stream.flush()
             os.fsync(stream.fileno())
@@ -66,11 +68,25 @@ class SampleFile:
 
 def _read(file: Path) -> list[Record]:
     """Every sample of the file; none if there is no file."""
-    if not file.exists():
+    if not file.is_file():
         return []
     lines = file.read_text("utf-8", errors="replace").split("\n")
     # What follows the last line break, if anything, was cut short.
     return [_parse(line, number, file) for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _is_sample(record: Any) -> bool:
+    """Whether all that is counted is there and can be."""
+    if not isinstance(record, dict) or not isinstance(record.get("rewards"), dict):
+        return False
+    counts = [record.get(name) for name in ("index", "sample", "tokens", "steps")]
+    score = record.get("score", "missing")
+    values = [*record["rewards"].values(), *([] if score is None else [score])]
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        and isinstance(record.get("finish_reason"), str)
+    )
 
 
 def _parse(line: str, number: int, file: Path) -> Record:
@@ -78,6 +94,6 @@ def _parse(line: str, number: int, file: Path) -> Record:
         record = json.loads(line)
     except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or not {"index", "sample", "score"} <= record.keys():
+    if not _is_sample(record):
         raise ValueError(f"{file}, line {number} is no sample of an evaluation: {line[:80]!r}")
-    return record
+    return dict(record)

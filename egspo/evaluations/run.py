@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from egspo.config import GenerationConfig
 from egspo.evaluations.metrics import metric_means, metric_notes
-from egspo.evaluations.plan import EvaluationPlan, check_same, examples_of, identity, save_identity
+from egspo.evaluations.plan import (
+    SAMPLES,
+    EvaluationPlan,
+    check_same,
+    examples_of,
+    identity,
+    save_identity,
+)
 from egspo.evaluations.records import Record, SampleFile
 from egspo.evaluations.summary import SummaryRow, summarise, write_summary
 from egspo.rollouts.completion import Completion, completions_of
@@ -30,7 +37,6 @@ from egspo.training.progress import RunProgress
 
 logger = logging.getLogger("egspo")
 
-SAMPLES = "samples"
 # Sequences that one rollout holds: it keeps the trajectories of all.
 _ROLLOUT = 4096
 # Noise of further samples of a prompt is as far from that of other prompts as any task is long.
@@ -68,6 +74,7 @@ def run_evaluation(
     weights: Mapping[str, str | None],
     state: PartialState,
     notes: Sequence[str] = (),
+    check: Callable[[], object] = lambda: None,
 ) -> list[SummaryRow]:
     """Evaluate; samples that an earlier run of the same evaluation finished are kept.
 
@@ -82,6 +89,7 @@ def run_evaluation(
         weights: see :func:`egspo.evaluations.plan.identity`.
         state: the processes.
         notes: for the summary.
+        check: called before samples are written; raises where the folder is not ours any more.
 
     Returns:
         A row per task and length; in processes other than the main one as well.
@@ -107,9 +115,10 @@ def run_evaluation(
         todo = _missing(cell, plan.samples)
         share = todo[state.process_index :: state.num_processes]
         if share:
-            _Evaluator(cell, denoiser, tokenizer, plan.seed, state).run(share)
+            _Evaluator(cell, denoiser, tokenizer, plan.seed, state, check).run(share)
     state.wait_for_everyone()
     if state.is_main_process:
+        check()
         for cell in cells:
             cell.file.join()
     state.wait_for_everyone()
@@ -178,7 +187,9 @@ class _Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         state: PartialState,
+        check: Callable[[], object],
     ) -> None:
+        self.check = check
         self.cell, self.denoiser, self.tokenizer = cell, denoiser, tokenizer
         self.seed, self.state = seed, state
         self.scores: list[float] = []
@@ -243,6 +254,7 @@ class _Evaluator:
             self._sample(key, completion, steps, named, errors)
             for (key, completion, steps), named in zip(finished, scores, strict=True)
         ]
+        self.check()
         cell.file.append(self.state.process_index, records)
         self.done += len(records)
         self.tokens += sum(record["tokens"] for record in records)

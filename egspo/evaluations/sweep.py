@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
@@ -15,7 +15,10 @@ from pathlib import Path
 from egspo.config import TrainConfig
 from egspo.config.convert import ConfigError, from_mapping
 from egspo.config.recipe import load_config, read_yaml, task_content
+from egspo.files import replacing
 from egspo.inspection.plotting import Spent, comparison_table, plot_comparison
+from egspo.runs.checkpoint import check_writable
+from egspo.runs.lock import RunLock
 
 logger = logging.getLogger("egspo")
 
@@ -108,12 +111,21 @@ def run_sweep(sweep: Sweep, *, jobs: int = 1) -> Path:
         jobs: runs at a time, which share the CPU's cores.
 
     Raises:
+        OSError: ``output_dir`` cannot be written.
+        RunLockedError: another sweep goes on in ``output_dir``.
         RuntimeError: a run failed; the others are finished all the same.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}")
     output = Path(sweep.output_dir)
     runs = plan(sweep, output)
+    check_writable(output, 0)
+    with RunLock(output):
+        return _run_sweep(sweep, output, runs, jobs)
+
+
+def _run_sweep(sweep: Sweep, output: Path, runs: Sequence[Run], jobs: int) -> Path:
+    """In a folder that is this sweep's."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     open_runs = [run for run in runs if not run.finished]
@@ -135,7 +147,8 @@ def run_sweep(sweep: Sweep, *, jobs: int = 1) -> Path:
         for variant in sweep.variants
     }
     rows = plot_comparison(groups, output / PLOT, title=sweep.title, x=sweep.x)
-    (output / TABLE).write_text(comparison_table(rows), encoding="utf-8")
+    with replacing(output / TABLE) as temporary:
+        temporary.write_text(comparison_table(rows), encoding="utf-8")
     return output
 
 

@@ -9,6 +9,8 @@ from itertools import takewhile
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from egspo.models.chat_template import render_chats
+
 SUDOKU_CHARACTERS = "01234\n"
 
 _SPECIAL = {
@@ -79,7 +81,12 @@ def encode_prompts(
             raise TypeError(f"prompt {number} must be a list of chat messages, got {prompt!r}")
         if not prompt or not any(message.get("content") for message in prompt):
             raise ValueError(f"prompt {number} is empty")
-    texts = [_rendered(tokenizer, prompt, number) for number, prompt in enumerate(prompts)]
+    texts = render_chats(tokenizer, prompts, add_generation_prompt=True)
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {number} has half of a character: {error}") from error
     if prefills is not None:
         texts = [text + prefill for text, prefill in zip(texts, prefills, strict=True)]
     if not texts:
@@ -87,25 +94,6 @@ def encode_prompts(
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     _check_known(tokenizer, prompts, encoded)
     return encoded
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[dict[str, str]], number: int
-) -> str:
-    try:
-        text = str(
-            tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-        )
-    except Exception as error:  # a template is a program, and may fail in any way
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} does not take prompt {number}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"prompt {number} has half of a character: {error}") from error
-    return text
 
 
 def _check_known(
@@ -157,8 +145,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     answer = "\u241e"  # to be found again: in no template
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception:  # it takes prompts only, or nothing: encode_prompts says what
+        (text,) = render_chats(tokenizer, [chat], add_generation_prompt=False)
+    except ValueError:  # it takes prompts only, or nothing: encode_prompts says what
         return None
     behind: list[int] = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     if not behind:

@@ -59,6 +59,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if step_of(path) >= 0), key=step_of)
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there are checkpoints, damaged ones without a manifest among them."""
+    return any(step_of(path) >= 0 for path in folder.glob(f"{_PREFIX}*"))
+
+
 def check_unclaimed(folder: Path, resumed: Path | None) -> None:
     """Refuse to mix checkpoints of two runs.
 

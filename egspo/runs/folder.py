@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from egspo.config.recipe import TASK_COPY
+from egspo.files import naming
 from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
 from egspo.runs.published import NotOursError, check_ours
 
@@ -36,8 +37,11 @@ def claim(folder: Path) -> None:
     for name in PUBLISHED:
         check_ours(folder / name)
     mark = folder / MARK
+    if os.path.lexists(mark) and not mark.is_file():
+        raise NotOursError(f"{mark} is in the way, and egspo did not write it: move it away")
     if not mark.is_file():
-        mark.write_text("A run of egspo: it replaces what it wrote here, and nothing else.\n")
+        with naming(mark):
+            mark.write_text("A run of egspo: it replaces what it wrote here, and nothing else.\n")
 
 
 def check_run(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""One run at a time in a folder: a lock that says who holds it, and that a kill does not leave.
+"""One writer at a time in a folder or file: a lock that names its holder, and that a kill does not
+leave.
 
 The lock is a file that names its holder. On the same machine the holder is gone when its process
 is; elsewhere, as on a shared file system, when the file was not touched for a while, which a thread
@@ -19,9 +20,10 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Self
 
-from egspo.files import partial_path, sync
+from egspo.files import naming, partial_path, remove_partial, sync
 
 logger = logging.getLogger("egspo")
 
@@ -36,22 +38,23 @@ class RunLockedError(RuntimeError):
 
 
 class RunLock:
-    """The right to write to ``folder``, which exists; a context manager.
+    """The right to write to ``path``; a context manager.
 
     Args:
-        folder: of the run.
+        path: a folder that exists, or a file, which need not, in one.
         name: as the user knows it.
         beat, stale: as :data:`BEAT` and :data:`STALE`, in seconds.
 
     Raises:
         OSError: the folder cannot be written.
-        RunLockedError: another run has it; says which process, where and since when.
+        RunLockedError: another process has it; says which process, where and since when.
     """
 
     def __init__(
-        self, folder: Path, *, name: str = "output_dir", beat: float = BEAT, stale: float = STALE
+        self, path: Path, *, name: str = "output_dir", beat: float = BEAT, stale: float = STALE
     ) -> None:
-        self._file, self._where, self._stale = folder / LOCK, f"{name} {folder}", stale
+        self._file = path / LOCK if path.is_dir() else path.with_name(f"{LOCK}-{path.name}")
+        self._name, self._where, self._stale = name, f"{name} {path}", stale
         self._token = uuid.uuid4().hex
         self._take()
         stop = threading.Event()
@@ -87,12 +90,13 @@ class RunLock:
             self._wait_until_gone(holder)
         mine = {"token": self._token, "host": socket.gethostname(), **_identity(os.getpid())}
         mine["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
-        with _alone(self._file.parent):
+        with exclusive(self._file.parent):
             now = _read(self._file)
             if now is not None and now != holder:  # another one was faster
                 raise self._held_by(now)
             partial = partial_path(self._file)
-            partial.write_text(json.dumps(mine), "utf-8")
+            with naming(self._file):
+                partial.write_text(json.dumps(mine), "utf-8")
             sync(partial)
             partial.replace(self._file)
         self.check()
@@ -120,8 +124,31 @@ class RunLock:
     def _held_by(self, holder: dict[str, Any]) -> RunLockedError:
         return RunLockedError(
             f"{self._where} is in use by {_described(holder)}: wait for that run, stop it, or "
-            "choose another output_dir"
+            f"choose another {self._name}"
         )
+
+
+@contextmanager
+def alone(target: Path, *, name: str = "--output") -> Iterator[None]:
+    """Inside, no other process writes to ``target``, and nothing half-written of it is left.
+
+    Args:
+        target: a file or folder, which need not exist; the folder that it is in is made. A pipe
+            or a device is not locked.
+        name: as the user knows it.
+
+    Raises:
+        OSError: the folder that it is in cannot be written.
+        RunLockedError: another process does.
+    """
+    if target.exists() and not target.is_file() and not target.is_dir():
+        yield
+        return
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with RunLock(target, name=name):
+        remove_partial(target.parent, of=target.name)
+        yield
 
 
 def _described(holder: dict[str, Any]) -> str:
@@ -152,6 +179,8 @@ def _identity(process: Any) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any] | None:
     """What the lock says; nothing is said by a damaged one, None where there is none."""
     try:
+        if not S_ISREG(file.stat().st_mode):  # nor is a pipe waited for
+            return {}
         holder = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None
@@ -184,7 +213,7 @@ def _release(file: Path, token: str, process: int, stop: threading.Event) -> Non
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Inside, no other process of this machine is; none at all, if the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -15,10 +15,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from egspo.files import replacing
+from egspo.files import naming, replacing
 
 logger = logging.getLogger("egspo")
 
+_STEPS = 2**53
+"""No run has more: beyond, not every step is a float, as plots need it."""
 _CLOCK = ("time/", "speed/", "memory/")
 
 
@@ -129,11 +131,21 @@ def _parse(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    sound = 0 <= record["step"] < _STEPS and all(map(_is_value, record, record.values()))
+    return record if sound else None
+
+
+def _is_value(name: str, value: Any) -> bool:
+    """Whether a metric called ``name`` can be ``value``."""
+    if isinstance(value, list):
+        return name.endswith("histogram")
+    return value is None or isinstance(value, int | float)
 
 
 def _append(path: Path, lines: Iterable[str]) -> None:
-    with path.open("a", encoding="utf-8") as stream:
+    with naming(path), path.open("a", encoding="utf-8") as stream:
         stream.writelines(f"{line}\n" for line in lines)
         stream.flush()
         os.fsync(stream.fileno())

@@ -12,11 +12,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from egspo.files import CheckpointError, partial_path, set_aside, sync
+from egspo.files import CheckpointError, naming, partial_path, set_aside, sync
+from egspo.runs.lock import exclusive
 
 logger = logging.getLogger("egspo")
 
@@ -26,6 +27,7 @@ _FULL = (
     "os error 28",
     "file write failed",
     "PytorchStreamWriter",
+    "inline_container",
     "File too large",
 )
 
@@ -50,32 +52,34 @@ def publish(target: Path, write: Callable[[Path], object], *, replace: bool = Tr
     partial = partial_path(target)
     partial.mkdir(parents=True)
     try:
-        with _full_disk_said(target):
+        with naming(target), _full_disk_said(target):
             write(partial)
-        (partial / MANIFEST).write_text(json.dumps(_inventory(partial), indent=1))
+            (partial / MANIFEST).write_text(json.dumps(_inventory(partial), indent=1))
         for path in (*partial.rglob("*"), partial):
             sync(path)
-        if not replace:
-            with suppress(OSError):  # ENOTEMPTY: it is there
-                partial.rename(target)
-                sync(target.parent)
-            if is_intact(target):
+        with nullcontext() if replace else exclusive(target.parent):
+            if not replace and is_intact(target):
                 return
-            clear(target)
-        elif os.path.lexists(target):
-            check_ours(target)
-            delete_published(target)
-        partial.rename(target)
-        sync(target.parent)
+            if not replace:
+                clear(target)
+            elif os.path.lexists(target):
+                check_ours(target)
+                delete_published(target)
+            partial.rename(target)
+            sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
 def _full_disk_said(target: Path) -> Iterator[None]:
-    """Libraries that write tensors say in errors of their own that the disk is full."""
+    """Libraries that write tensors say in errors of their own that the disk is full, and the copy
+    of a folder says it once for each file."""
     try:
         yield
+    except shutil.Error as error:
+        *_, reason = error.args[0][0]
+        raise OSError(f"{target} could not be saved: {reason}") from error
     except OSError:
         raise
     except Exception as error:
@@ -128,9 +132,13 @@ def verify_published(path: Path) -> None:
     """Compare every file with its checksum; raises :class:`CheckpointError` naming the file."""
     for name, expected in read_manifest(path).items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path} is damaged: {name} is missing")
-        if file.stat().st_size != expected["bytes"] or _digest(file) != expected["sha256"]:
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{path} is damaged: {name} is missing")
+            same = file.stat().st_size == expected["bytes"] and _digest(file) == expected["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if not same:
             raise CheckpointError(f"{path} is damaged: {name} does not match its checksum")
 
 
@@ -159,6 +167,8 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(manifest, dict) or not manifest:
         raise CheckpointError(f"{path} is damaged: {MANIFEST} lists no files")
     for name, entry in manifest.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path} is damaged: {MANIFEST} lists what is elsewhere: {name}")
         if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
             raise CheckpointError(f"{path} is damaged: {MANIFEST} has no size and checksum: {name}")
     return manifest

@@ -176,6 +176,10 @@ def _parse(line: str, where: str) -> TrajectoryRecord:
     names = {f.name for f in fields(TrajectoryRecord)}
     known = {name: value for name, value in record.items() if name in names}
     result: TrajectoryRecord = from_mapping(TrajectoryRecord, known, where)
+    steps = len(result.entropy)
+    for selected in result.selected:
+        if not 0 <= selected.step < steps:
+            raise ValueError(f"{where} selects step {selected.step} of {steps}")
     return result
 
 

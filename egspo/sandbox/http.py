@@ -45,9 +45,9 @@ class HttpSandbox:
 
     The service protects the machine. Of the verdict, with ``runner="pytest"``, the key stays here.
     With ``separate``, program and tests have separate processes, and separate users where the
-    service runs as root (without a way to change users it is refused). A service that runs as
-    another user should give each script a container: in one with others, a program could look for
-    its tests in the memory of the service, as far as the kernel lets it.
+    service runs as root (without a way to change users it is refused). Of a service that runs as
+    another user the program cannot read the memory, where the kernel has Landlock (Linux 5.13);
+    where it has not, give each script a container.
 
     Args:
         url: the endpoint, such as ``http://localhost:8080/run_code``.

@@ -3,8 +3,9 @@
 A classic BPF program in the kernel's layout. Denied are new
 namespaces and mounts, tracing other processes, keys, BPF, io_uring, performance counters, sockets
 other than local ones, and memory that belongs to no process and so is in no limit (shared memory
-segments, memory files), asynchronous input and output, of which a machine has one budget, and locks
-on files: those of the interpreter are the machine's.
+segments, memory files), and asynchronous input and output, of which a machine has one budget. Locks
+on files are granted and not taken: those of the interpreter are the machine's, and the others
+nobody else sees.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ _DENIED: dict[str, tuple[int, int | None]] = {
     "chroot": (161, 51),
     "delete_module": (176, 106),
     "finit_module": (313, 273),
-    "flock": (73, 32),
     "fsconfig": (431, 431),
     "fsmount": (432, 432),
     "fsopen": (430, 430),
@@ -76,8 +76,12 @@ _MACHINES = {
     "x86_64": (0xC000003E, 0, 56, 435, 72, 41, 53),
     "aarch64": (0xC00000B7, 1, 220, 435, 25, 198, 199),
 }
-# Of fcntl: F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_SETLEASE, F_NOTIFY.
-_LOCKS = (6, 7, 37, 38, 1024, 1026)
+_FLOCK = (73, 32)
+# Commands of fcntl, and what they return.
+_COMMANDS = {
+    **dict.fromkeys((6, 7, 37, 38), 0),  # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW
+    **dict.fromkeys((1024, 1026), errno.ENOLCK),  # F_SETLEASE, F_NOTIFY
+}
 _NEW_NAMESPACES = 0x7E020080  # CLONE_NEW* of clone's flags; CLONE_NEWTIME is clone3's alone
 _AF_UNIX = 1
 _X32_CALLS = 0x40000000
@@ -135,14 +139,14 @@ def filter_program() -> bytes:
         (_RETURN, 0, 0, _ERRNO | errno.EPERM),
         (_LOAD, 0, 0, _CALL),
     ]
+    program += [(_JUMP_EQ, 0, 1, _FLOCK[place]), (_RETURN, 0, 0, _ERRNO | 0)]
     program += [
-        (_JUMP_EQ, 0, len(_LOCKS) + 4, fcntl),
+        (_JUMP_EQ, 0, 2 * len(_COMMANDS) + 2, fcntl),
         (_LOAD, 0, 0, _SECOND_ARGUMENT),
-        *((_JUMP_EQ, len(_LOCKS) - i, 0, command) for i, command in enumerate(_LOCKS)),
-        (_JUMP_GE, 1, 0, 0),  # always: over the next
-        (_RETURN, 0, 0, _ERRNO | errno.ENOLCK),
-        (_LOAD, 0, 0, _CALL),
     ]
+    for command, result in _COMMANDS.items():
+        program += [(_JUMP_EQ, 0, 1, command), (_RETURN, 0, 0, _ERRNO | result)]
+    program.append((_LOAD, 0, 0, _CALL))
     for number in sockets:
         program += [
             (_JUMP_EQ, 0, 4, number),

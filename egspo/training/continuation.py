@@ -12,7 +12,7 @@ from egspo.runs.checkpoint import (
     CHECKPOINTS,
     check_unclaimed,
     find_checkpoint,
-    list_checkpoints,
+    has_checkpoints,
     newest_intact,
 )
 
@@ -79,7 +79,7 @@ def chosen_checkpoint(
         checkpoint = find_checkpoint(resume)
     else:
         checkpoint = newest_intact(folder.parent)
-        if checkpoint is None and list_checkpoints(folder):
+        if checkpoint is None and has_checkpoints(folder):
             raise CheckpointError(
                 f"all checkpoints in {folder} are damaged: --overwrite starts over, and keeps the "
                 "old folder under another name"

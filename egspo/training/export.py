@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from egspo.models import load_adapter, load_model, load_tokenizer
 from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
+from egspo.runs.lock import alone
 from egspo.runs.published import MANIFEST, publish, verify_published
 from egspo.serving.named_model import GENERATION_FILE
 from egspo.training.state import ADAPTER, WEIGHTS
@@ -52,10 +54,16 @@ def export(
         ExportError: ``source`` has neither adapter nor model, ``base`` is not known or cannot be
             loaded, or an option does not go with trained weights.
         FileExistsError: there is something at ``output``.
+        RunLockedError: another process writes there.
         ValueError: adapter and base do not fit together.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise FileExistsError(f"{output} exists already, and nothing is overwritten")
+    with alone(output, name="output"):
+        return _export(source, output, base, max_shard_size)
+
+
+def _export(source: Path, output: Path, base: str | None, max_shard_size: str | None) -> Exported:
     folder, kind = _trained(source)
     if (folder.parent / MANIFEST).is_file():
         verify_published(folder.parent)

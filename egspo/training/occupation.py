@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from egspo.engines.processes import Processes
@@ -19,24 +21,77 @@ def occupy(output: Path, processes: Processes) -> RunLock | None:
         OSError: it cannot be written, or is not the same folder in all processes.
         RunLockedError: another run goes there.
     """
-    taken: list[RunLock] = []
 
-    def take() -> None:
-        check_writable(output, 0)
-        taken.append(RunLock(output))
+    def prepare() -> None:
         claim(output)
         for folder in (output, output / CHECKPOINTS):
             remove_partial(folder)
 
+    lock = lock_folder(output, processes, prepare)
     try:
-        processes.on_main(take)
         check_writable(output, 0)
         _check_shared(output, processes)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return lock
+
+
+def lock_folder(
+    folder: Path, processes: Processes, prepare: Callable[[], object], *, name: str = "output_dir"
+) -> RunLock | None:
+    """Make ``folder`` and lock it, in the main process: its lock, None elsewhere.
+
+    Args:
+        folder: to write to.
+        processes: all raise what the main one does.
+        prepare: called in the main process, with the lock.
+        name: of ``folder``, as the user knows it.
+
+    Raises:
+        OSError: it cannot be written.
+        RunLockedError: another process has it.
+    """
+    taken: list[RunLock] = []
+
+    def take() -> None:
+        check_writable(folder, 0, name=name)
+        taken.append(RunLock(folder, name=name))
+        prepare()
+
+    try:
+        processes.on_main(take)
     except BaseException:
         for lock in taken:
             lock.release()
         raise
     return taken[0] if taken else None
+
+
+@contextmanager
+def writing_alone(
+    folder: Path, processes: Processes, *, leftovers: Sequence[Path], name: str
+) -> Iterator[Callable[[], object]]:
+    """Inside, ``folder`` is locked; yields a check that it still is, of the main process.
+
+    Args:
+        folder, processes, name: as :func:`lock_folder`, which raises.
+        leftovers: folders where what killed processes left half-written is deleted.
+    """
+
+    def clean() -> None:
+        for each in leftovers:
+            remove_partial(each)
+
+    lock = lock_folder(folder, processes, clean, name=name)
+    try:
+        yield (lambda: None) if lock is None else lock.check
+    finally:
+        if lock is not None:
+            lock.release()
+            with suppress(OSError):  # only an empty one, in which nothing was written
+                folder.rmdir()
 
 
 def _check_shared(output: Path, processes: Processes) -> None:

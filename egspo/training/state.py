@@ -26,6 +26,7 @@ from egspo.files import CheckpointError
 from egspo.models.experts import stacked
 from egspo.models.lora import POLICY_ADAPTER
 from egspo.runs.checkpoint import intact_hint, save_checkpoint
+from egspo.training.best import BestSoFar
 
 WEIGHTS, ADAPTER, OPTIMIZER, STATE = "model", "adapter", "optimizer.pt", "state.json"
 
@@ -214,10 +215,20 @@ def resumed_step(path: Path, command: Literal["train", "sft"], option: str, tota
     return step
 
 
-def saved_best(path: Path) -> dict[str, Any] | None:
-    """What :meth:`TrainingState.save` was told of the best step; None where it was not."""
+def saved_best(path: Path) -> BestSoFar | None:
+    """What :meth:`TrainingState.save` was told of the best step; None where it was not.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     with _fitting(path, STATE):
-        best: dict[str, Any] | None = json.loads((path / STATE).read_text("utf-8")).get("best")
+        saved = json.loads((path / STATE).read_text("utf-8")).get("best")
+        if saved is None:
+            return None
+        best = BestSoFar(**saved)
+        types = (best.step, int | None), (best.reward, float | int), (best.stale, int)
+        if not all(isinstance(value, kind) for value, kind in types):
+            raise ValueError(f"best is {saved!r}")
         return best
 
 

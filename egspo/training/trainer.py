@@ -158,7 +158,7 @@ class Trainer:
             return BestSoFar()
         saved = saved_best(checkpoint)
         if saved is not None:
-            return BestSoFar(**saved)
+            return saved
         return BestSoFar.of(made_before(self.origin))
 
     def _open(self) -> MetricsWriter:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from egspo.config import DistributedConfig
+from egspo.config.recipe import save_config
 from egspo.engines.processes import Processes
 from egspo.runs.checkpoint import list_checkpoints
 from egspo.runs.metrics import deterministic, read_metrics
@@ -219,6 +220,30 @@ def test_a_process_that_does_not_come_is_named(tmp_path: Path) -> None:
     message = (tmp_path / "run.lost-0").read_text()
     assert "at most 3 s (distributed.timeout)" in message
     assert "process 1 is in 'select of step 2'" in message
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("absent", "engine"), [(1, "replicated"), (1, "fsdp2"), (0, "replicated"), (0, "fsdp2")]
+)
+def test_who_does_not_come_to_the_start_is_lost(absent: int, engine: str, tmp_path: Path) -> None:
+    """The one that keeps the list of who came, or the other; by the command line."""
+    recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    changes = {"distributed": {"engine": engine, "timeout": 3.0}}
+    save_config(runs.config(tmp_path / "run", changes), recipe)
+    process = runs.forkserver().Process(
+        target=runs.command_as_rank,
+        args=(["train", str(recipe)], 1 - absent, 2, runs.free_port(), log),
+    )
+    begin = time.monotonic()
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 4, log.read_text()
+    assert time.monotonic() - begin < 55
+    said = " ".join(log.read_text().split())
+    assert "error: not all of the 2 processes came to the start of the run" in said
+    assert "Traceback" not in said
 
 
 FROZEN = {

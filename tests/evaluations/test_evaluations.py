@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -16,8 +17,9 @@ from egspo.evaluations import best_checkpoint, bootstrap, run, wilson
 from egspo.evaluations.checkpoints import choose_checkpoint
 from egspo.evaluations.intervals import interval_of
 from egspo.evaluations.records import SampleFile
-from egspo.files import CheckpointError
+from egspo.files import PARTIAL, CheckpointError
 from egspo.models import new_model
+from egspo.runs.lock import LOCK
 from egspo.runs.metrics import read_metrics
 from egspo.tasks.sudoku_answers import GridRewards, grid_in
 from egspo.training.trainer import train
@@ -183,6 +185,30 @@ def test_two_processes_do_what_one_does(trained: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two" / "summary.json").read_text()) == one
     for name in ("sudoku-20.jsonl", "sudoku-40.jsonl"):
         assert samples(tmp_path / "two", name) == samples(tmp_path / "one", name)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other(trained: Path, tmp_path: Path) -> None:
+    """With exit code 4, and the same command goes on."""
+    arguments = ["eval", str(trained), "--output-dir", str(tmp_path / "two"), "--batch-size", "1"]
+    blow = runs.Strike(1, "egspo.evaluations.records.SampleFile.append", 2, runs.SIGKILL)
+    log, port = tmp_path / "log", runs.free_port()
+    processes = [
+        runs.forkserver().Process(
+            target=runs.command_as_rank, args=(arguments, rank, 2, port, log, blow)
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [4, -runs.SIGKILL], log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert main(arguments) == 0
+    assert len(samples(tmp_path / "two", "sudoku-20.jsonl")) == 5
+    assert not list((tmp_path / "two").rglob("*part*"))
 
 
 def test_another_evaluation_is_refused_with_what_differs(
@@ -419,17 +445,63 @@ def test_a_model_that_is_no_run_needs_tasks(
 
 def test_damaged_samples_are_refused(tmp_path: Path) -> None:
     file = SampleFile(tmp_path, "task-8")
-    file.append(0, [{"index": 1, "sample": 0, "score": 1.0}])
-    file.append(1, [{"index": 0, "sample": 0, "score": 0.0}])
+    rest = {"sample": 0, "rewards": {}, "tokens": 2, "steps": 1, "finish_reason": "stop"}
+    file.append(0, [{"index": 1, "score": 1.0, **rest}])
+    file.append(1, [{"index": 0, "score": 0.0, **rest}])
     file.join()
     assert [record["index"] for record in file.read()] == [0, 1]
-    file.append(0, [{"index": 0, "sample": 0, "score": 0.5}])  # joined, but killed before unlink
+    file.append(0, [{"index": 0, "score": 0.5, **rest}])  # joined, but killed before unlink
     file.join()
     assert [record["score"] for record in file.read()] == [0.5, 1.0]
     with file.path.open("a") as stream:
         stream.write("not json\n")
     with pytest.raises(ValueError, match=r"task-8.jsonl, line 3 is no sample.*'not json'"):
         file.read()
+    good = {"index": 0, "score": None, **rest}
+    for name, values in {
+        **dict.fromkeys(("index", "sample", "tokens", "steps"), (-1, 1.5, True, None, "x", [])),
+        "score": ("x", [], math.nan, math.inf),
+        "rewards": (None, [], {"a": "b"}, {"a": math.inf}),
+        "finish_reason": (None, 3),
+    }.items():
+        for value in values:
+            lines = [json.dumps(record) + "\n" for record in (good, {**good, name: value})]
+            file.path.write_text("".join(lines))
+            with pytest.raises(ValueError, match="line 2 is no sample of an evaluation"):
+                file.read()
+
+
+def test_overwrite_renames_evaluations_only(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    for path in (mine, mine / "thesis.txt"):
+        assert main(["eval", str(trained), "--output-dir", str(path), "--overwrite"]) == 2
+        assert "is no evaluation" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    with pytest.raises(SystemExit):
+        main(["eval", str(trained), "--output-dir", ""])
+    assert "--output-dir: it must not be empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "[]", "{}", '{"identity": []}', '{"identity": {"tasks": 3}}', "[" * 10**5, "x"],
+)
+def test_samples_of_an_unknown_evaluation_are_not_taken(
+    content: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "sudoku-20.jsonl").write_text("mine")
+    if content is not None:
+        (tmp_path / "evaluation.json").write_text(content)
+    assert main(["eval", str(trained), "--output-dir", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "evaluation" in said and "--overwrite" in said
+    assert (tmp_path / "samples" / "sudoku-20.jsonl").read_text() == "mine"
 
 
 def test_wilson() -> None:
@@ -483,3 +555,25 @@ def test_which_interval() -> None:
     assert interval_of([[1.0, 0.0], [0.0, 0.0]], proportion=True) == bootstrap([0.5, 0.0])
     assert interval_of([[1.0], [0.0]], proportion=False) == bootstrap([1.0, 0.0])
     assert interval_of([[0.25], [0.25]], proportion=False) is None
+
+
+def test_one_evaluation_at_a_time_writes_to_a_folder(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two would join and delete each other's parts."""
+    output = tmp_path / "eval"
+    evaluate(trained, output, "--limit", "1")
+    before = samples(output, "sudoku-20.jsonl")
+    leftover = output / "samples" / f"{PARTIAL}x-1"
+    leftover.write_text("of a kill")
+    runs.hold_elsewhere(output / LOCK)
+    for more in ([], ["--overwrite"]):
+        arguments = ["eval", str(trained), "--output-dir", str(output), "--limit", "2", *more]
+        assert main(arguments) == 2
+        said = f"--output-dir {output} is in use by process {os.getppid()} on here since then"
+        assert said in capsys.readouterr().err.replace("\n", " ")
+        assert samples(output, "sudoku-20.jsonl") == before and leftover.exists()
+    (output / LOCK).unlink()
+    evaluate(trained, output, "--limit", "2")
+    assert len(samples(output, "sudoku-20.jsonl")) == 2
+    assert not list(output.rglob(".*"))

@@ -13,8 +13,9 @@ from egspo.config.convert import ConfigError
 from egspo.config.recipe import load_config
 from egspo.evaluations import sweep as module
 from egspo.evaluations.sweep import PLOT, TABLE, Run, load_sweep, plan, run_sweep
+from egspo.runs.lock import LOCK
 from egspo.training.trainer import train
-from tests.helpers.runs import RECIPE
+from tests.helpers.runs import RECIPE, hold_elsewhere
 
 VARIANTS = {"sa": ["algorithm.preset=egspo-sa"], "plain": ["algorithm.preset=egspo"]}
 
@@ -74,6 +75,17 @@ def test_every_variant_with_every_seed_is_compared_once(
 
     with pytest.raises(ConfigError, match="another configuration"):
         run_sweep(load_sweep(write(tmp_path, overrides=["steps=3"])))
+
+
+def test_one_sweep_at_a_time_writes_to_a_folder(
+    tmp_path: Path, started: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    (tmp_path / "out").mkdir()
+    hold_elsewhere(tmp_path / "out" / LOCK)
+    assert main(["sweep", str(path)]) == 2
+    assert f"output_dir {tmp_path / 'out'} is in use" in capsys.readouterr().err.replace("\n", " ")
+    assert not started
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(

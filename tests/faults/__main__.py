@@ -15,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="at least (200)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
+    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="scenarios at a time (3)")
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="(all)")
     args = parser.parse_args()
     start = time.monotonic()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import json
 import multiprocessing
 import os
 import pkgutil
+import resource
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +22,7 @@ import torch
 
 from egspo.config import TrainConfig
 from egspo.config.convert import from_mapping
+from egspo.runs.lock import _identity
 from egspo.runs.metrics import deterministic, read_metrics
 from egspo.tasks import Example, Reward, Task
 from egspo.tasks.base import register_task
@@ -163,6 +168,37 @@ def command_and_signal(arguments: list[str], target: str, call: int, number: int
     raise SystemExit(main(arguments))
 
 
+def warm_start_at_once(folder: Path, number: int, ready: Any) -> None:
+    """In a process of its own: a warm start from the cache in ``folder``, when all are ready."""
+    from egspo.models import load_model
+    from egspo.tasks.prompts import build_data
+    from egspo.training.warm_start import warm_start
+
+    os.environ["EGSPO_CACHE"] = str(folder / "cache")
+    tiny = config(folder / str(number), {"sft": {"steps": 1, "batch_size": 2}})
+    data = build_data(tiny)
+    ready.wait(200)
+    load_model(warm_start(tiny, data, torch.device("cpu")))
+
+
+def command_on_a_full_disk(arguments: list[str], target: str, call: int, log: Path) -> None:
+    """The command line ``egspo ARGUMENTS``, which can write nothing more from a chosen moment on;
+    ``log`` gets what it says."""
+    from egspo.cli import main
+    from egspo.training import trainer
+
+    trainer.plot_run = lambda run, png: png  # takes longer than these runs do
+    os.environ["EGSPO_CACHE"] = str(log.parent / "cache")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    strike(target, call, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard)))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write_text(said.getvalue())
+    raise SystemExit(code)
+
+
 SIGKILL, SIGTERM = int(signal.SIGKILL), int(signal.SIGTERM)
 
 
@@ -277,6 +313,23 @@ def evaluate_as_rank(arguments: list[str], rank: int, world_size: int, port: int
     raise SystemExit(main(arguments))
 
 
+def command_as_rank(
+    arguments: list[str],
+    rank: int,
+    world_size: int,
+    port: int,
+    log: Path,
+    blow: Strike | None = None,
+) -> None:
+    """The same, with what it prints in ``log``."""
+    if blow is not None and blow.rank == rank:
+        strike(blow.target, blow.call, lambda: os.kill(os.getpid(), blow.signal))
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    evaluate_as_rank(arguments, rank, world_size, port)
+
+
 def evaluate_and_die(arguments: list[str], call: int) -> None:
     """``egspo eval`` that is killed when it is to write its ``call``-th samples."""
     from egspo.cli import main
@@ -306,10 +359,18 @@ def _become_rank(rank: int, world_size: int, port: int) -> None:
     )
 
 
+def hold_elsewhere(lock: Path) -> None:
+    """Write the file ``lock`` as another live process of this machine would."""
+    holder = {"token": "x", "host": "here", "since": "then", **_identity(os.getppid())}
+    lock.write_text(json.dumps(holder))
+
+
 def forkserver() -> ForkServerContext:
     """Processes forked from one that has the imports done: a start takes no seconds."""
     context = multiprocessing.get_context("forkserver")
     modules = ["egspo.training.trainer", "egspo.training.warm_start", "egspo.evaluations.run"]
+    # With what they are started from, which each would otherwise import for itself.
+    modules += ["egspo.cli", "egspo.evaluations.checkpoints", __name__, "tests.faults.harness"]
     context.set_forkserver_preload(modules)
     return context
 

@@ -177,9 +177,13 @@ def long_record(blocks: int = 8, width: int = 32) -> TrajectoryRecord:
 def test_records_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     record = long_record()
     bare = replace(record, index=1, selected=[], reward=None, step_reward=None, prompt=None)
-    odd = replace(record, index=2, step_entropy=[0.5, None], completion="猫\n\u2028")
+    odd = replace(bare, index=2, step_entropy=[0.5, None], completion="猫\n\u2028")
     assert read_trajectories(write_group(tmp_path, 3, [record, bare, odd])) == [record, bare, odd]
     assert math.isnan(odd.entropy[1])
+    beyond = replace(record, step_entropy=[0.5, None])
+    file = write_group(tmp_path, 4, [bare, beyond])
+    with pytest.raises(ValueError, match=r"step-000004\.jsonl, line 2 selects step 70 of 2"):
+        read_trajectories(file)
 
 
 @pytest.mark.parametrize(

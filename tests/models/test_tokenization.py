@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from egspo.models.chat_template import _TimeIsUpError, _TimeLimit
 from egspo.models.tokenization import (
     SUDOKU_CHARACTERS,
     character_tokenizer,
     decode_completions,
     encode_prompts,
+    end_of_turn,
 )
 
 TOKENIZER = character_tokenizer()
@@ -167,3 +170,52 @@ def test_decoding_stops_at_the_first_eos() -> None:
     assert decode_completions(TOKENIZER, [[one, two, two]], two) == ["1"]
     assert completions[1] == [one, eos, two, eos]
     assert decode_completions(TOKENIZER, [], eos) == []
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0].content }}" + LOOPS, "takes longer than 0.3 s"),
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{{ 'x' * 3 * 10**7 }}", "it says 30,000,000 characters, at most 20,000,000"),
+        ("{{ 'x' * 10**14 }}", "MemoryError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_template_without_an_end_is_ended(
+    template: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the main thread or another."""
+    monkeypatch.setattr("egspo.models.chat_template.SECONDS", 0.3)
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template
+    chat = [{"role": "user", "content": "1"}]
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match=said) as error:
+            encode_prompts(tokenizer, [chat])
+        assert "does not take prompt 0: " in str(error.value)
+        assert end_of_turn(tokenizer) is None
+
+    refused()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(refused).result()
+
+
+def test_time_that_is_up_ends_nothing_else() -> None:
+    """Whenever it strikes: what follows is not interrupted."""
+    ended = 0
+    for number in range(300):
+        try:
+            with _TimeLimit(1e-4 * (number % 10)):
+                sum(range(number * 10))
+        except _TimeIsUpError:
+            ended += 1
+        sum(range(1000))
+    assert ended < 300
+    with pytest.raises(_TimeIsUpError), _TimeLimit(0.01):
+        while True:
+            pass

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from egspo.runs.lock import LOCK, RunLock, RunLockedError
+from egspo.files import PARTIAL
+from egspo.runs.lock import LOCK, RunLock, RunLockedError, alone
+from tests.helpers import runs
 
 ELSEWHERE = {"token": "x", "host": "far", "process": 7, "since": "then", "machine": "other"}
 
@@ -102,6 +104,29 @@ def test_a_folder_that_is_gone_is_noticed(tmp_path: Path) -> None:
         folder.rmdir()
         with pytest.raises(RunLockedError, match="was deleted or emptied while the run went"):
             lock.check()
+
+
+def test_what_is_written_alone(tmp_path: Path) -> None:
+    """Half-written files of others, and of names that only begin the same, stay."""
+    target, link = tmp_path / "new" / "out[1].json", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    names = (f"{PARTIAL}out[1].json-1", f"{PARTIAL}out1.json-1", f"{PARTIAL}out[1].jsonl-1")
+    for name in names:
+        (target.parent / name).write_text("half")
+    with alone(target):
+        assert (target.parent / f"{LOCK}-out[1].json").is_file()
+        assert not (target.parent / names[0]).exists()
+    assert {path.name for path in target.parent.iterdir()} == set(names[1:])
+    runs.hold_elsewhere(target.parent / f"{LOCK}-out[1].json")
+    for path in (target, link):
+        with (
+            pytest.raises(RunLockedError, match=r"--html .* is in use by"),
+            alone(path, name="--html"),
+        ):
+            pass
+    with alone(Path("/dev/null")):
+        assert not list(Path("/dev").glob(f"{LOCK}*"))
 
 
 def test_many_at_once_and_one_wins(tmp_path: Path) -> None:

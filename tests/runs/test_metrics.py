@@ -40,10 +40,10 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_records_come_back_with_null_for_what_json_lacks(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "new" / "metrics.jsonl")
-    writer.write({"step": 0, "kl": math.nan, "x": [1, math.inf], "ü": {"a": -math.inf}})
+    writer.write({"step": 0, "kl": math.nan, "ü/histogram": [1, -math.inf]})
     writer.write({"step": 1, "reward/mean": 0.1})
     assert read_metrics(tmp_path / "new") == [
-        {"step": 0, "kl": None, "x": [1, None], "ü": {"a": None}},
+        {"step": 0, "kl": None, "ü/histogram": [1, None]},
         {"step": 1, "reward/mean": 0.1},
     ]
 
@@ -261,3 +261,23 @@ def test_progress_speaks_up_when_steps_are_slow(monkeypatch: pytest.MonkeyPatch)
 def test_progress_refuses_impossible_ranges() -> None:
     with pytest.raises(ValueError, match="0 <= start <= total"):
         RunProgress(5, "EGSPO", start=6)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"step": 3, "loss": "x"}', '{"step": 3, "loss": [1]}', '{"step": 3, "loss": {}}'),
+        *('{"step": true}', '{"step": -1}', '{"step": 1e3}', f'{{"step": {10**30}}}'),
+    ],
+)  # fmt: skip
+def test_a_record_of_what_is_no_number_is_damaged(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(file)
+    writer.write({"step": 1, "loss": 0.5, "selected/histogram": [1, 2], "kl": None})
+    text = file.read_text()
+    file.write_text(f"{line}\n{text}")
+    with pytest.raises(ValueError, match="line 1 is not a record"):
+        read_metrics(file)
+    MetricsWriter(file, resume_after=1)
+    assert file.read_text() == text
+    assert (tmp_path / "metrics.dropped.jsonl").read_text() == f"{line}\n"

@@ -12,6 +12,7 @@ import signal
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -612,6 +613,48 @@ def f(x):
     assert "expected words" in str(verdict.cases[0].error)  # the test ran, and failed
     other = "import os\ndef f(x): return 'the expected words' if os.getuid() > 60000 else 0"
     assert HttpSandbox(endpoint, LIMITS).run(other, FORGED_TESTS).score == 1.0
+
+
+SERVICE = """
+import ctypes, os, sys
+from egspo.sandbox.inside import isolate
+folder, protected = sys.argv[1], sys.argv[2] == "protected"
+if os.geteuid() == 0:
+    isolate.become(12345)  # a service runs as a user
+isolate.become_ordinary()
+program = os.fork()
+if program == 0:
+    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # no new privileges
+    if protected and not isolate.leave_others_alone():
+        print("no Landlock")
+        sys.exit()
+    for name in ("mem", "maps", "environ"):
+        try: open(f"/proc/{os.getppid()}/{name}", "rb")
+        except OSError: continue
+        print("reached", name)
+    os.mkdir(f"{folder}/a")
+    open(f"{folder}/b", "w").write("renamed")
+    os.rename(f"{folder}/b", f"{folder}/a/b")
+    print(open(f"{folder}/a/b").read())
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(program, 0)
+"""
+
+
+def test_the_memory_of_the_service_is_out_of_reach_of_its_own_user() -> None:
+    said = {}
+    for kind in ("protected", "not"):
+        with tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o777)
+            command = [sys.executable, "-c", SERVICE, folder, kind]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            said[kind] = done.stdout.split("\n")[:-1]
+    if said["protected"] == ["no Landlock"]:
+        pytest.skip("the kernel has no Landlock")
+    assert said["protected"] == ["renamed"]
+    if not Path("/proc/sys/kernel/yama/ptrace_scope").exists():  # which has a say of its own
+        assert said["not"] == ["reached mem", "reached maps", "reached environ", "renamed"]
 
 
 VERSION = "import sys; sys.exit(sys.version_info < (3, 11))"

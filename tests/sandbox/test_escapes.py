@@ -106,21 +106,39 @@ def test_the_same_attack_succeeds_where_one_process_does_all(tmp_path: Path, nam
     assert subprocess.run(command, cwd=tmp_path, timeout=60, capture_output=True).returncode == 0
 
 
-def test_locks_and_asynchronous_input_are_denied(sandbox: Bubblewrap) -> None:
+def test_locks_are_not_taken_and_asynchronous_input_is_denied(sandbox: Bubblewrap) -> None:
     program = """
-import ctypes, fcntl, os
+import ctypes, fcntl, os, sqlite3
 def f():
     libc, reached = ctypes.CDLL(None, use_errno=True), []
     context = ctypes.c_ulong(0)
     if libc.syscall(206, 1024, ctypes.byref(context)) == 0: reached.append("io_setup")
-    for path in (os.__file__, "/tmp/own"):
-        with open(path, "a" if path.startswith("/tmp") else "r") as file:
+    for path, mode in ((os.__file__, "rb"), ("/tmp/own", "ab+")):
+        with open(path, mode) as file:
             for lock in (fcntl.flock, fcntl.lockf):
-                try: lock(file, fcntl.LOCK_SH if lock is fcntl.flock else fcntl.LOCK_UN)
-                except OSError: continue
-                reached.append((path, lock.__name__))
+                kind = fcntl.LOCK_SH if mode == "rb" else fcntl.LOCK_EX
+                lock(file, kind)  # nobody waits for it:
+                if os.fork() == 0:
+                    try:
+                        with open("/tmp/own" if mode != "rb" else path, mode) as other:
+                            lock(other, kind | fcntl.LOCK_NB)
+                            if lock is fcntl.lockf and mode != "rb":
+                                asked = __import__("struct").pack("hhqqi4x", 1, 0, 0, 0, 0)
+                                answer = fcntl.fcntl(other, fcntl.F_GETLK, asked)
+                                assert answer[:2] == b"\\x02\\x00", answer  # F_UNLCK
+                    except BaseException: os._exit(1)
+                    os._exit(0)
+                if os.wait()[1]: reached.append((path, lock.__name__))
             fcntl.fcntl(file, fcntl.F_GETFL)
-    return reached
+            try: fcntl.fcntl(file, 1024, 0)
+            except OSError: continue
+            reached.append((path, "lease"))
+    for number in range(2):
+        with sqlite3.connect("/tmp/data.db") as data:
+            data.execute("create table if not exists t (x)")
+            data.execute("insert into t values (?)", (number,))
+    found = sqlite3.connect("/tmp/data.db").execute("select x from t order by x").fetchall()
+    return reached + [x for x in found if x not in ((0,), (1,))] + [len(found)][len(found) == 2:]
 """
     assert sandbox.run(program, PROBE_TESTS).score == 1.0
 

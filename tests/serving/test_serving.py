@@ -21,9 +21,11 @@ from egspo.cli import main
 from egspo.cli.model import _HELP
 from egspo.config import GenerationConfig
 from egspo.rollouts.completion import Completion, TextDelta, TextStream, token_pieces
+from egspo.runs.lock import LOCK
 from egspo.serving.generation import complete, generate, stream
 from egspo.serving.named_model import save_generation_config
 from egspo.training.warm_start import save_model
+from tests.helpers.runs import hold_elsewhere
 from tests.serving.test_generation import CONFIG, PROMPTS, TOKENIZER, chats, model
 
 WORDY = 20  # a seed with text in both blocks
@@ -417,6 +419,27 @@ def test_an_interrupted_file_is_continued(
     assert part.read_text() == whole.read_text()
     (old,) = tmp_path.glob("part.jsonl.old-*")
     assert old.read_text() == whole.read_text()
+
+
+def test_one_process_at_a_time_writes_to_a_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, link = tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    assert command(run, "--prompt", "1", "--output", str(output)) == 0
+    before = output.read_text()
+    link.symlink_to(output)
+    hold_elsewhere(tmp_path / f"{LOCK}-out.jsonl")
+    for file, option in ((output, "--resume"), (link, "--resume"), (output, "--overwrite")):
+        options = ["--prompt", "1", "--prompt", "2", "--output", str(file), option]
+        assert command(run, *options) == 2
+        said = f"--output {output} is in use by process"
+        assert said in capsys.readouterr().err.replace("\n", " ")
+    assert output.read_text() == before
+    assert command(run, "--prompt", "1", "--output", str(tmp_path), "--overwrite") == 2
+    assert f"--output is a file, and {tmp_path} is a folder" in capsys.readouterr().err
+    (tmp_path / f"{LOCK}-out.jsonl").unlink()
+    assert command(run, "--prompt", "1", "--output", str(tmp_path / "other.jsonl")) == 0
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_resuming_what_is_not_there_starts(run: Path, tmp_path: Path) -> None:

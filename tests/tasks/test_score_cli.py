@@ -11,9 +11,11 @@ import pytest
 
 from egspo.cli import main
 from egspo.rewards.audit import audit, read_completions
+from egspo.runs.lock import LOCK
 from egspo.tasks import Task, build_task, files
 from egspo.tasks.answers import in_format
 from egspo.tasks.base import unregister_task
+from tests.helpers.runs import hold_elsewhere
 from tests.tasks.test_task_files import write as write_task
 
 COUNTDOWN = ["train_examples=3", "test_examples=2", "validation_examples=1", "numbers=2"]
@@ -76,6 +78,10 @@ def test_an_earlier_file_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(lines(tmp_path / "out.jsonl")) == 1
     assert main([*arguments, "--output", str(tmp_path)]) == 2
     assert "--output is a file" in capsys.readouterr().err
+    hold_elsewhere(tmp_path / f"{LOCK}-out.jsonl")
+    assert main([*arguments, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "is in use by process" in capsys.readouterr().err.replace("\n", " ")
+    assert len(lines(tmp_path / "out.jsonl")) == 1
 
 
 def test_standard_input_with_a_byte_order_mark(

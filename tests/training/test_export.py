@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from egspo.cli import main
 from egspo.config import GenerationConfig
-from egspo.files import CheckpointError
+from egspo.files import PARTIAL, CheckpointError
 from egspo.models import add_lora, load_adapter, load_model, load_tokenizer, new_model
 from egspo.models.tokenization import character_tokenizer
+from egspo.runs.lock import LOCK, RunLockedError
 from egspo.runs.published import verify_published
 from egspo.serving.named_model import GENERATION_FILE, save_generation_config
 from egspo.training.export import ExportError, export
@@ -123,7 +124,13 @@ def test_nothing_is_overwritten_or_left_half(
         with pytest.raises(OSError, match="No space left"):
             export(adapter, output)
     assert not list(output.parent.iterdir())
+    (output.parent / f"{PARTIAL}merged-1").mkdir()  # of a kill
+    runs.hold_elsewhere(output.parent / f"{LOCK}-merged")
+    with pytest.raises(RunLockedError, match=f"output {output} is in use by process"):
+        export(adapter, output)
+    (output.parent / f"{LOCK}-merged").unlink()
     export(adapter, output)
+    assert list(output.parent.iterdir()) == [output]
     before = (output / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         export(base, output)

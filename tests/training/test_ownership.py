@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from egspo.cli import main
 from egspo.config.recipe import save_config
 from egspo.files import CheckpointError, set_aside
 from egspo.runs.checkpoint import list_checkpoints
-from egspo.runs.lock import RunLockedError
+from egspo.runs.folder import MARK
+from egspo.runs.lock import LOCK, RunLock, RunLockedError
 from egspo.runs.metrics import read_metrics
 from egspo.runs.published import MANIFEST, NotOursError, _inventory, publish, verify_published
 from egspo.training.trainer import train
@@ -82,6 +85,19 @@ def test_a_file_added_to_what_was_published_is_not_deleted(finished: Path, half:
     assert len(list_checkpoints(half / "checkpoints")) <= 2
 
 
+@pytest.mark.parametrize("name", [MARK, LOCK])
+def test_pipes_are_not_waited_for(name: str, half: Path) -> None:
+    (half / name).unlink(missing_ok=True)
+    os.mkfifo(half / name)
+    if name == LOCK:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("egspo.training.occupation.RunLock", partial(RunLock, stale=0.2))
+            train(runs.config(half, FOUR), resume="auto")
+    else:
+        with pytest.raises(NotOursError, match=r"egspo-run is in the way"):
+            train(runs.config(half, FOUR), resume="auto")
+
+
 @pytest.mark.parametrize("option", [["--output-dir", ""], ["output_dir="], ["output_dir=' '"]])
 def test_an_empty_output_dir_is_refused(
     option: list[str], tmp_path: Path, capsys: Any, monkeypatch: Any
@@ -123,8 +139,11 @@ def test_auto_passes_over_damage_and_does_not_begin_over_it(half: Path, finished
     assert outcome(half) == outcome(finished)
     for path in (half / "checkpoints").glob("*"):
         (path / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"):
-        train(runs.config(half, FOUR), resume="auto")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"):
+            train(runs.config(half, FOUR), resume="auto")
+        for path in (half / "checkpoints").glob("*/manifest.json"):
+            path.unlink()
     assert newest.exists() or older.exists()
 
 
@@ -187,12 +206,39 @@ def test_set_aside_twice_within_a_second_and_through_a_link(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "manifest",
-    ["{}", "[]", '{"state.json": {"bytez": 1, "sha256": ""}}', '{"state.json": 3}', "[" * 10**5],
+    [
+        *(
+            "{}",
+            "[]",
+            '{"state.json": {"bytez": 1, "sha256": ""}}',
+            '{"state.json": 3}',
+            "[" * 10**5,
+        ),
+        *(json.dumps({name: {"bytes": 1, "sha256": ""}}) for name in ("../x", "/etc/passwd")),
+    ],
 )
 def test_a_manifest_that_says_nothing_is_damage(manifest: str, half: Path) -> None:
     newest = half / "checkpoints" / "step-000003"
     (newest / MANIFEST).write_text(manifest)
     with pytest.raises(CheckpointError, match=r"step-000003 is damaged: manifest\.json"):
+        train(runs.config(half, FOUR), resume=newest)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_has_is_damage(name: str, half: Path) -> None:
+    newest = half / "checkpoints" / "step-000003"
+    (newest / MANIFEST).write_text(json.dumps({name: {"bytes": 1, "sha256": ""}}))
+    with pytest.raises(CheckpointError, match=r"step-000003 is damaged: "):
+        train(runs.config(half, FOUR), resume=newest)
+
+
+@pytest.mark.parametrize("best", [3, "x", [], {"step": "x"}, {"reward": None}, {"other": 1}])
+def test_a_best_step_that_is_none_does_not_fit(best: Any, half: Path) -> None:
+    newest = half / "checkpoints" / "step-000003"
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "best": best}))
+    resealed(newest)
+    with pytest.raises(CheckpointError, match=r"does not fit this run: state\.json"):
         train(runs.config(half, FOUR), resume=newest)
 
 

@@ -14,6 +14,7 @@ import torch
 from egspo.config import TrainConfig
 from egspo.models import load_model
 from egspo.runs.metrics import read_metrics
+from egspo.runs.published import verify_published
 from egspo.tasks.prompts import build_data, supervised_examples
 from egspo.training.build import fresh_model, plain_denoiser
 from egspo.training.sft import SupervisedData, supervised_loss
@@ -126,6 +127,27 @@ def test_the_warm_start_is_trained_once(tmp_path: Path, cache: Path) -> None:
     first = [read_metrics(tmp_path / run)[0]["eval/reward"] for run in ("a", "b")]
     assert first[0] == first[1]
     assert weights(cached / "model").keys() == weights(tmp_path / "a" / "final" / "model").keys()
+
+
+@pytest.mark.slow
+def test_many_that_start_at_once_share_one_warm_start(tmp_path: Path, cache: Path) -> None:
+    """On a cache that is empty, and then on one that is damaged."""
+    context = runs.forkserver()
+    for _ in range(2):
+        ready = context.Barrier(12)
+        processes = [
+            context.Process(target=runs.warm_start_at_once, args=(tmp_path, number, ready))
+            for number in range(12)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0] * 12
+        (cached,) = (cache / "warm_start").iterdir()  # nothing half-written is left
+        verify_published(cached)
+        (cached / "model" / "config.json").write_text("{")
 
 
 @pytest.mark.parametrize(

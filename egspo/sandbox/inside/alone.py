@@ -2,7 +2,8 @@
 
 There are no namespaces here; what there is of protection are users. Served by root, the program
 becomes another user than what judges it, or nothing is run. Served by anyone else, both are that
-user: this process hides its memory, but cannot hide that of the service it was started by.
+user: this process hides its memory, and the kernel keeps the program from that of the service that
+started it, where it has Landlock (Linux 5.13).
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def _restrict(uid: int | None, limits: dict[str, Any]) -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     isolate.restrict(uid, limits, None)
+    isolate.leave_others_alone()
     isolate.hide_memory()
 
 
