@@ -287,25 +287,51 @@ struct StepSums {
 };
 
 constexpr int kTokenTile = 256;
+constexpr int kGroup = 4;  // steps of tokens that are looked at together
+static_assert(kTokenTile % kGroup == 0);
 
+struct alignas(16) StepGroup {
+  int steps[kGroup];
+};
+
+// Steps of tokens that do not exist, or are ignored, are -1; groups are whole.
 struct TokenTile {
   double values[kTokenTile];
-  int steps[kTokenTile];
+  StepGroup groups[kTokenTile / kGroup];
+
+  EGSPO_DEVICE int step(int token) const { return groups[token / kGroup].steps[token % kGroup]; }
+  EGSPO_DEVICE void set_step(int token, int step) {
+    groups[token / kGroup].steps[token % kGroup] = step;
+  }
 };
+
+EGSPO_DEVICE bool holds(const StepGroup& group, int step) {
+  bool found = false;
+  EGSPO_UNROLL for (int i = 0; i < kGroup; ++i) found |= group.steps[i] == step;
+  return found;
+}
 
 // Adds the tokens of the tile that share the step of token `first` to the sum of that step, in
 // order, if `first` is the first of them: no step is written by two threads.
 EGSPO_DEVICE void add_tokens(const TokenTile& tile, int size, int first, StepSum* sums) {
-  const int step = tile.steps[first];
+  const int step = tile.step(first);
   if (step < 0) return;
-  for (int i = 0; i < first; ++i) {
-    if (tile.steps[i] == step) return;
+  const int own = first / kGroup;
+  for (int group = 0; group < own; ++group) {
+    if (holds(tile.groups[group], step)) return;
+  }
+  for (int i = own * kGroup; i < first; ++i) {
+    if (tile.step(i) == step) return;
   }
   StepSum total = sums[step];
-  for (int i = first; i < size; ++i) {
-    if (tile.steps[i] != step) continue;
-    total.sum += tile.values[i];
-    ++total.count;
+  for (int group = own; group * kGroup < size; ++group) {
+    const StepGroup& steps = tile.groups[group];
+    if (!holds(steps, step)) continue;
+    for (int i = 0; i < kGroup; ++i) {
+      if (steps.steps[i] != step) continue;
+      total.sum += tile.values[group * kGroup + i];
+      ++total.count;
+    }
   }
   sums[step] = total;
 }
@@ -321,11 +347,12 @@ EGSPO_DEVICE void sum_steps(Block& block, const Value* values, const int64_t* st
   });
   for (int64_t start = 0; start < tokens; start += kTokenTile) {
     const int size = tokens - start < kTokenTile ? int(tokens - start) : kTokenTile;
+    const int whole = (size + kGroup - 1) / kGroup * kGroup;
     block.parallel([&](int thread) {
-      for (int i = thread; i < size; i += threads) {
-        const int64_t step = step_ids[start + i];
-        tile.steps[i] = step >= 0 && step < limit ? int(step) : -1;
-        tile.values[i] = values[start + i];
+      for (int i = thread; i < whole; i += threads) {
+        const int64_t step = i < size ? step_ids[start + i] : -1;
+        tile.set_step(i, step >= 0 && step < limit ? int(step) : -1);
+        if (i < size) tile.values[i] = values[start + i];
       }
     });
     block.parallel([&](int thread) {

@@ -26,7 +26,6 @@ _TOKEN_STATS = Dispatcher("token_stats", _BACKENDS)
 _SAMPLE_TOKENS = Dispatcher("sample_tokens", _BACKENDS)
 
 
-@torch.no_grad()
 def token_stats(
     logits: Tensor,
     targets: Tensor | None,
@@ -71,14 +70,15 @@ def token_stats(
     count = logits.shape[0] if rows is None else rows.numel()
     if targets is not None:
         check_index("targets", targets, count, logits.device, logits.shape[1])
-    run = _token_stats_operator if torch.compiler.is_compiling() else _token_stats
-    logsumexp, entropy, log_prob, argmax, confidence = run(
-        logits, targets, rows, temperature, banned_token, backend
-    )
+    arguments = (targets, rows, temperature, banned_token, backend)
+    if torch.compiler.is_compiling():
+        outputs = _token_stats_operator(logits.detach(), *arguments)
+    else:
+        outputs = _token_stats(logits, *arguments)
+    logsumexp, entropy, log_prob, argmax, confidence = outputs
     return TokenStats(logsumexp, entropy, None if targets is None else log_prob, argmax, confidence)
 
 
-@torch.no_grad()
 def sample_tokens(
     logits: Tensor,
     *,
@@ -124,20 +124,19 @@ def sample_tokens(
     check_row_ids(row_ids, logits.shape[0], logits.device)
     check_step(step)
     _check_vocabulary(logits)
-    run = _sample_tokens_operator if torch.compiler.is_compiling() else _sample_tokens
     key = (seed & 2**64 - 1 ^ 1 << 63) - (1 << 63)  # an operator takes a signed integer
-    return SampledTokens(
-        *run(
-            logits,
-            float(temperature),
-            key,
-            step,
-            row_ids,
-            banned_token,
-            float(entropy_temperature),
-            backend,
-        )
+    arguments = (
+        float(temperature),
+        key,
+        step,
+        row_ids,
+        banned_token,
+        float(entropy_temperature),
+        backend,
     )
+    if torch.compiler.is_compiling():
+        return SampledTokens(*_sample_tokens_operator(logits.detach(), *arguments))
+    return SampledTokens(*_sample_tokens(logits, *arguments))
 
 
 def _check_vocabulary(logits: Tensor) -> None:
@@ -165,7 +164,7 @@ def _token_stats(
     elif chosen == "cpp":
         stats = cpp_rows.token_stats(logits, targets, rows, temperature, banned_token)
     else:
-        picked = logits if rows is None else logits[rows.long()]
+        picked = logits.detach() if rows is None else logits.detach()[rows.long()]
         stats = reference.token_stats(picked, targets, temperature, banned_token)
     log_prob = logits.new_empty(0) if stats.log_prob is None else stats.log_prob
     return stats.logsumexp, stats.entropy, log_prob, stats.argmax, stats.confidence
@@ -181,15 +180,15 @@ def _sample_tokens(
     entropy_temperature: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    function = reference.sample_tokens
     chosen = _SAMPLE_TOKENS.choose(backend, logits.device, refuse_float64(logits))
+    arguments = (temperature, seed, step, row_ids, banned_token, entropy_temperature)
     if chosen == "triton":
         from egspo_kernels.triton_kernels import sampling
 
-        function = sampling.sample_tokens
-    elif chosen == "cpp":
-        function = cpp_rows.sample_tokens
-    return function(logits, temperature, seed, step, row_ids, banned_token, entropy_temperature)
+        return sampling.sample_tokens(logits, *arguments)
+    if chosen == "cpp":
+        return cpp_rows.sample_tokens(logits, *arguments)
+    return reference.sample_tokens(logits.detach(), *arguments)
 
 
 _token_stats_operator = custom_op("egspo::token_stats", _token_stats, mutates_args=())

@@ -50,16 +50,36 @@ def steps(folder: Path, rehearse: bool) -> list[Step]:
     build += ["--build-lib", str(folder / "build")] if rehearse else ["--inplace"]
     chip = _no_chip() if rehearse else _chip()
     tests = ["tests/kernels/test_random.py"] if rehearse else ["-m", "gpu", *_GPU_TESTS]
-    iteration = [python, "-m", "benchmarks.iteration", "--algorithms", "egspo-sa", "--repeats", "1"]
-    iteration += ["--size", "tiny" if rehearse else "llada-8b"]
-    iteration += ["--output", str(folder / "iteration.json")]
+
+    def iteration(name: str, purpose: str, limit: float, size: str, *tiny: str) -> Step:
+        command = [python, "-m", "benchmarks.iteration", "--algorithms", "egspo-sa"]
+        command += ["--repeats", "1", "--output", str(folder / f"{name}.json")]
+        small = ["--size", "tiny", "--prompt-tokens", "8", "--new-tokens", "16", "--steps", "8"]
+        sizes = [*small, *tiny] if rehearse else ["--size", size]
+        return step(name, purpose, limit, [*command, *sizes])
+
     return [
         step("build", "the CUDA library for this chip", 90, build, **chip),
         measure("ceilings", "copy bandwidth and product rate", 40),
         measure("smoke", "every function against the reference", 60),
         step("tests", "tests marked gpu", 120, [python, "-m", "pytest", "-q", *tests]),
         measure("kernels", "times, memory and errors beside eager and the peers", 150),
-        step("iteration", "an EGSPO-SA iteration beside plain research code", 180, iteration),
+        iteration("iteration", "EGSPO-SA beside plain research code", 180, "llada-8b"),
+        iteration(
+            "iteration-12",
+            "12 completions, of which the public time is 95 s a step",
+            120,
+            "llada-8b-12",
+            *("--group-size", "12"),
+        ),
+        iteration("iteration-dual", "with a dual cache", 90, "llada-8b-dual", "--cache", "dual"),
+        iteration(
+            "iteration-block-causal",
+            "a block-causal model",
+            90,
+            "sdar-8b",
+            *("--family", "sdar", "--block-length", "4"),
+        ),
         measure("profile", "the kernel furthest from its floor", 40),
     ]
 

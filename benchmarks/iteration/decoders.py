@@ -10,9 +10,16 @@ from typing import Any
 import torch
 
 from benchmarks.iteration.measure import PHASES, Algorithm, Bench, seconds
-from benchmarks.iteration.problem import DECODERS, Problem
+from benchmarks.iteration.problem import Problem
 from benchmarks.iteration.tables import total
 from benchmarks.meter import PhaseCost, merged
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "full attention": {"family": "llada", "cache": "none"},
+    "dual cache": {"family": "llada", "cache": "dual"},
+    "block-causal": {"family": "sdar", "cache": "none", "queries_per_key": 1},
+}
+"""What each changes in a problem; the sizes are the same."""
 
 
 def measured_rows(
@@ -24,7 +31,10 @@ def measured_rows(
     hardly counts.
     """
     clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
-    benches = {name: Bench(replace(problem, decoder=name), device, clock) for name in DECODERS}
+    benches = {
+        name: Bench(replace(problem, **changes), device, clock)
+        for name, changes in DECODERS.items()
+    }
     counted = {name: bench.run("egspo", algorithm, "count") for name, bench in benches.items()}
     runs: dict[str, list[dict[str, PhaseCost]]] = {name: [] for name in benches}
     for _ in range(repeats):

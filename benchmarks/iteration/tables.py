@@ -33,11 +33,13 @@ def cost_rows(
     algorithm: Algorithm,
     implementation: str,
     phases: Mapping[str, PhaseCost],
-    same_tokens: float,
+    same_tokens: float | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each phase, and one for the whole iteration."""
     whole = {**phases, "iteration": total(phases)}
-    row = {"algorithm": algorithm, "implementation": implementation, "same_tokens": same_tokens}
+    row: dict[str, Any] = {"algorithm": algorithm, "implementation": implementation}
+    if same_tokens is not None:
+        row["same_tokens"] = same_tokens
     return [{**row, "phase": name, **asdict(cost)} for name, cost in whole.items()]
 
 
@@ -61,23 +63,26 @@ def total(phases: Mapping[str, PhaseCost]) -> PhaseCost:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line for each algorithm and phase, egspo beside the baseline."""
+    """Markdown: a line for each algorithm and phase, egspo beside the baseline if there is one."""
+    names = [who for who in IMPLEMENTATIONS if any(r["implementation"] == who for r in rows)]
+    compared = [*names, "ratio"] if len(names) == 2 else names
     units = {"seconds": ("seconds", 1.0), "flops": ("TFLOP", 1e12), "peak_bytes": ("peak MB", 1e6)}
     if max(row["flops"] for row in rows) < 1e12:
         units["flops"] = ("GFLOP", 1e9)
     columns = [name for name in units if name in rows[0]]
-    head = [f"{units[name][0]}, {who}" for name in columns for who in (*IMPLEMENTATIONS, "ratio")]
+    head = [f"{units[name][0]}, {who}" for name in columns for who in compared]
     lines = ["| | phase | " + " | ".join(head) + " |", "|---|---|" + "--:|" * len(head)]
     cells = {(r["algorithm"], r["phase"], r["implementation"]): r for r in rows}
     for algorithm in dict.fromkeys(row["algorithm"] for row in rows):
         for phase in (*PHASES, "iteration"):
-            ours, theirs = (cells[algorithm, phase, who] for who in IMPLEMENTATIONS)
+            costs = [cells[algorithm, phase, who] for who in names]
             values = []
             for name in columns:
                 scale = units[name][1]
-                pair = [ours[name] / scale, theirs[name] / scale]
+                pair = [cost[name] / scale for cost in costs]
                 values += [f"{value:.4g}" for value in pair]
-                values.append(f"{pair[1] / pair[0]:.2f}" if pair[0] else "")
+                if len(pair) == 2:
+                    values.append(f"{pair[1] / pair[0]:.2f}" if pair[0] else "")
             lines.append(f"| {algorithm} | {phase} | " + " | ".join(values) + " |")
     agreement = {row["same_tokens"] for row in rows if "same_tokens" in row}
     if agreement:

@@ -35,7 +35,7 @@ def check_vector(name: str, tensor: Tensor, length: int, device: torch.device) -
     """``tensor`` must be a vector of ``length`` elements on ``device``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != (length,):
+    if tensor.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
@@ -47,7 +47,7 @@ def check_index(name: str, tensor: Tensor, length: int, device: torch.device, up
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
     if length and may_read_values(tensor):
-        low, high = int(tensor.min()), int(tensor.max())
+        low, high = map(int, tensor.aminmax())
         if low < 0 or high >= upper:
             raise ValueError(f"{name} must lie in [0, {upper}), got values in [{low}, {high}]")
 
@@ -102,9 +102,10 @@ def check_banned(banned_token: int | None, vocab_size: int) -> None:
 
 def refuse_float64(*tensors: Tensor | None) -> dict[str, str]:
     """The backends that compute in float32: whether they are refused, and why."""
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        why = "it computes in float32, and the input is float64"
-        return {"triton": why, "cpp": why}
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            why = "it computes in float32, and the input is float64"
+            return {"triton": why, "cpp": why}
     return {}
 
 

@@ -92,6 +92,7 @@ class Dispatcher:
             raise ValueError(f"function {function!r} already has a dispatcher")
         self.function = function
         self.last: str | None = None
+        self._probes = dict(candidates)
         self._elsewhere = tuple(candidates.items())
         # On a CPU Triton is its interpreter: for tests, on explicit request.
         self._on_cpu = tuple(sorted(self._elsewhere, key=lambda item: item[0] == "triton"))
@@ -113,10 +114,9 @@ class Dispatcher:
             UnavailableBackendError: the backend asked for is missing or cannot run.
         """
         refused = refused or {}
-        forced = None if requested != "auto" else self._override()
         if requested != "auto":
             chosen = self._require(requested, device, refused, "")
-        elif forced is not None:
+        elif (forced := self._override()) is not None:
             chosen = self._require(forced, device, refused, f" (from {ENVIRONMENT_VARIABLE})")
         else:
             chosen = self._fastest(device, refused)
@@ -136,7 +136,7 @@ class Dispatcher:
             return None
         forced = _parse_override(setting)
         if isinstance(forced, str):
-            return forced if forced in dict(self._elsewhere) else None
+            return forced if forced in self._probes else None
         unknown = forced.keys() - _DISPATCHERS.keys()
         if unknown:
             raise ValueError(
@@ -151,7 +151,7 @@ class Dispatcher:
     ) -> str:
         if name not in BACKENDS:
             raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {name!r}{origin}")
-        probe = dict(self._elsewhere).get(name)
+        probe = self._probes.get(name)
         if probe is None:
             reason: str | None = "not implemented for this function"
         else:
@@ -171,7 +171,7 @@ class Dispatcher:
     def _fastest(self, device: torch.device, refused: Mapping[str, str]) -> str:
         skipped: list[tuple[str, str]] = []
         for name, probe in self._order(device):
-            reason = refused.get(name) or probe(device)
+            reason = (refused.get(name) if refused else None) or probe(device)
             if reason is None:
                 if name not in self._announced:
                     self._announce(name, skipped)

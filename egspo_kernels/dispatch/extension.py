@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -133,6 +134,11 @@ def call(function: str, *arguments: object) -> None:
     _call(cpu_library(), function, *arguments)
 
 
+def call_plain(function: str, *arguments: object) -> None:
+    """:func:`call` of arguments as they are: addresses of tensors are numbers, for speed."""
+    _call_plain(cpu_library(), function, arguments)
+
+
 def call_cuda(function: str, device: torch.device, *arguments: object) -> None:
     """Call a function of the CUDA library on the current stream of ``device``, as :func:`call`."""
     with torch.cuda.device(device):
@@ -149,9 +155,13 @@ def describe(library: ctypes.CDLL, status: int) -> str:
 
 
 def _call(library: ctypes.CDLL | str, function: str, *arguments: object) -> None:
+    plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    _call_plain(library, function, plain)
+
+
+def _call_plain(library: ctypes.CDLL | str, function: str, arguments: Sequence[object]) -> None:
     if isinstance(library, str):
         raise RuntimeError(library)
-    plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    status = getattr(library, function)(*plain)
+    status = getattr(library, function)(*arguments)
     if status != 0:
         raise RuntimeError(f"{function} failed: {describe(library, status)}")

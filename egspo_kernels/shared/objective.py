@@ -20,6 +20,7 @@ from egspo_kernels.types import Surrogate
 
 Aggregation = Literal["sum", "mean", "exact"]
 KL = Literal["k3", "exact"]
+_AGGREGATIONS, _KLS = get_args(Aggregation), get_args(KL)
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -35,21 +36,22 @@ class Objective:
     aggregation: Aggregation
 
     def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high", "beta"):
-            check_number(name, getattr(self, name))
+        check_number("clip_low", self.clip_low)
+        check_number("clip_high", self.clip_high)
+        check_number("beta", self.beta)
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"clip_low must lie in [0, 1], got {self.clip_low}")
         if not self.clip_high >= 0:
             raise ValueError(f"clip_high must be >= 0, got {self.clip_high}")
         if not self.beta >= 0:
             raise ValueError(f"beta must be >= 0, got {self.beta}")
-        if self.kl is not None and self.kl not in get_args(KL):
-            raise ValueError(f"kl must be one of {get_args(KL)} or None, got {self.kl!r}")
+        if self.kl is not None and self.kl not in _KLS:
+            raise ValueError(f"kl must be one of {_KLS} or None, got {self.kl!r}")
         if self.beta > 0 and self.kl is None:
             raise ValueError(f"beta is {self.beta} but kl is None: name an estimator")
-        if self.aggregation not in get_args(Aggregation):
+        if self.aggregation not in _AGGREGATIONS:
             raise ValueError(
-                f"aggregation must be one of {get_args(Aggregation)}, got {self.aggregation!r}"
+                f"aggregation must be one of {_AGGREGATIONS}, got {self.aggregation!r}"
             )
 
     @property
@@ -165,20 +167,20 @@ def check_steps(
         raise ValueError("old_log_prob must be a vector with one value per step")
     num_steps = old_log_prob.shape[0]
     check_index("step_ids", step_ids, rows, device, num_steps)
-    named = {
-        "old_log_prob": old_log_prob,
-        "advantage": advantage,
-        "weights": weights,
-        "ref_log_prob": ref_log_prob,
-    }
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        check_vector(name, tensor, num_steps, device)
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: only the policy is trained")
+    _check_step_values("old_log_prob", old_log_prob, num_steps, device)
+    _check_step_values("advantage", advantage, num_steps, device)
+    if weights is not None:
+        _check_step_values("weights", weights, num_steps, device)
+    if ref_log_prob is not None:
+        _check_step_values("ref_log_prob", ref_log_prob, num_steps, device)
+
+
+def _check_step_values(name: str, tensor: Tensor, num_steps: int, device: torch.device) -> None:
+    check_vector(name, tensor, num_steps, device)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: only the policy is trained")
 
 
 def check_reference(

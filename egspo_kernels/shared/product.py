@@ -17,10 +17,27 @@ class Settings(NamedTuple):
     logits_dtype: torch.dtype
 
 
+TILE_ROWS = 128
+"""A product works on so many rows at once: a few more cost as much as twice as many."""
+
+
+def chunk_size(rows: int, chunk_rows: int) -> int:
+    """Rows of a chunk, at most ``chunk_rows``: as few chunks as can be, all of about one size.
+
+    Several chunks have whole tiles of rows, if a chunk can hold one.
+    """
+    if rows <= chunk_rows:
+        return rows
+    tile = TILE_ROWS if chunk_rows >= TILE_ROWS else 1
+    count = -(-rows // (chunk_rows // tile * tile))
+    return -(-rows // (count * tile)) * tile
+
+
 def chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``chunk_rows`` rows; one empty slice where there is no row."""
-    for start in range(0, max(rows, 1), chunk_rows):
-        yield slice(start, min(start + chunk_rows, rows))
+    """Consecutive slices of :func:`chunk_size` rows; one empty slice where there is no row."""
+    size = max(chunk_size(rows, chunk_rows), 1)
+    for start in range(0, max(rows, 1), size):
+        yield slice(start, min(start + size, rows))
 
 
 def product(

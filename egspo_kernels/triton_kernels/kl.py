@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    alignment,
-    is_aligned,
+    Launcher,
+    dependent_launches,
+    layout,
     on_device_of,
     prepare_logits,
     row_options,
@@ -25,7 +26,7 @@ from egspo_kernels.triton_kernels.launch import (
     segment_options,
 )
 from egspo_kernels.triton_kernels.normaliser import Normaliser, target_logit
-from egspo_kernels.triton_kernels.rows import merge_segments, row_partials, statistics_arguments
+from egspo_kernels.triton_kernels.rows import merge_segments, row_partials
 from egspo_kernels.triton_kernels.tiles import (
     LOG2_E,
     NO_LOGIT,
@@ -171,6 +172,7 @@ def merge_differences(
 @triton.jit(
     do_not_specialize=["row_stride", "banned", "programs"],
     do_not_specialize_on_alignment=[
+        "logits",
         "targets",
         "log_prob_out",
         "kl_out",
@@ -223,6 +225,10 @@ def row_kl_kernel(
     tl.store(mean_difference_out + n, mean_difference)
 
 
+_SEGMENTS = Launcher(segment_kl_kernel)
+_ROWS = Launcher(row_kl_kernel)
+
+
 def exact_kl(
     logits: Tensor,
     ref_logits: Tensor,
@@ -238,35 +244,51 @@ def exact_kl(
     """
     logits, ref_logits = prepare_logits(logits, None)[0], prepare_logits(ref_logits, None)[0]
     rows, vocab_size = logits.shape
-    programs = rows * segment_count(vocab_size)
-    partials = logits.new_empty((PARTIALS, programs), dtype=torch.float32)
-    outputs = [logits.new_empty(rows, dtype=torch.float32) for _ in range(6)]
-    if rows:
-        with on_device_of(logits):
-            scalars = statistics_arguments(logits, programs, temperature, banned_token)
-            segment_kl_kernel[(programs,)](
-                logits,
-                ref_logits,
-                partials,
-                ref_row_stride=ref_logits.stride(0),
-                ALIGN=alignment(logits),
-                REF_ALIGN=alignment(ref_logits),
-                ALIGNED=is_aligned(logits) and is_aligned(ref_logits),
-                **scalars,
-                **segment_options(),
-            )
-            row_kl_kernel[(rows,)](
-                logits,
-                targets.contiguous(),
-                partials,
-                *outputs,
-                **scalars,
-                **row_options(scalars["DEPENDENT"]),
-            )
-    log_prob, kl, maximum, log_total, ref_maximum, mean_difference = outputs
-    return (
-        log_prob,
-        kl,
-        Normaliser(maximum, log_total),
-        Divergence(ref_maximum, mean_difference),
+    log_prob = logits.new_empty(rows, dtype=torch.float32)
+    kl, maximum, log_total, ref_maximum, mean_difference = (
+        torch.empty_like(log_prob) for _ in range(5)
     )
+    normaliser = Normaliser(maximum, log_total)
+    divergence = Divergence(ref_maximum, mean_difference)
+    if rows == 0:
+        return log_prob, kl, normaliser, divergence
+    device, programs = logits.get_device(), rows * segment_count(vocab_size)
+    partials = logits.new_empty(PARTIALS * programs, dtype=torch.float32)
+    inverse_temperature = 1.0 / temperature
+    banned = -1 if banned_token is None else banned_token
+    dependent = dependent_launches(device)
+    with on_device_of(logits):
+        form, ref_form = layout(logits), layout(ref_logits)
+        arguments = (
+            logits,
+            ref_logits,
+            partials,
+            logits.stride(0),
+            ref_logits.stride(0),
+            programs,
+            inverse_temperature,
+            banned,
+            vocab_size,
+            form.align,
+            ref_form.align,
+            form.aligned and ref_form.aligned,
+            dependent,
+        )
+        variant = (device, vocab_size, form, ref_form)
+        _SEGMENTS(programs, variant, arguments, segment_options(device))
+        outputs = (log_prob, kl, *normaliser, *divergence)
+        row_arguments = (
+            logits,
+            targets.contiguous(),
+            partials,
+            *outputs,
+            logits.stride(0),
+            programs,
+            inverse_temperature,
+            banned,
+            vocab_size,
+            dependent,
+        )
+        row_variant = (device, vocab_size, logits.dtype, targets.dtype)
+        _ROWS(rows, row_variant, row_arguments, row_options(device))
+    return log_prob, kl, normaliser, divergence

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from egspo_kernels.shared.product import Settings, chunks, product
+from egspo_kernels.shared.product import Settings, chunk_size, chunks, product
 from egspo_kernels.triton_kernels import rows as row_kernels
 from egspo_kernels.triton_kernels.kl import PARTIALS
 from egspo_kernels.triton_kernels.launch import segment_count
@@ -51,7 +51,7 @@ def row_bytes(
 
 
 def logits_buffer(head: Head, settings: Settings) -> Tensor:
-    rows = min(settings.chunk_rows, head.hidden.shape[0])
+    rows = chunk_size(head.hidden.shape[0], settings.chunk_rows)
     return head.hidden.new_empty((rows, head.weight.shape[0]), dtype=settings.logits_dtype)
 
 
@@ -149,6 +149,13 @@ def _forward(
         maximum = logits.gather(1, argmax[:, None])[:, 0].float()
         log_total = -confidence.log()  # the most probable token is at the maximum
         parts.append([logsumexp, entropy, log_prob, argmax, confidence, maximum, log_total])
+    return joined(parts)
+
+
+def joined(parts: list[list[Tensor]]) -> list[Tensor]:
+    """What the chunks have, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
@@ -211,10 +218,10 @@ class _Function(torch.autograd.Function):
     """Calls the launchers directly: eagerly, an operator would take longer than they do."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward(*arguments))
-
-    setup_context = staticmethod(_setup_context)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        outputs = tuple(_forward(*arguments))
+        _setup_context(ctx, arguments, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -17,6 +17,7 @@ from egspo_kernels.triton_kernels.linear import (
     chunk_logits,
     fake_head_gradients,
     head_gradients,
+    joined,
     logits_buffer,
     needed_gradients,
     refuse_double_backward,
@@ -98,7 +99,6 @@ def _row_statistics(
     scalars = (settings.temperature, settings.banned_token)
     buffer = logits_buffer(head, settings)
     ref_buffer = torch.empty_like(buffer) if exact else buffer
-    empty = head.hidden.new_empty(0, dtype=torch.float32)
     parts: list[list[Tensor]] = []
     for chunk in chunks(head.hidden.shape[0], settings.chunk_rows):
         logits = chunk_logits(head, settings, chunk, buffer)
@@ -111,12 +111,13 @@ def _row_statistics(
             parts.append([log_prob, kl, *normaliser, *divergence])
             continue
         log_prob, normaliser = log_probs(logits, targets[chunk], *scalars)
-        ref_log_prob = empty
+        # An operator may not return one tensor twice: each place-holder is its own.
+        ref_log_prob, *nothing = (torch.empty(0, device=logits.device) for _ in range(3))
         if ref_head is not None:
             ref_logits = chunk_logits(ref_head, settings, chunk, ref_buffer)  # in the same memory
             ref_log_prob, _ = log_probs(ref_logits, targets[chunk], *scalars)
-        parts.append([log_prob, ref_log_prob, *normaliser, empty, empty])
-    return [torch.cat(values) for values in zip(*parts, strict=True)]
+        parts.append([log_prob, ref_log_prob, *normaliser, *nothing])
+    return joined(parts)
 
 
 def _backward(
@@ -189,10 +190,10 @@ class _Function(torch.autograd.Function):
     """Calls the launchers directly: eagerly, an operator would take longer than they do."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward(*arguments))
-
-    setup_context = staticmethod(_setup_context)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        outputs = tuple(_forward(*arguments))
+        _setup_context(ctx, arguments, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:

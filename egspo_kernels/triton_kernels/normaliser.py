@@ -13,21 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    alignment,
-    is_aligned,
+    Launcher,
+    dependent_launches,
     on_device_of,
     prepare_logits,
     row_options,
     segment_count,
-    segment_options,
 )
-from egspo_kernels.triton_kernels.rows import (
-    REGISTERS,
-    merge_segments,
-    row_partials,
-    segment_statistics_kernel,
-    statistics_arguments,
-)
+from egspo_kernels.triton_kernels.rows import merge_segments, row_partials, segment_statistics
 
 
 class Normaliser(NamedTuple):
@@ -53,7 +46,13 @@ def target_logit(logits, targets, n, row_stride, banned, VOCAB):
 
 @triton.jit(
     do_not_specialize=["row_stride", "banned", "programs"],
-    do_not_specialize_on_alignment=["targets", "log_prob_out", "maximum_out", "log_total_out"],
+    do_not_specialize_on_alignment=[
+        "logits",
+        "targets",
+        "log_prob_out",
+        "maximum_out",
+        "log_total_out",
+    ],
 )
 def row_normaliser_kernel(
     logits,
@@ -84,6 +83,9 @@ def row_normaliser_kernel(
     tl.store(log_prob_out + n, (x - maximum) * inverse_temperature - log_total)
 
 
+_ROWS = Launcher(row_normaliser_kernel)
+
+
 def log_probs(
     logits: Tensor, targets: Tensor, temperature: float, banned_token: int | None
 ) -> tuple[Tensor, Normaliser]:
@@ -95,30 +97,26 @@ def log_probs(
     """
     logits, _ = prepare_logits(logits, None)
     rows, vocab_size = logits.shape
-    programs = rows * segment_count(vocab_size)
-    partials = logits.new_empty((4, programs), dtype=torch.float32)
-    log_prob, maximum, log_total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    log_prob = logits.new_empty(rows, dtype=torch.float32)
+    maximum, log_total = torch.empty_like(log_prob), torch.empty_like(log_prob)
     if rows:
+        device = logits.get_device()
         with on_device_of(logits):
-            scalars = statistics_arguments(logits, programs, temperature, banned_token)
-            segment_statistics_kernel[(programs,)](
-                logits,
-                None,
-                partials,
-                row_count=rows,
-                ALIGN=alignment(logits),
-                ALIGNED=is_aligned(logits),
-                **scalars,
-                **segment_options(REGISTERS),
-            )
-            row_normaliser_kernel[(rows,)](
+            partials = segment_statistics(logits, None, temperature, banned_token, rows)
+            arguments = (
                 logits,
                 targets.contiguous(),
                 partials,
                 log_prob,
                 maximum,
                 log_total,
-                **scalars,
-                **row_options(scalars["DEPENDENT"]),
+                logits.stride(0),
+                rows * segment_count(vocab_size),
+                1.0 / temperature,
+                -1 if banned_token is None else banned_token,
+                vocab_size,
+                dependent_launches(device),
             )
+            variant = (device, vocab_size, logits.dtype, targets.dtype)
+            _ROWS(rows, variant, arguments, row_options(device))
     return log_prob, Normaliser(maximum, log_total)

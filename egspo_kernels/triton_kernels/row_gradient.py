@@ -21,7 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.kl import Divergence
-from egspo_kernels.triton_kernels.launch import alignment, on_device_of, prepare_logits
+from egspo_kernels.triton_kernels.launch import (
+    Launcher,
+    contiguous,
+    dtype_of,
+    layout,
+    on_device_of,
+    prepare_logits,
+)
 from egspo_kernels.triton_kernels.normaliser import Normaliser
 from egspo_kernels.triton_kernels.tiles import LN_2, LOG2_E, finite_or_zero, row_pointer
 
@@ -173,10 +180,12 @@ def row_gradient_kernel(
         tl.store(place, zeros, mask=columns < VOCAB)
 
 
+_LAUNCHER = Launcher(row_gradient_kernel)
+
+
 def block_size(vocab_size: int) -> int:
     """Columns of a block: a power of two that depends on the vocabulary alone."""
-    power: int = triton.next_power_of_2(vocab_size)
-    return min(MAX_BLOCK, max(256, power))
+    return min(MAX_BLOCK, max(256, 1 << (vocab_size - 1).bit_length()))
 
 
 def row_gradient(
@@ -199,7 +208,7 @@ def row_gradient(
     Args:
         logits: float32, float16 or bfloat16 [N, V].
         normaliser, entropy, ref_logits, divergence, targets: of the rows, as in the forward pass;
-            those whose coefficient is None are not needed.
+            those whose coefficient is None are not needed. Numbers are float32 and contiguous.
         step_ids: [N], the index into the coefficients of each row; None: its own.
         scale: one value that multiplies all coefficients: the incoming gradient, left on the
             device.
@@ -213,33 +222,54 @@ def row_gradient(
     logits = prepare_logits(logits, None)[0]
     if ref_logits is not None:
         ref_logits = prepare_logits(ref_logits, None)[0]
+    device, block = logits.get_device(), block_size(vocab_size)
+    form, out_form = layout(logits), layout(out)
+    ref_form = None if ref_logits is None else layout(ref_logits)
+    ref_maximum, mean_difference = divergence or (None, None)
+    c, l, h, b = coefficients  # noqa: E741
+    arguments = (
+        out,
+        logits,
+        ref_logits,
+        contiguous(targets),
+        *normaliser,
+        entropy,
+        ref_maximum,
+        mean_difference,
+        contiguous(step_ids),
+        contiguous(c),
+        contiguous(l),
+        contiguous(h),
+        contiguous(b),
+        scale,
+        out.stride(0),
+        logits.stride(0),
+        0 if ref_logits is None else ref_logits.stride(0),
+        0 if c is None else c.shape[0],
+        1.0 / temperature,
+        -1 if banned_token is None else banned_token,
+        vocab_size,
+        form.align,
+        1 if ref_form is None else ref_form.align,
+        out_form.align,
+        block,
+    )
+    variant = (
+        device,
+        vocab_size,
+        out_form,
+        form,
+        ref_form,
+        dtype_of(targets),
+        dtype_of(step_ids),
+        entropy is None,
+        divergence is None,
+        c is None,
+        l is None,
+        h is None,
+        b is None,
+        scale is None,
+    )
     with on_device_of(logits):
-        row_gradient_kernel[(rows * -(-vocab_size // block_size(vocab_size)),)](
-            out,
-            logits,
-            ref_logits,
-            _contiguous(targets),
-            *normaliser,
-            _contiguous(entropy),
-            *(divergence or (None, None)),
-            _contiguous(step_ids),
-            *(_contiguous(values) for values in coefficients),
-            scale,
-            grad_row_stride=out.stride(0),
-            row_stride=logits.stride(0),
-            ref_row_stride=0 if ref_logits is None else ref_logits.stride(0),
-            num_steps=0 if coefficients.log_prob is None else coefficients.log_prob.shape[0],
-            inverse_temperature=1.0 / temperature,
-            banned=-1 if banned_token is None else banned_token,
-            VOCAB=vocab_size,
-            ALIGN=alignment(logits),
-            REF_ALIGN=1 if ref_logits is None else alignment(ref_logits),
-            GRAD_ALIGN=alignment(out),
-            BLOCK=block_size(vocab_size),
-            **OPTIONS,
-        )
+        _LAUNCHER(rows * -(-vocab_size // block), variant, arguments, OPTIONS)
     return out
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

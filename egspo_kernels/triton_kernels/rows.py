@@ -8,17 +8,17 @@ vocabulary, or banned) are -inf.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    alignment,
+    Launcher,
+    contiguous,
     dependent_launches,
-    is_aligned,
+    dtype_of,
+    layout,
     on_device_of,
     prepare_logits,
     row_options,
@@ -97,7 +97,10 @@ def exact_statistics(start, begin, end, banned, scale):
     return top, tl.sum(total, 0), tl.sum(moment, 0), column
 
 
-@triton.jit(do_not_specialize=["row_count", "row_stride", "banned", "programs"])
+@triton.jit(
+    do_not_specialize=["row_count", "row_stride", "banned", "programs"],
+    do_not_specialize_on_alignment=["rows"],
+)
 def segment_statistics_kernel(
     logits,
     rows,
@@ -150,7 +153,10 @@ def segment_statistics_kernel(
     tl.store(partials + 3 * programs + program, column.to(tl.float32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["row_count", "row_stride", "banned", "programs"])
+@triton.jit(
+    do_not_specialize=["row_count", "row_stride", "banned", "programs"],
+    do_not_specialize_on_alignment=["logits", "rows", "targets"],
+)
 def row_statistics_kernel(
     logits,
     rows,
@@ -197,18 +203,39 @@ def row_statistics_kernel(
         tl.store(log_prob_out + n, (x - maximum) * inverse_temperature - log_total)
 
 
-def statistics_arguments(
-    logits: Tensor, programs: int, temperature: float, banned_token: int | None
-) -> dict[str, Any]:
-    """What all kernels over segments of rows take."""
-    return {
-        "row_stride": logits.stride(0),
-        "programs": programs,
-        "inverse_temperature": 1.0 / temperature,
-        "banned": -1 if banned_token is None else banned_token,
-        "VOCAB": logits.shape[1],
-        "DEPENDENT": dependent_launches(),
-    }
+_SEGMENTS = Launcher(segment_statistics_kernel)
+_ROWS = Launcher(row_statistics_kernel)
+
+
+def segment_statistics(
+    logits: Tensor, rows: Tensor | None, temperature: float, banned_token: int | None, count: int
+) -> Tensor:
+    """Launcher: float32 [4 * count * segments], what the segments of the rows leave behind.
+
+    Args:
+        logits: with consecutive columns, on the current device.
+        rows: [count], or None for all.
+    """
+    device, vocab_size = logits.get_device(), logits.shape[1]
+    programs, form = count * segment_count(vocab_size), layout(logits)
+    partials = logits.new_empty(4 * programs, dtype=torch.float32)
+    arguments = (
+        logits,
+        rows,
+        partials,
+        logits.shape[0],
+        logits.stride(0),
+        programs,
+        1.0 / temperature,
+        -1 if banned_token is None else banned_token,
+        vocab_size,
+        form.align,
+        form.aligned,
+        dependent_launches(device),
+    )
+    variant = (device, vocab_size, dtype_of(rows), form)
+    _SEGMENTS(programs, variant, arguments, segment_options(device, REGISTERS))
+    return partials
 
 
 def token_stats(
@@ -224,35 +251,30 @@ def token_stats(
     """
     logits, rows = prepare_logits(logits, rows)
     count = logits.shape[0] if rows is None else rows.numel()
-    programs = count * segment_count(logits.shape[1])
-    partials = logits.new_empty((4, programs), dtype=torch.float32)
-    logsumexp, entropy, confidence = (
-        logits.new_empty(count, dtype=torch.float32) for _ in range(3)
-    )
-    log_prob = None if targets is None else logits.new_empty(count, dtype=torch.float32)
+    logsumexp = logits.new_empty(count, dtype=torch.float32)
+    entropy, confidence = torch.empty_like(logsumexp), torch.empty_like(logsumexp)
+    log_prob = None if targets is None else torch.empty_like(logsumexp)
     argmax = logits.new_empty(count, dtype=torch.int64)
     stats = TokenStats(logsumexp, entropy, log_prob, argmax, confidence)
     if count == 0:
         return stats
+    device, vocab_size = logits.get_device(), logits.shape[1]
     with on_device_of(logits):
-        scalars = statistics_arguments(logits, programs, temperature, banned_token)
-        scalars["row_count"] = logits.shape[0]
-        segment_statistics_kernel[(programs,)](
+        partials = segment_statistics(logits, rows, temperature, banned_token, count)
+        arguments = (
             logits,
             rows,
-            partials,
-            **scalars,
-            ALIGN=alignment(logits),
-            ALIGNED=is_aligned(logits),
-            **segment_options(REGISTERS),
-        )
-        row_statistics_kernel[(count,)](
-            logits,
-            rows,
-            None if targets is None else targets.contiguous(),
+            contiguous(targets),
             partials,
             *stats,
-            **scalars,
-            **row_options(scalars["DEPENDENT"]),
+            logits.shape[0],
+            logits.stride(0),
+            count * segment_count(vocab_size),
+            1.0 / temperature,
+            -1 if banned_token is None else banned_token,
+            vocab_size,
+            dependent_launches(device),
         )
+        variant = (device, vocab_size, logits.dtype, dtype_of(rows), dtype_of(targets))
+        _ROWS(count, variant, arguments, row_options(device))
     return stats

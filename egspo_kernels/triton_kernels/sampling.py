@@ -10,17 +10,15 @@ the segments' winners compete. :mod:`egspo_kernels.reference.sampling` is the de
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.triton_kernels.launch import (
-    alignment,
+    Launcher,
     dependent_launches,
-    is_aligned,
+    layout,
     on_device_of,
     prepare_logits,
     row_options,
@@ -120,7 +118,10 @@ def draw_token(
     return best, tl.minimum(token, VOCAB - 1)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "row_stride", "programs", "banned"])
+@triton.jit(
+    do_not_specialize=["seed", "step", "row_stride", "programs", "banned"],
+    do_not_specialize_on_alignment=["row_ids"],
+)
 def segment_sample_kernel(
     logits,
     row_ids,
@@ -285,6 +286,10 @@ def row_sample_kernel(
         tl.store(log_prob_out + n, x * inverse_temperature - tl.log(sampling_total))
 
 
+_SEGMENTS = Launcher(segment_sample_kernel)
+_ROWS = Launcher(row_sample_kernel)
+
+
 def sample_tokens(
     logits: Tensor,
     temperature: float,
@@ -301,38 +306,50 @@ def sample_tokens(
     """
     logits, _ = prepare_logits(logits, None)
     count, vocab_size = logits.shape
-    programs = count * segment_count(vocab_size)
     token = logits.new_empty(count, dtype=torch.int64)
-    log_prob, confidence, entropy = (logits.new_empty(count, dtype=torch.float32) for _ in range(3))
+    log_prob = logits.new_empty(count, dtype=torch.float32)
+    confidence, entropy = torch.empty_like(log_prob), torch.empty_like(log_prob)
     sampled = SampledTokens(token, log_prob, confidence, entropy)
     if count == 0:
         return sampled
-    partials = logits.new_empty((FIELDS, programs), dtype=torch.float32)
+    device, programs = logits.get_device(), count * segment_count(vocab_size)
+    partials = logits.new_empty(FIELDS * programs, dtype=torch.float32)
     shared = entropy_temperature == temperature
+    mode = "greedy" if temperature == 0 else "one" if temperature == 1 else "own"
+    entropy_mode = "one" if entropy_temperature == 1 else "sampling" if shared else "own"
+    inverse_temperature = 1.0 if temperature == 0 else 1.0 / temperature
+    inverse_entropy_temperature = 1.0 / entropy_temperature
+    dependent, form = dependent_launches(device), layout(logits)
     with on_device_of(logits):
-        scalars: dict[str, Any] = {
-            "programs": programs,
-            "inverse_temperature": 1.0 if temperature == 0 else 1.0 / temperature,
-            "inverse_entropy_temperature": 1.0 / entropy_temperature,
-            "SAMPLING": {0.0: "greedy", 1.0: "one"}.get(float(temperature), "own"),
-            "VOCAB": vocab_size,
-            "DEPENDENT": dependent_launches(),
-        }
-        segment_sample_kernel[(programs,)](
+        arguments = (
             logits,
             row_ids.contiguous(),
             partials,
             seed,
             step,
             logits.stride(0),
-            banned=-1 if banned_token is None else banned_token,
-            ENTROPY="one" if entropy_temperature == 1.0 else "sampling" if shared else "own",
-            ALIGN=alignment(logits),
-            ALIGNED=is_aligned(logits),
-            **scalars,
-            **segment_options(REGISTERS),
+            programs,
+            inverse_temperature,
+            inverse_entropy_temperature,
+            -1 if banned_token is None else banned_token,
+            mode,
+            entropy_mode,
+            vocab_size,
+            form.align,
+            form.aligned,
+            dependent,
         )
-        row_sample_kernel[(count,)](
-            partials, *sampled, **scalars, **row_options(scalars["DEPENDENT"])
+        variant = (device, vocab_size, mode, entropy_mode, form)
+        _SEGMENTS(programs, variant, arguments, segment_options(device, REGISTERS))
+        row_arguments = (
+            partials,
+            *sampled,
+            programs,
+            inverse_temperature,
+            inverse_entropy_temperature,
+            mode,
+            vocab_size,
+            dependent,
         )
+        _ROWS(count, (device, vocab_size, mode), row_arguments, row_options(device))
     return sampled

@@ -13,13 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from egspo_kernels.shared.objective import LOG_RATIO_LIMIT, Objective, Steps
-from egspo_kernels.triton_kernels.launch import OPTIONS, on_device_of
+from egspo_kernels.triton_kernels.launch import (
+    OPTIONS,
+    Launcher,
+    contiguous,
+    dtype_of,
+    on_device_of,
+)
 from egspo_kernels.types import Surrogate
 
 BLOCK_STEPS = 16
 BLOCK_TOKENS = 128
 SCAN_TOKENS = 1024
 BLOCK_TERMS = 1024
+_OPTIONS = OPTIONS | {"num_warps": 4}
 
 
 @triton.jit
@@ -180,6 +187,10 @@ def total_kernel(terms, clamped, loss_out, clamped_out, num_steps: tl.int32, BLO
     tl.store(clamped_out, tl.sum(counts, 0))
 
 
+_STEPS = Launcher(step_kernel)
+_TOTAL = Launcher(total_kernel)
+
+
 def step_objective(
     objective: Objective, token_log_prob: Tensor, token_reference: Tensor | None, steps: Steps
 ) -> tuple[Surrogate, Tensor, Tensor]:
@@ -195,29 +206,20 @@ def step_objective(
         steps: ids int64 or int32 [N], one out of range, unchecked on a GPU, makes the loss NaN;
             the others [S] of any floating-point dtype.
     """
-    step_ids, old_log_prob, advantage, weights, ref_log_prob = (
-        None if tensor is None else tensor.contiguous() for tensor in steps
-    )
-    assert old_log_prob is not None
-    num_steps, num_tokens = old_log_prob.shape[0], token_log_prob.shape[0]
-    new_empty = token_log_prob.new_empty
-    log_prob, ratio, kl, terms, coefficient, kl_coefficient = (
-        new_empty(num_steps) for _ in range(6)
-    )
-    clipped_low, clipped_high = (new_empty(num_steps, dtype=torch.bool) for _ in range(2))
-    clamped = new_empty(num_steps, dtype=torch.int32)
-    loss, total_clamped = new_empty(()), new_empty((), dtype=torch.int64)
-    options = OPTIONS | {"num_warps": 4}
+    given = tuple(map(contiguous, (token_reference, *steps)))
+    num_steps, num_tokens = steps.old_log_prob.shape[0], token_log_prob.shape[0]
+    log_prob = token_log_prob.new_empty(num_steps)
+    ratio, kl, terms, coefficient, kl_coefficient = (torch.empty_like(log_prob) for _ in range(5))
+    clipped_low = log_prob.new_empty(num_steps, dtype=torch.bool)
+    clipped_high = torch.empty_like(clipped_low)
+    clamped = log_prob.new_empty(num_steps, dtype=torch.int32)
+    loss, total_clamped = log_prob.new_empty(()), log_prob.new_empty((), dtype=torch.int64)
+    device = token_log_prob.get_device()
     with on_device_of(token_log_prob):
         if num_steps:
-            step_kernel[(triton.cdiv(num_steps, BLOCK_STEPS),)](
+            arguments = (
                 token_log_prob,
-                token_reference,
-                step_ids,
-                old_log_prob,
-                advantage,
-                weights,
-                ref_log_prob,
+                *given,
                 log_prob,
                 ratio,
                 kl,
@@ -227,22 +229,22 @@ def step_objective(
                 terms,
                 coefficient,
                 kl_coefficient,
-                num_tokens=num_tokens,
-                num_steps=num_steps,
-                low=1.0 - objective.clip_low,
-                high=1.0 + objective.clip_high,
-                beta=float(objective.beta),
-                uniform_weight=1.0 / max(num_steps, 1),
-                limit=LOG_RATIO_LIMIT,
-                KL=objective.kl,
-                AGGREGATION=objective.aggregation,
-                BLOCK_STEPS=BLOCK_STEPS,
-                BLOCK_TOKENS=BLOCK_TOKENS,
-                SCAN_TOKENS=SCAN_TOKENS,
-                **options,
+                num_tokens,
+                num_steps,
+                1.0 - objective.clip_low,
+                1.0 + objective.clip_high,
+                float(objective.beta),
+                1.0 / num_steps,
+                LOG_RATIO_LIMIT,
+                objective.kl,
+                objective.aggregation,
+                BLOCK_STEPS,
+                BLOCK_TOKENS,
+                SCAN_TOKENS,
             )
-        total_kernel[(1,)](
-            terms, clamped, loss, total_clamped, num_steps=num_steps, BLOCK=BLOCK_TERMS, **options
-        )
+            variant = (device, objective.kl, objective.aggregation, *map(dtype_of, given))
+            _STEPS(-(-num_steps // BLOCK_STEPS), variant, arguments, _OPTIONS)
+        totals = (terms, clamped, loss, total_clamped, num_steps, BLOCK_TERMS)
+        _TOTAL(1, device, totals, _OPTIONS)
     surrogate = Surrogate(loss, log_prob, ratio, kl, clipped_low, clipped_high, total_clamped)
     return surrogate, coefficient, kl_coefficient

@@ -7,6 +7,8 @@ gradient on the device: nothing here waits for a GPU.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,20 +39,27 @@ def stepwise_surrogate(
     """As :func:`egspo_kernels.stepwise_surrogate`, of checked arguments."""
     if not objective.reads_reference_rows(steps):
         ref_logits = None
-    arguments = (
-        logits,
-        targets,
-        *steps,
-        ref_logits,
-        *objective.values(),
-        float(temperature),
-        banned_token,
-    )
     if torch.compiler.is_compiling():
-        outputs = _operator(*arguments)
-    else:
-        outputs = _Function.apply(*arguments, overwrite_logits)
-    return Surrogate(*outputs[:OUTPUTS])
+        numbers = (*objective.values(), float(temperature), banned_token)
+        return Surrogate(*_operator(logits, targets, *steps, ref_logits, *numbers)[:OUTPUTS])
+    call = _Call(targets, steps, ref_logits, objective, temperature, banned_token, overwrite_logits)
+    loss = _Function.apply(logits, call)
+    return Surrogate(loss, *call.measured)
+
+
+@dataclasses.dataclass
+class _Call:
+    """All of an eager call but the logits: autograd looks at every argument and every output."""
+
+    targets: Tensor
+    steps: Steps
+    ref_logits: Tensor | None
+    objective: Objective
+    temperature: float
+    banned_token: int | None
+    overwrite_logits: bool
+    measured: Sequence[Tensor] = ()
+    """By the forward pass: the surrogate without its loss."""
 
 
 def _forward(
@@ -72,9 +81,28 @@ def _forward(
 ) -> list[Tensor]:
     """The fields of :class:`Surrogate`, then what the gradient needs."""
     objective = Objective(clip_low, clip_high, beta, kl, aggregation)  # type: ignore[arg-type]
-    divergence = Divergence(*(logits.new_empty(0, dtype=torch.float32) for _ in range(2)))
+    steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
+    surrogate, saved = _surrogate(
+        logits, targets, steps, ref_logits, objective, temperature, banned_token
+    )
+    # An operator returns tensors.
+    empty = functools.partial(logits.new_empty, 0, dtype=torch.float32)
+    return [*surrogate, *(empty() if each is None else each for each in saved)]
+
+
+def _surrogate(
+    logits: Tensor,
+    targets: Tensor,
+    steps: Steps,
+    ref_logits: Tensor | None,
+    objective: Objective,
+    temperature: float,
+    banned_token: int | None,
+) -> tuple[Surrogate, tuple[Tensor | None, ...]]:
+    """The surrogate, and what the gradient needs, some of it None where it does not."""
     token_reference = None
-    if kl == "exact":
+    divergence: tuple[Tensor | None, ...] = (None, None)
+    if objective.needs_exact_kl:
         assert ref_logits is not None
         log_prob, token_reference, normaliser, divergence = exact_kl(
             logits, ref_logits, targets, temperature, banned_token
@@ -83,11 +111,10 @@ def _forward(
         log_prob, normaliser = log_probs(logits, targets, temperature, banned_token)
         if ref_logits is not None:
             token_reference, _ = log_probs(ref_logits, targets, temperature, banned_token)
-    steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
     surrogate, coefficient, kl_coefficient = step_objective(
         objective, log_prob, token_reference, steps
     )
-    return [*surrogate, *normaliser, *divergence, coefficient, kl_coefficient]
+    return surrogate, (*normaliser, *divergence, coefficient, kl_coefficient)
 
 
 def _backward(
@@ -111,7 +138,7 @@ def _gradient(
     targets: Tensor,
     step_ids: Tensor,
     ref_logits: Tensor | None,
-    saved: Sequence[Tensor],
+    saved: Sequence[Any],
     temperature: float,
     banned_token: int | None,
     out: Tensor | None,
@@ -148,22 +175,34 @@ class _Function(torch.autograd.Function):
     """Calls the launchers directly: eagerly, an operator would take longer than they do."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward(*arguments[:-1]))
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+        surrogate, saved = _surrogate(
+            logits,
+            call.targets,
+            call.steps,
+            call.ref_logits,
+            call.objective,
+            call.temperature,
+            call.banned_token,
+        )
+        loss, *call.measured = surrogate
+        objective = call.objective
+        ref_logits = call.ref_logits if objective.needs_exact_kl and objective.beta > 0 else None
+        ctx.save_for_backward(logits, call.targets, call.steps.step_ids, ref_logits)
+        ctx.saved = saved  # nobody else knows these
+        ctx.scalars = call.temperature, call.banned_token
+        ctx.overwrite_logits = call.overwrite_logits
+        return loss
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_context(ctx, inputs, output)
-        ctx.overwrite_logits = inputs[-1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "stepwise_surrogate with backend 'triton' is differentiable once: "
                 "create_graph=True is not supported"
             )
-        logits, targets, step_ids, ref_logits, *saved = ctx.saved_tensors
+        logits, targets, step_ids, ref_logits = ctx.saved_tensors
+        temperature, banned_token = ctx.scalars
         out = logits.detach() if ctx.overwrite_logits else None
         gradient = _gradient(
             grad_loss,
@@ -171,15 +210,15 @@ class _Function(torch.autograd.Function):
             targets,
             step_ids,
             ref_logits,
-            saved,
-            ctx.temperature,
-            ctx.banned_token,
+            ctx.saved,
+            temperature,
+            banned_token,
             out,
         )
         if ctx.overwrite_logits:
             # Whatever else saved the logits must learn of it.
             torch.autograd.graph.increment_version(logits)
-        return gradient, *(None for _ in ctx.needs_input_grad[1:])
+        return gradient, None
 
 
 # The same under torch.compile.

@@ -6,8 +6,9 @@ hold the same bits; an all-reduce promises no order.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -84,16 +85,24 @@ class Agreement:
         for name, tensor in tensors.items():
             self.facts[name] = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
             if tensor is not None and may_read_values(tensor):
-                checksum = zlib.crc32(repr(tensor.tolist()).encode())
-                self.facts[f"{name} (checksum of its values)"] = checksum
+                values = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+                self.facts[f"{name} (checksum of its values)"] = zlib.crc32(values.tobytes())
+
+    def digest(self, function: str) -> int:
+        """A number that two calls share if they have the same facts."""
+        text = repr((function, sorted(self.facts.items()))).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
 @contextmanager
-def agreement(function: str, group: dist.ProcessGroup | None) -> Iterator[Agreement]:
+def agreement(function: str, group: dist.ProcessGroup | None, near: Tensor) -> Iterator[Agreement]:
     """Collects what this rank brings; then all ranks go on, or all of them raise.
 
     An error in the body is told to the other ranks before it is raised, so that none waits for
-    this one.
+    this one. Four numbers of each rank are exchanged; objects only where they do not agree.
+
+    Args:
+        near: a tensor on the device of the call.
 
     Raises:
         ValueError: another rank refused its arguments, they differ between ranks, or the shards do
@@ -109,21 +118,49 @@ def agreement(function: str, group: dist.ProcessGroup | None) -> Iterator[Agreem
         yield mine
     except Exception as raised:
         error = raised
+    digest = mine.digest(function)
+    with _joined(function, "check of the arguments"):
+        told = _gather_numbers((error is not None, digest, *mine.held), near, group)
+    if any(refused or theirs != digest for refused, theirs, _, _ in told):
+        _explain(function, group, error, mine)
+    vocab_size = _check_layout(function, [(start, size) for _, _, start, size in told])
+    mine.shard = Shard(function, group, *mine.held, vocab_size)
+
+
+def _gather_numbers(
+    numbers: Sequence[int], near: Any, group: dist.ProcessGroup | None
+) -> list[list[int]]:
+    """Those of each rank. Objects would be pickled, and exchanged in two rounds.
+
+    Args:
+        near: a tensor on the device of the call, or a wrong argument.
+    """
+    device: torch.device | None = torch.device("cpu")
+    if dist.get_backend(group) in ("nccl", "xccl"):
+        on_gpu = isinstance(near, Tensor) and near.device.type != "cpu"
+        device = near.device if on_gpu else torch.accelerator.current_accelerator()
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(told, mine, group=group)
+    gathered: list[list[int]] = torch.stack(told).tolist()
+    return gathered
+
+
+def _explain(
+    function: str, group: dist.ProcessGroup | None, error: Exception | None, mine: Agreement
+) -> None:
+    """Raises, on every rank: one refused its arguments, or they are not the same on all."""
     told: list[Any] = [None] * dist.get_world_size(group)
     refusal = None if error is None else f"{type(error).__name__}: {error}"
     with _joined(function, "check of the arguments"):
-        dist.all_gather_object(
-            told, (refusal, {"function": function, **mine.facts}, mine.held), group
-        )
+        dist.all_gather_object(told, (refusal, {"function": function, **mine.facts}), group)
     if error is not None:
         raise error
-    for other, (refused, _, _) in enumerate(told):
+    for other, (refused, _) in enumerate(told):
         if refused is not None:
             raise ValueError(f"{function}: rank {other} refused its arguments: {refused}")
-    for other, (_, facts, _) in enumerate(told):
+    for other, (_, facts) in enumerate(told):
         _check_same(function, other, told[0][1], facts)
-    vocab_size = _check_layout(function, [held for _, _, held in told])
-    mine.shard = Shard(function, group, *mine.held, vocab_size)
 
 
 def _check_same(function: str, rank: int, first: dict[str, Any], other: dict[str, Any]) -> None:

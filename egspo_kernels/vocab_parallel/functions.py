@@ -85,7 +85,7 @@ def vocab_parallel_token_stats(
             another one, arguments that differ between ranks, shards that overlap or leave a gap.
         RuntimeError: another rank failed, or did not take part within the timeout of ``group``.
     """
-    with agreement(_STATS.function, group) as mine:
+    with agreement(_STATS.function, group, hidden) as mine:
         operands = check_linear(hidden, weight, bias, temperature, None)
         chosen = _STATS.choose(backend, hidden.device, refuse_float64(operands[0]))
         settings = linear_settings(
@@ -155,7 +155,7 @@ def vocab_parallel_stepwise_surrogate(
         ValueError, TypeError, RuntimeError: as :func:`vocab_parallel_token_stats`.
     """
     steps = Steps(step_ids, old_log_prob, advantage, weights, ref_log_prob)
-    with agreement(_SURROGATE.function, group) as mine:
+    with agreement(_SURROGATE.function, group, hidden) as mine:
         objective = Objective(clip_low, clip_high, beta, kl, aggregation)
         operands = check_linear(hidden, weight, bias, temperature, None)
         check_steps(hidden.shape[0], hidden.device, *steps)
@@ -197,8 +197,12 @@ def _describe(
 ) -> None:
     """Checks what is left to check on this rank alone, and tells what the others must have too."""
     hidden, weight, bias = operands
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int) or vocab_start < 0:
-        raise ValueError(f"vocab_start must be an integer >= 0, got {vocab_start!r}")
+    if (
+        isinstance(vocab_start, bool)
+        or not isinstance(vocab_start, int)
+        or not 0 <= vocab_start < 2**62
+    ):
+        raise ValueError(f"vocab_start must be an integer in [0, 2**62), got {vocab_start!r}")
     if targets is not None:
         check_vector("targets", targets, hidden.shape[0], hidden.device)
     mine.held = (vocab_start, weight.shape[0])

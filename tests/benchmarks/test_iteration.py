@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.iteration.__main__ import main
 from benchmarks.iteration.baseline import Baseline
+from benchmarks.iteration.decoders import DECODERS
 from benchmarks.iteration.measure import (
     ALGORITHMS,
     IMPLEMENTATIONS,
@@ -24,7 +25,7 @@ from benchmarks.iteration.measure import (
     flops_at,
     passes_of,
 )
-from benchmarks.iteration.problem import DECODERS, SIZES, changed
+from benchmarks.iteration.problem import SIZES, changed
 from benchmarks.meter import LiveBytes, Meter
 from egspo.engines.optimization import build_optimizer
 from egspo.engines.reduction import merge

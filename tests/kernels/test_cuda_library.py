@@ -271,6 +271,7 @@ def test_arguments_reach_the_library(
         for order in ("_on_cpu", "_elsewhere"):
             probes = dict(getattr(dispatcher, order)) | {"cuda": lambda device: None}
             monkeypatch.setattr(dispatcher, order, tuple(probes.items()))
+        monkeypatch.setitem(dispatcher._probes, "cuda", lambda device: None)
     generator = torch.Generator().manual_seed(0)
     entropy = torch.rand(6, 700, generator=generator, dtype=dtype).mul(50).round()[::2, :500]
     limits = torch.tensor([500, 0, 77], dtype=torch.int32)

@@ -42,12 +42,11 @@ def simulated(capability: int, ulps: int = 0) -> Iterator[list[str]]:
     launched: list[str] = []
     compile_only = JITFunction.run
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
         bound, _, _ = self.device_caches[capability][4](*args, **kwargs)
         launched.append(self.__name__)
         _launch(kernel, bound, (*grid, 1, 1)[:3], ulps)
-        return kernel
 
     assert not triton.knobs.runtime.interpret, "kernels made for the interpreter are not compiled"
     previous = driver._active
