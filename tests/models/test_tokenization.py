@@ -180,8 +180,8 @@ LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
     [
         ("{{ messages[0].content }}" + LOOPS, "takes longer than 0.3 s"),
         ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
-        ("{{ 'x' * 3 * 10**7 }}", "it says 30,000,000 characters, at most 20,000,000"),
-        ("{{ 'x' * 10**14 }}", "MemoryError"),
+        ("{{ 'x' * 3000 }}", "it says 3,000 characters, at most 2,000"),
+        ("{{ 'x' * 10**15 }}", "MemoryError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ],
 )
@@ -190,6 +190,7 @@ def test_a_template_without_an_end_is_ended(
 ) -> None:
     """In the main thread or another."""
     monkeypatch.setattr("egspo.models.chat_template.SECONDS", 0.3)
+    monkeypatch.setattr("egspo.models.chat_template.CHARACTERS", 2000)
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
     chat = [{"role": "user", "content": "1"}]
