@@ -199,6 +199,7 @@ def test_other_options_that_are_exact(changes: dict[str, Any]) -> None:
     assert_exact(problem)
 
 
+@pytest.mark.slow
 def test_steps_of_different_sizes() -> None:
     assert_exact(Problem({}, UNEVEN))
 
