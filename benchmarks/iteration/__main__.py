@@ -6,8 +6,10 @@ With a cache, or a block-causal model, egspo alone: research code has neither.
     python -m benchmarks.iteration --size llada-8b              # needs a GPU with 40 GB
     python -m benchmarks.iteration --size sdar-8b               # block-causal
     python -m benchmarks.iteration --flops-only llada-8b        # counted, nothing is timed
+    python -m benchmarks.iteration --decoders                   # block-causal beside the others
 
-Seconds are those of the fastest of --repeats iterations, FLOPs are counted by torch while it runs,
+Seconds are those of the fastest of --repeats iterations (with --decoders on a CPU, the processor's,
+whatever else runs there), FLOPs are counted by torch while it runs,
 memory is the most that tensors took beyond the weights, optimizer state included.
 """
 
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.hardware import provenance
+from benchmarks.iteration import decoders
 from benchmarks.iteration.measure import ALGORITHMS, IMPLEMENTATIONS, Algorithm, Bench
 from benchmarks.iteration.problem import SIZES, Problem, changed
 from benchmarks.iteration.tables import cost_rows, counted_rows, table
@@ -32,24 +35,40 @@ from egspo.planning.memory_items import peak_bytes
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.decoders and args.flops_only:
+        parser.error("--decoders is measured: leave --flops-only out")
     changes = {f.name: getattr(args, f.name) for f in fields(Problem)}
     problem = changed(SIZES[args.flops_only or args.size], changes)
+    memory: Any = None
     if args.flops_only and not problem.has_baseline:
         raise SystemExit("--flops-only compares with the baseline, which lacks cache and family")
     if args.flops_only:
         rows = [row for algorithm in args.algorithms for row in counted_rows(problem, algorithm)]
+        made = table(rows)
+    elif args.decoders:
+        torch.set_num_threads(args.threads)
+        rows = [
+            row
+            for algorithm in args.algorithms
+            for row in decoders.measured_rows(problem, args.device, algorithm, args.repeats)
+        ]
+        made = decoders.table(rows)
     else:
         torch.set_num_threads(args.threads)
         bench = Bench(problem, args.device)
         rows = [
             row for algorithm in args.algorithms for row in rows_of(bench, algorithm, args.repeats)
         ]
-    print(table(rows))
-    memory = None if args.flops_only else memory_of(bench, rows)
-    if memory is not None:
-        estimated, measured = memory["estimated"] / 1e6, memory["measured"] / 1e6
-        print(f"\nMemory of egspo: estimated {estimated:.4g} MB, measured {measured:.4g} MB.")
+        made = table(rows)
+        memory = memory_of(bench, rows)
+        if memory is not None:
+            estimated, measured = memory["estimated"] / 1e6, memory["measured"] / 1e6
+            made += (
+                f"\n\nMemory of egspo: estimated {estimated:.4g} MB, measured {measured:.4g} MB."
+            )
+    print(made)
     if args.output is not None:
         given = sys.argv[1:] if arguments is None else arguments
         command = shlex.join(["python", "-m", "benchmarks.iteration", *given])
@@ -96,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument(
         "--flops-only", choices=sorted(SIZES), help="count FLOPs at this size, run nothing of it"
+    )
+    parser.add_argument(
+        "--decoders", action="store_true", help="egspo by each way to decode, and no baseline"
     )
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -109,8 +110,13 @@ class Agreement:
 class Bench:
     """Both implementations on one problem, sharing a model."""
 
-    def __init__(self, problem: Problem, device: torch.device | str = "cpu") -> None:
-        self.problem, self.device = problem, torch.device(device)
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device | str = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.problem, self.device, self.clock = problem, torch.device(device), clock
         self.denoiser = problem.denoiser(self.device)
         self.data = problem.data()
 
@@ -146,7 +152,7 @@ class Bench:
             return baseline, baseline.run(meter, follow)
 
     def meter(self, mode: Mode) -> Meter:
-        return Meter(self.device, mode)
+        return Meter(self.device, mode, self.clock)
 
     def run(
         self, implementation: Implementation, algorithm: Algorithm, mode: Mode

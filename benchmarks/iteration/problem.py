@@ -60,6 +60,8 @@ class Problem:
     checkpointing: bool = False
     family: str = "llada"
     """``llada``, or ``sdar``: block-causal, its blocks those of the generation."""
+    queries_per_key: int = 4
+    """Of ``sdar``: query heads that share a key and a value head; ``llada`` has one for each."""
     cache: str = "none"
     """Of the keys and values of other blocks, in the rollout: ``none``, ``prefix``, ``dual``."""
 
@@ -130,7 +132,7 @@ class Problem:
                 "hidden_size": self.d_model,
                 "num_hidden_layers": self.layers,
                 "num_attention_heads": self.heads,
-                "num_key_value_heads": max(self.heads // 4, 1),
+                "num_key_value_heads": max(self.heads // self.queries_per_key, 1),
                 "head_dim": self.d_model // self.heads,
                 "intermediate_size": self.mlp,
                 "max_position_embeddings": self.prompt_tokens + self.new_tokens,

@@ -18,7 +18,7 @@ from egspo.algorithm.value_head import ValueHead
 from egspo.config import TrainConfig
 from egspo.engines import Engine
 from egspo.engines.processes import Processes
-from egspo.engines.reduction import part
+from egspo.engines.reduction import part, share
 from egspo.rewards.queue import RewardQueue
 from egspo.rewards.training import TrainingRewards
 from egspo.rollouts.denoiser import Denoiser
@@ -72,6 +72,8 @@ class Iteration:
         """Whether the weights may have changed in the last update."""
         self.changed = False
         """Whether anything that is saved may have, since whoever saves set this to False."""
+        self.routed = (0, 0)
+        """Agreement of routers with the rollout in the passes before the first optimizer step."""
         self.version = 0
         """How many iterations have changed the weights."""
         self.group: list[TrajectoryRecord] = []
@@ -102,6 +104,7 @@ class Iteration:
     ) -> tuple[Samples, Metrics]:
         """Rollout and rewards, as :meth:`produce` has them."""
         metrics: Metrics = {}
+        self.denoiser.agreement.take()
         size = self.config.algorithm.group_size
         groups = Groups.shared(prompt_index, size, first_sequence, self.processes)
         with RewardQueue(self.rewards.score, self.data.task.rewards) as queue:
@@ -127,6 +130,8 @@ class Iteration:
             scores, one_step = replay_states(self.objective, samples, selection, self.rewards)
             values = None if self.values is None else self.values.predict(selection.states)
         metrics |= selection_metrics(selection)
+        if samples.trajectory.experts is not None:
+            metrics["routing/agreement"] = share(*self.denoiser.agreement.take())
         return Batch(step, samples, selection, scores, one_step, values, self.version, metrics)
 
     def update(self, batch: Batch) -> Metrics:
@@ -134,7 +139,8 @@ class Iteration:
 
         Returns what to log of all phases, as parts for :func:`egspo.engines.reduction.merge`.
         """
-        self.updated = False
+        self.updated, self.routed = False, (0, 0)
+        self.denoiser.agreement.take()
         metrics: Metrics = {**batch.metrics, "staleness": self.version - batch.version}
         one_step = self._one_step(batch, metrics)
         with self.phase(metrics, batch.step, "update"):
@@ -149,6 +155,9 @@ class Iteration:
             metrics |= self.optimize(batch, advantage.to(self.denoiser.device))
             if self.values is not None:
                 metrics |= self._train_values(self.values, batch)
+        routing = metrics.get("routing/agreement")
+        if routing is not None and not routing.number and not metrics["staleness"]:
+            metrics["routing/agreement"] = share(*self.routed)  # nothing was replayed before
         if metrics["staleness"]:
             metrics["ratio/drift"] = None  # the policy has moved, and its ratio is no defect
         self.version += self.updated
@@ -157,6 +166,8 @@ class Iteration:
 
     def mark_updated(self) -> None:
         """The weights are about to change."""
+        if not self.updated:
+            self.routed = self.denoiser.agreement.take()
         self.updated = self.changed = True
 
     def _train_values(self, values: ValueHead, batch: Batch) -> Metrics:

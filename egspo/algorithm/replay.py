@@ -20,6 +20,7 @@ from egspo.rollouts.causal import CausalDecoder, Replayed
 from egspo.rollouts.decoder import BlockContext, Decoder, Window
 from egspo.rollouts.decoding import Decoding, decoder_of
 from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.routing import StateExperts
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
 from egspo_kernels import (
     Surrogate,
@@ -139,7 +140,9 @@ class Scorer:
         with self.denoiser.autocast():
             batch, complete = self._batch(states, index), scores.completions is not None
             if complete or scores.old_log_prob is not None:
-                window, context = batch.window(self.decoder, keep=complete)
+                window, context = batch.window(
+                    self.decoder, keep=complete, experts=batch.experts(self.algorithm)
+                )
                 self.denoiser.work.head_rows += len(batch.targets)
                 log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
                 if scores.old_log_prob is not None:
@@ -173,7 +176,8 @@ class Scorer:
         assert config.kl != "k2"  # refused by the options
         with self.denoiser.autocast():
             batch = self._batch(states, index)
-            hidden = batch.revealed_rows(batch.window(self.decoder)[0])
+            experts = batch.experts(config)
+            hidden = batch.revealed_rows(batch.window(self.decoder, experts=experts)[0])
             self.denoiser.work.head_rows += hidden.shape[0]
             if scores.old_log_prob is not None:
                 old_log_prob = scores.old_log_prob[index]
@@ -296,6 +300,8 @@ class _Batch:
     trajectory: Trajectory
     row: Tensor
     """int64 [m]."""
+    step: Tensor
+    """int64 [m]."""
     start: Tensor
     """int64 [m], first position of the block that the step is in."""
     canvas: Tensor
@@ -320,6 +326,7 @@ class _Batch:
         return cls(
             trajectory=trajectory,
             row=row,
+            step=step,
             start=states.block_starts(block_length, causal=causal),
             canvas=trajectory.canvas(row, step),
             masked=unmask_step >= step[:, None],
@@ -333,19 +340,35 @@ class _Batch:
         return self.canvas.shape[0]
 
     def window(
-        self, decoder: Decoding, *, keep: bool = False
+        self, decoder: Decoding, *, keep: bool = False, experts: StateExperts | None = None
     ) -> tuple[Window, BlockContext | Replayed | None]:
         """Hidden states of the active block of each state, at least.
 
         Also what one-step completions need beside it: with a block-causal model if ``keep``.
+        ``experts`` are those of the rollout, with a block-causal model that has some.
         """
         if not isinstance(decoder, CausalDecoder):
             context = self._context(decoder)
             return decoder.window(context, self.canvas), context
         row, place = torch.unique(self.row, return_inverse=True)
         prompts = PromptBatch(self.trajectory.prompts.ids[row], self.trajectory.prompts.mask[row])
-        tokens = self.trajectory.tokens[row]
-        return decoder.states(prompts[:], tokens, place, self.start, self.canvas, keep=keep)
+        given = (prompts[:], self.trajectory.tokens[row], place, self.start, self.canvas)
+        return decoder.states(*given, keep=keep, experts=experts)
+
+    def experts(self, algorithm: AlgorithmConfig) -> StateExperts | None:
+        """That the rollout chose, where it recorded them."""
+        recorded = self.trajectory.experts
+        if recorded is None:
+            return None
+        row = torch.unique(self.row)
+        prompts, length = self.trajectory.prompts.mask[row], self.canvas.shape[1]
+        # Without the padding that is common to all, as the prompts are.
+        columns = prompts.shape[1] - int(prompts.any(0).int().argmax()) + length
+        return StateExperts(
+            recorded.steps[self.row, self.step],
+            recorded.clean[row, -columns:],
+            algorithm.replay_experts,
+        )
 
     def _context(self, decoder: Decoder) -> BlockContext:
         """What the decoder had at the block of each state.

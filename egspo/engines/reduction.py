@@ -50,6 +50,11 @@ def part(values: Tensor, how: How = "mean") -> Part:
     return Part(how, kept.numel(), total, squares, largest)
 
 
+def share(same: int, total: int) -> Part:
+    """The part of ``same`` among ``total`` that are counted."""
+    return Part("mean", total, float(same), float(same), 1.0)
+
+
 def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One record from those of all processes.
 

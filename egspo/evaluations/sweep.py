@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 from egspo.config import TrainConfig
 from egspo.config.convert import ConfigError, from_mapping
 from egspo.config.recipe import load_config, read_yaml, task_content
 from egspo.files import replacing
-from egspo.inspection.plotting import comparison_table, plot_comparison
+from egspo.inspection.plotting import Spent, comparison_table, plot_comparison
 from egspo.runs.checkpoint import check_writable
 from egspo.runs.lock import RunLock
 
@@ -39,11 +38,12 @@ class Sweep:
     """Of all variants."""
     output_dir: str = "runs/sweep"
     title: str = ""
-    x: Literal["step", "flops"] = "step"
-    """What held-out rewards are drawn against. With ``flops`` variants may have different steps."""
+    x: list[Spent] = field(default_factory=lambda: ["step"])
+    """What held-out rewards are drawn against, a panel each. Without ``step`` variants may differ
+    in their numbers of steps."""
 
     def __post_init__(self) -> None:
-        for name in ("variants", "seeds"):
+        for name in ("variants", "seeds", "x"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
         if len(set(self.seeds)) != len(self.seeds):

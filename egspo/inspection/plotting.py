@@ -22,6 +22,9 @@ from egspo.runs.metrics import read_metrics
 
 Records = Sequence[Mapping[str, Any]]
 PathLike = str | os.PathLike[str]
+Spent = Literal["step", "flops", "seconds"]
+"""RL steps; FLOPs of rollout, scoring and update; processor-seconds of training, without held-out
+evaluation."""
 
 _BLUE, _ORANGE, _GREEN, _PURPLE, _RED = "#2f6db3", "#d9772b", "#3a9267", "#7e61a8", "#c0504d"
 _COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, "#4f9db0", "#8c6d4f", "#6b7280")
@@ -66,6 +69,8 @@ class ComparisonRow:
     solved_interval: float | None
     tflops: float | None
     """Of rollout, scoring and update together, mean over seeds; None where not counted."""
+    seconds: float | None
+    """Of processors, in training, mean over seeds; None where not measured."""
 
 
 def plot_run(run: PathLike, png_path: PathLike) -> Path:
@@ -104,7 +109,7 @@ def plot_comparison(
     png_path: PathLike,
     *,
     title: str = "",
-    x: Literal["step", "flops"] = "step",
+    x: Sequence[Spent] = ("step",),
 ) -> list[ComparisonRow]:
     """Draw held-out reward per method: the mean over seeds and its 95% t-interval.
 
@@ -112,8 +117,8 @@ def plot_comparison(
         groups: runs (folders or metrics files) by method, one for each seed.
         png_path: written atomically.
         title: of the figure.
-        x: what rewards are drawn against: RL steps, or the FLOPs of rollout, scoring and update up
-            to there, for which methods may end at different steps.
+        x: what rewards are drawn against, a panel each. Without ``step`` methods may end at
+            different steps.
 
     Returns:
         The results at the last step, in the order of ``groups``.
@@ -125,41 +130,52 @@ def plot_comparison(
     if not groups or not all(groups.values()):
         raise ValueError(f"every method needs at least one run, got {dict(groups)}")
     loaded = {method: [read_metrics(run) for run in runs] for method, runs in groups.items()}
-    together = [groups] if x == "step" else [{method: runs} for method, runs in groups.items()]
+    together = [groups] if "step" in x else [{method: runs} for method, runs in groups.items()]
     for compared in together:
         _check_same_end(compared, loaded)
     with rc_context(STYLE):
-        figure = Figure(figsize=(_WIDTH * 0.7, 4.4), dpi=_DPI, layout="constrained")
-        axes = figure.add_subplot()
-        for number, (method, runs) in enumerate(loaded.items()):
-            steps, mean, low, high = _band([_series(records, "eval/reward") for records in runs])
-            colour = _COLOURS[number % len(_COLOURS)]
-            seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            label = f"{method} ({seeds})"
-            places = [float(step) for step in steps]
-            if x == "flops":
-                spent = [_tflops(records) for records in runs]
-                places = [statistics.fmean(run[step] for run in spent) for step in steps]
-            axes.plot(places, mean, color=colour, **_marker(steps), label=label)
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.set_ylabel("held-out reward, mean and 95% interval")
-        _finish(axes, title, mean, xlabel="RL step" if x == "step" else "TFLOP")
-        axes.legend(loc="best")
+        width = _WIDTH * (0.7 if len(x) == 1 else 0.55 * len(x))
+        figure = Figure(figsize=(width, 4.4), dpi=_DPI, layout="constrained")
+        panels = figure.subplots(1, len(x), squeeze=False, sharey=True)[0]
+        for axes, spent in zip(panels, x, strict=True):
+            _compared(axes, loaded, spent, title if axes is panels[0] else "")
+        panels[0].set_ylabel("held-out reward, mean and 95% interval")
+        panels[0].legend(loc="best")
         save_figure(figure, Path(png_path))
     return [_row(method, runs) for method, runs in loaded.items()]
 
 
+def _compared(axes: Axes, loaded: Mapping[str, Sequence[Records]], x: Spent, title: str) -> None:
+    """Held-out reward of every method against one kind of cost."""
+    mean: list[float] = []
+    for number, (method, runs) in enumerate(loaded.items()):
+        steps, mean, low, high = _band([_series(records, "eval/reward") for records in runs])
+        colour = _COLOURS[number % len(_COLOURS)]
+        seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+        spent = [_spent(records, x) for records in runs]
+        places = [statistics.fmean(run[step] for run in spent) for step in steps]
+        axes.plot(places, mean, color=colour, **_marker(steps), label=f"{method} ({seeds})")
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    _finish(axes, title, mean, xlabel=_UNITS[x])
+    if x != "step":
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto"))
+
+
 def comparison_table(rows: Sequence[ComparisonRow]) -> str:
     """``rows`` as a Markdown table."""
-    lines = ["| Method | Seeds | TFLOP | Held-out reward | Solved |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        "| Method | Seeds | TFLOP | Processor-seconds | Held-out reward | Solved |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for row in rows:
         spent = "-" if row.tflops is None else f"{row.tflops:.3g}"
+        seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
         reward = _plus_minus(row.reward, row.reward_interval, 3)
         solved = "-"
         if row.solved is not None:
             half = None if row.solved_interval is None else 100 * row.solved_interval
             solved = f"{_plus_minus(100 * row.solved, half, 1)} %"
-        lines.append(f"| {row.method} | {row.seeds} | {spent} | {reward} | {solved} |")
+        lines.append(f"| {row.method} | {row.seeds} | {spent} | {seconds} | {reward} | {solved} |")
     return "\n".join(lines) + "\n"
 
 
@@ -315,17 +331,35 @@ def _row(method: str, runs: Sequence[Records]) -> ComparisonRow:
     reward, reward_interval = mean_interval([_series(r, "eval/reward")[1][-1] for r in runs])
     last = [values[-1] for _, values in (_series(r, "eval/solved") for r in runs) if values]
     solved, solved_interval = mean_interval(last) if len(last) == len(runs) else (None, None)
-    counted = all("flops/rollout" in records[-1] for records in runs)
-    spent = statistics.fmean(max(_tflops(r).values()) for r in runs) if counted else None
-    return ComparisonRow(method, len(runs), reward, reward_interval, solved, solved_interval, spent)
+    tflops, seconds = (
+        statistics.fmean(max(_spent(records, x).values()) for records in runs)
+        if all(key in records[-1] for records in runs)
+        else None
+        for x, key in _LOGGED
+    )
+    return ComparisonRow(
+        *(method, len(runs), reward, reward_interval, solved, solved_interval, tflops, seconds)
+    )
 
 
-def _tflops(records: Records) -> dict[int, float]:
-    """TFLOP of rollout, scoring and update up to each step."""
+_UNITS: dict[Spent, str] = {
+    "step": "RL step",
+    "flops": "TFLOP of rollout, scoring and update",
+    "seconds": "processor-seconds of training",
+}
+_LOGGED: tuple[tuple[Spent, str], ...] = (("flops", "flops/rollout"), ("seconds", "time/processor"))
+
+
+def _spent(records: Records, x: Spent) -> dict[int, float]:
+    """Steps, TFLOP or processor-seconds up to each step."""
+    if x == "step":
+        return {int(record["step"]): float(record["step"]) for record in records}
+    names = ["time/processor"]
+    if x == "flops":
+        names = [f"flops/{phase}" for phase in ("rollout", "score", "update")]
     total, spent = 0.0, {}
     for record in records:
-        phases = [record.get(f"flops/{phase}") for phase in ("rollout", "score", "update")]
-        total += sum(value for value in phases if value is not None) / 1e12
+        total += sum(record.get(name) or 0.0 for name in names) / (1e12 if x == "flops" else 1.0)
         spent[int(record["step"])] = total
     return spent
 

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from egspo.models.blocks import Columns, dense_mask, flex_mask
 from egspo.models.cache import KeyValueCache
+from egspo.models.routes import Routes
 
 # Added to a score, leaves it no weight; finite in any dtype that autocast may give the scores.
 _CLOSED = -3.0e4
@@ -39,6 +40,7 @@ class Pass:
     cache: KeyValueCache | None
     columns: Tensor | None
     live: Tensor | None
+    routes: Routes | None = None
 
 
 def attend(

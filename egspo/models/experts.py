@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from egspo.models.routes import Routes
 from egspo.models.transformer import StrictPreTrainedModel
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -148,25 +149,41 @@ class Router(nn.Module):
         """All of them."""
         return self.weight.numel()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts int64 [N, K] of rows [N, D], and their weights [N, K] in the rows' dtype."""
+    def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Experts int64 [N, K] of rows [N, D], and their weights [N, K] in the rows' dtype.
+
+        ``given`` int [N, K] takes the place of the router's own choice.
+        """
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            index, weight = self._choose(F.linear(x.to(dtype), self.weight.to(dtype)))
+            scores = self._scores(F.linear(x.to(dtype), self.weight.to(dtype)))
+            index = self._choice(scores) if given is None else given.long()
+            weight = self._weights(scores.gather(-1, index))
         return index, weight.to(x.dtype)
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _scores(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _choice(self, scores: Tensor) -> Tensor:
+        """int64 [N, K], the best first."""
+        raise NotImplementedError
+
+    def _weights(self, chosen: Tensor) -> Tensor:
+        """Of the scores of the chosen experts, [N, K]."""
         raise NotImplementedError
 
 
 class SoftmaxRouter(Router):
     """The K most probable experts, by a softmax over all."""
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        weight, index = logits.softmax(-1).topk(self.config.num_experts_per_tok, dim=-1)
-        if self.config.norm_topk_prob:
-            weight = weight / weight.sum(-1, keepdim=True)
-        return index, weight
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    def _choice(self, scores: Tensor) -> Tensor:
+        return scores.topk(self.config.num_experts_per_tok, dim=-1).indices
+
+    def _weights(self, chosen: Tensor) -> Tensor:
+        return chosen / chosen.sum(-1, keepdim=True) if self.config.norm_topk_prob else chosen
 
 
 class GroupedRouter(Router):
@@ -182,38 +199,62 @@ class GroupedRouter(Router):
         super().__init__(config)
         self.register_buffer("expert_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def _choice(self, scores: Tensor) -> Tensor:
         config = self.config
-        scores = logits.sigmoid()
         choice = torch.unflatten(scores + self.expert_bias, -1, (config.n_group, -1))
         groups = choice.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
         kept = torch.zeros_like(choice[..., 0], dtype=torch.bool).scatter(-1, groups, True)
         choice = choice.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
-        index = choice.topk(config.num_experts_per_tok, dim=-1).indices
-        weight = scores.gather(-1, index)
-        if config.norm_topk_prob:
-            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-        return index, weight * config.routed_scaling_factor
+        return choice.topk(config.num_experts_per_tok, dim=-1).indices
+
+    def _weights(self, chosen: Tensor) -> Tensor:
+        if self.config.norm_topk_prob:
+            chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+        weights: Tensor = chosen * self.config.routed_scaling_factor
+        return weights
 
 
 class MixtureOfExperts(nn.Module):
-    """A router, its experts, and the experts that every row goes through, if any."""
+    """A router, its experts, and the experts that every row goes through, if any.
 
-    def __init__(self, config: PretrainedConfig, gate: Router, shared: nn.Module | None) -> None:
+    Args:
+        config: sizes.
+        gate: the router.
+        shared: None for none.
+        layer: number among the layers with experts.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, gate: Router, shared: nn.Module | None, layer: int
+    ) -> None:
         super().__init__()
+        self.layer = layer
         self.gate = gate
         self.experts = Experts(config)
         if shared is not None:
             self.shared_experts = shared
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [B, N, D]."""
+    def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
+        """``x`` [B, N, D]; its experts go into ``routes``, or come from there."""
         rows = x.flatten(0, 1)
         index, weight = self.gate(rows)
+        if routes is not None:
+            routes.chosen[self.layer] = index.view(*x.shape[:2], -1)
+            if routes.given is not None:
+                index, weight = self.gate(rows, routes.given[:, :, self.layer].flatten(0, 1))
         result: Tensor = self.experts(rows, index, weight).view_as(x)
         if hasattr(self, "shared_experts"):
             result = result + self.shared_experts(x)
         return result
+
+
+def fed(mlp: nn.Module, x: Tensor, routes: Routes | None) -> Tensor:
+    """``x`` [B, N, D] through the MLP or the experts of a layer."""
+    result: Tensor = mlp(x, routes) if isinstance(mlp, MixtureOfExperts) else mlp(x)
+    return result
 
 
 class MixturePreTrainedModel(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unused-ignore]
@@ -254,3 +295,8 @@ def freeze_routers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Router):
             module.requires_grad_(False)
+
+
+def routed_layers(model: nn.Module) -> int:
+    """Layers with experts."""
+    return sum(isinstance(module, MixtureOfExperts) for module in model.modules())

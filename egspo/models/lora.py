@@ -27,6 +27,9 @@ LORA_TARGETS = (
 against the whole module name. (LLaDA's plain suffix ``ff_out`` would match the head too.)"""
 
 
+_EXPERTS = r"(?:^|\.)(?:experts(?:\.|$)|gate_up_proj$)"
+"""Of the targets that name routed experts, as here or as in checkpoints."""
+
 POLICY_ADAPTER, REFERENCE_ADAPTER = "default", "reference"
 """The adapter that is trained, and a frozen one that the reference policy may have."""
 
@@ -64,6 +67,11 @@ def add_lora(
         )
     projections = [name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
     for target in target_modules or ():
+        if re.search(_EXPERTS, target):
+            raise ValueError(
+                f"target_modules has {target!r}: adapters on the routed experts, whose matrices "
+                "are stacked, are not offered; those on shared experts are (shared_experts.up_proj)"
+            )
         if not any(_is_suffix(target, name) for name in projections):
             raise ValueError(f"target_modules has {target!r}, which names no projection of a block")
     targets = LORA_TARGETS if target_modules is None else list(target_modules)

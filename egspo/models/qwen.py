@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from egspo.models.attention import Attended, Pass, attend
+from egspo.models.experts import fed
 from egspo.models.transformer import (
     RMSNorm,
     Transformer,
@@ -67,7 +68,8 @@ class QwenLayer(TransformerLayer):  # type: ignore[misc, no-untyped-call, unused
     def _compute(self, x: Tensor, pass_: Pass) -> Attended:
         attended, weights, key, value = self.self_attn(self.input_layernorm(x), pass_)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), weights, key, value
+        x = x + fed(self.mlp, self.post_attention_layernorm(x), pass_.routes)
+        return x, weights, key, value
 
 
 class LayeredTransformer(Transformer):  # type: ignore[no-untyped-call, unused-ignore]

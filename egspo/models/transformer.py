@@ -7,7 +7,6 @@ that say where the shared code finds them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from egspo.models.attention import (
     Attended,
@@ -26,39 +25,8 @@ from egspo.models.attention import (
 )
 from egspo.models.blocks import Columns, positions_of
 from egspo.models.cache import KeyValueCache
-
-
-@dataclass
-class TransformerOutput(ModelOutput):  # type: ignore[misc, no-untyped-call, unused-ignore]
-    """What a transformer without a head returns; attributes as in :class:`MaskedLMOutput`."""
-
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cache: KeyValueCache | None = None
-
-
-@dataclass
-class MaskedLMOutput(ModelOutput):  # type: ignore[misc, no-untyped-call, unused-ignore]
-    """What a transformer with a head returns.
-
-    Attributes:
-        loss: float32 scalar, where labels were given.
-        logits: [B, N, vocabulary], None with ``compute_logits=False``.
-        cache: keys and values, with ``return_cache=True``.
-        last_hidden_state: [B, N, D] after the final norm: row ``i`` is what the head needs to
-            predict the token at ``i``.
-        hidden_states: ``layers + 1`` tensors [B, N, D] as the layers have them, the last one after
-            the final norm.
-        attentions: ``layers`` tensors [B, H, N, S].
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    cache: KeyValueCache | None = None
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+from egspo.models.outputs import MaskedLMOutput, TransformerOutput
+from egspo.models.routes import Routes
 
 
 class RMSNorm(nn.Module):
@@ -200,6 +168,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
         columns: Tensor | None = None,
         live: Tensor | None = None,
         streams: Tensor | None = None,
+        routes: Routes | None = None,
         return_cache: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -226,6 +195,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
             live: bool [B, N], False at columns where the cached keys and values are to be kept.
             streams: int64 [B, N], 0 at the clean columns and a number of its own at each copy of a
                 block; with ``position_ids`` only, and not with ``cache``. None where all are clean.
+            routes: takes down, or gives, the experts of every token.
             return_cache: also return the keys and values attended to.
             output_hidden_states, output_attentions: None for the configuration's.
 
@@ -246,7 +216,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                 f"{self.config._attn_implementation!r}"
             )
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        pass_ = self._pass(x, attention_mask, position_ids, cache, columns, live, streams)
+        pass_ = self._pass(x, attention_mask, position_ids, cache, columns, live, streams, routes)
         x = self._embedding_dropout(x)
         states: list[Tensor] = []
         attentions: list[Tensor] = []
@@ -277,6 +247,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
         columns: Tensor | None,
         live: Tensor | None,
         streams: Tensor | None,
+        routes: Routes | None,
     ) -> Pass:
         if (cache is None) != (columns is None):
             raise ValueError("cache and columns belong together: give both or neither")
@@ -318,7 +289,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
             if position_ids is None:
                 position_ids = torch.arange(x.shape[1], device=x.device)[None]
         cos, sin = rope_tables(self.config, position_ids)
-        return Pass(self.config, cos, sin, mask, cache, columns, live)
+        return Pass(self.config, cos, sin, mask, cache, columns, live, routes)
 
 
 def _default(value: bool | None, default: bool | None) -> bool:
@@ -349,6 +320,7 @@ class TransformerForMaskedLM(StrictPreTrainedModel):  # type: ignore[no-untyped-
         columns: Tensor | None = None,
         live: Tensor | None = None,
         streams: Tensor | None = None,
+        routes: Routes | None = None,
         return_cache: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -375,6 +347,7 @@ class TransformerForMaskedLM(StrictPreTrainedModel):  # type: ignore[no-untyped-
             columns=columns,
             live=live,
             streams=streams,
+            routes=routes,
             return_cache=return_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,

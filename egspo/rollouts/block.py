@@ -30,6 +30,8 @@ class Recording:
     """Also the most likely token of every masked position at every step."""
     pool: bool = False
     """Also the mean hidden state of the active block before every step."""
+    experts: bool = False
+    """Also the experts of every token, of models that have some."""
 
 
 @dataclass
@@ -54,6 +56,10 @@ class DenoisedBlock:
     """int32 [B, S, L], see :attr:`egspo.rollouts.trajectory.Trajectory.greedy`."""
     pooled: Tensor | None
     """float [B, S, D], see :attr:`egspo.rollouts.trajectory.Trajectory.pooled`."""
+    experts: Tensor | None
+    """int16 [B, S, W, R, K], of the block at every step, where recorded."""
+    before: Tensor | None
+    """int16 [B, W, R, K], of the block before, where its clean pass rode with the first step."""
 
 
 class _Later(NamedTuple):
@@ -111,6 +117,8 @@ class BlockDenoising:
         if recording.pool:
             width = decoder.denoiser.head_weight.shape[1]
             self.pooled = torch.zeros((*steps, width), dtype=dtype, device=device)
+        self.experts: Tensor | None = None
+        self.before: Tensor | None = None
 
     def run(self) -> DenoisedBlock:
         """All steps of the block."""
@@ -147,6 +155,8 @@ class BlockDenoising:
             steps,
             self.greedy,
             self.pooled,
+            self.experts,
+            self.before,
         )
 
     def _advance(
@@ -158,6 +168,8 @@ class BlockDenoising:
             window = self.decoder.window(context, canvas)
         if self.pooled is not None:
             self.pooled[rows, index] = self._pool(window, rows).to(self.pooled.dtype)
+        if window.experts is not None:
+            self._keep_experts(index, rows, window.experts)
         known = self.step[rows] >= 0
         # Stable: by sequence, then from left to right.
         flat = known.flatten().int().argsort(stable=True)[:masked]
@@ -189,6 +201,16 @@ class BlockDenoising:
             log_prob.gather(1, chosen).masked_fill(~valid, 0.0).sum(1),
             self._entropy(entropy, known, chosen, valid, later),
         )
+
+    def _keep_experts(self, index: int, rows: Tensor, experts: Tensor) -> None:
+        """Of a step, int16 [R, n, layers, K], and of what rode with it."""
+        width = self.positions.shape[1]
+        if self.experts is None:
+            shape = (*self.entropy.shape, width, *experts.shape[2:])
+            self.experts = experts.new_zeros(shape)
+        if experts.shape[1] > width:  # all sequences are at their first step
+            self.before = experts[:, :-width]
+        self.experts[rows, index] = experts[:, -width:]
 
     def _sample(
         self, index: int, hidden: Tensor, rows: Tensor, positions: Tensor

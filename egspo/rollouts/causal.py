@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from egspo.models.cache import KeyValueCache
+from egspo.models.routes import Routes
 from egspo.rollouts.decoder import Sequences, Window
 from egspo.rollouts.denoiser import Denoiser
+from egspo.rollouts.routing import StateExperts
 from egspo.rollouts.trajectory import PromptBatch
 from egspo_kernels import linear_token_stats
 
@@ -79,10 +81,12 @@ class CausalDecoder:
     Args:
         denoiser: a block-causal model.
         block_length: B, positions of a block.
+        record: also give the experts of each step.
     """
 
     denoiser: Denoiser
     block_length: int
+    record: bool = False
 
     def begin(self, batch: Sequences) -> Steps:
         """Prepare for the steps of a block, which may be another one in every sequence."""
@@ -124,6 +128,7 @@ class CausalDecoder:
         every = torch.cat([room, context.prompt_ids, canvas, room], dim=1)
         offsets = torch.arange(-size if riding else 0, size, device=canvas.device)
         columns = size + context.prompt_ids.shape[1] + context.start[:, None] + offsets
+        routes = Routes() if self.record else None
         with self.denoiser.eagerly() if riding else nullcontext():
             hidden = self.denoiser.cached_hidden_states(
                 every.gather(1, columns),
@@ -131,9 +136,11 @@ class CausalDecoder:
                 context.cache,
                 columns - context.low,
                 None,
+                routes,
             )
         context.riding = False
-        return Window(hidden[:, -size:], context.start)
+        experts = None if routes is None else routes.stacked()
+        return Window(hidden[:, -size:], context.start, experts)
 
     def states(
         self,
@@ -144,6 +151,7 @@ class CausalDecoder:
         canvas: Tensor,
         *,
         keep: bool = False,
+        experts: StateExperts | None = None,
     ) -> tuple[Window, Replayed | None]:
         """Hidden states [M, B, D] of the blocks of M states, by one pass over R trajectories.
 
@@ -154,47 +162,55 @@ class CausalDecoder:
             start: int64 [M], first position of the block of each state.
             canvas: int64 [M, L], completions before the steps.
             keep: also return what :meth:`completions` needs.
+            experts: that the rollout chose.
         """
         size, width, device = self.block_length, prompts.ids.shape[1], tokens.device
-        count, trajectories = place.shape[0], tokens.shape[0]
+        trajectories = tokens.shape[0]
         # Blocks before the last one that is needed; the rest of a sequence need not exist.
         clean = width + int(start.max())
-        lengths = prompts.mask.sum(1)
-        # The number of each state among those of its trajectory.
-        order = place.argsort(stable=True)
-        sizes = torch.bincount(place, minlength=trajectories)
-        number = torch.empty_like(place)
-        before = (sizes.cumsum(0) - sizes)[place[order]]
-        number[order] = torch.arange(count, device=device) - before
-        copies = int(sizes.max())
-
-        offsets = torch.arange(size, device=device)
-        whole = torch.cat([prompts.ids[place], canvas], dim=1)
-        positions = start[:, None] + offsets
-        columns = (width + positions).clamp(max=whole.shape[1] - 1)
-        ids = tokens.new_full((trajectories, copies, size), self.denoiser.mask_id)
-        ids[place, number] = whole.gather(1, columns)
-        there = torch.zeros_like(ids, dtype=torch.bool)
-        there[place, number] = positions < canvas.shape[1]
-        where = torch.zeros_like(ids)
-        where[place, number] = lengths[place][:, None] + positions
+        number, copies = _numbered(place, trajectories)
+        blocks = self._blocks(prompts, place, start, canvas)
+        ids, there, where = (
+            part.new_full((trajectories, copies, size), fill).index_put((place, number), part)
+            for part, fill in zip(blocks, (self.denoiser.mask_id, False, 0), strict=True)
+        )
         stream = torch.arange(1, copies + 1, device=device).repeat_interleave(size)
-
         sequence = torch.cat([prompts.ids, tokens], dim=1)[:, :clean]
         mask = F.pad(prompts.mask, (0, tokens.shape[1]), value=True)[:, :clean]
         position = (mask.cumsum(1) - 1).clamp(min=0)
+        real = torch.cat([mask, there.flatten(1)], dim=1)
+        routes = recorded = None
+        if experts is not None:
+            recorded = experts.of_pass(place, number, copies, clean)
+            routes = Routes(recorded if experts.replay else None)
         hidden, cache = self.denoiser.stream_hidden_states(
             torch.cat([sequence, ids.flatten(1)], dim=1),
-            torch.cat([mask, there.flatten(1)], dim=1),
+            real,
             torch.cat([position, where.flatten(1)], dim=1),
             F.pad(stream, (clean, 0)).expand(trajectories, -1),
             keep=keep,
+            routes=routes,
         )
+        if routes is not None and recorded is not None:
+            needed = torch.arange(clean, device=device) < width + _last(place, start, trajectories)
+            needed = F.pad(needed, (0, copies * size), value=True)
+            self.denoiser.agreement.add(routes, recorded, real & needed)
         drawn = hidden[:, clean:]
         rows = drawn.reshape(len(drawn), copies, size, -1)[place, number]
         if cache is None:
             return Window(rows, start), None
         return Window(rows, start), Replayed(prompts, cache.narrow(0, clean), place, start)
+
+    def _blocks(
+        self, prompts: PromptBatch, place: Tensor, start: Tensor, canvas: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, whether they are there, and positions of the blocks of M states, [M, B] each."""
+        width = prompts.ids.shape[1]
+        positions = start[:, None] + torch.arange(self.block_length, device=start.device)
+        whole = torch.cat([prompts.ids[place], canvas], dim=1)
+        ids = whole.gather(1, (width + positions).clamp(max=whole.shape[1] - 1))
+        lengths = prompts.mask.sum(1)[place]
+        return ids, positions < canvas.shape[1], lengths[:, None] + positions
 
     @torch.no_grad()
     def completions(self, replayed: Replayed, canvas: Tensor, *, later: bool) -> Tensor:
@@ -254,91 +270,18 @@ class CausalDecoder:
         return masked.index_put((row, positions[row, offset]), best)
 
 
-class RunningCaches:
-    """The caches of the sequences that are being denoised, in the order of the last batch.
+def _numbered(place: Tensor, trajectories: int) -> tuple[Tensor, int]:
+    """Number of each state among those of its trajectory, int64 [M], and the most of any."""
+    order = place.argsort(stable=True)
+    sizes = torch.bincount(place, minlength=trajectories)
+    number = torch.empty_like(place)
+    before = (sizes.cumsum(0) - sizes)[place[order]]
+    number[order] = torch.arange(len(place), device=place.device) - before
+    return number, int(sizes.max())
 
-    A prompt is computed once for all sequences that answer it. What was dropped is computed again
-    from the tokens.
-    """
 
-    def __init__(self, decoder: CausalDecoder, prompts: PromptBatch, length: int) -> None:
-        self.decoder, self.prompts, self.length = decoder, prompts, length
-        ids, mask = prompts.ids.tolist(), prompts.mask.tolist()
-        self.keys = [
-            tuple(t for t, real in zip(*row, strict=True) if real)
-            for row in zip(ids, mask, strict=True)
-        ]
-        self.rows: list[int] = []
-        self.cache: KeyValueCache | None = None
-        self.prefilled: dict[tuple[int, ...], tuple[KeyValueCache, int]] = {}
-        """By prompt that others wait to answer: one sequence, and its first column."""
-
-    def clear(self) -> None:
-        """Drop everything."""
-        self.rows, self.cache, self.prefilled = [], None, {}
-
-    def of(
-        self, rows: list[int], tokens: Tensor, starts: list[int], waiting: list[int]
-    ) -> KeyValueCache:
-        """Of the sequences ``rows``, each at a block that begins at its ``starts``.
-
-        Args:
-            rows: of all sequences.
-            tokens: int64 [N, L], all completions.
-            starts: by sequence, of all.
-            waiting: sequences not begun.
-        """
-        if self.cache is not None and rows == self.rows:
-            return self.cache
-        size = self.decoder.block_length
-        known = set(self.rows)
-        kept = [i for i in rows if i in known]
-        fresh = [i for i in rows if i not in known and starts[i] <= 0]
-        lost = [i for i in rows if i not in known and starts[i] > 0]
-        self._prefill([i for i in fresh if self.keys[i] not in self.prefilled])
-        parts: list[tuple[list[int], int, KeyValueCache, list[int]]] = []
-        if kept:
-            assert self.cache is not None
-            parts.append((kept, 0, self.cache, [self.rows.index(i) for i in kept]))
-        for i in fresh:
-            cache, first = self.prefilled[self.keys[i]]
-            parts.append(([i], first, cache, [0]))
-        for i in lost:
-            parts.append(([i], *self._again(i, tokens[i], starts[i]), [0]))
-        width = self.prompts.ids.shape[1] + self.length + 2 * size
-        result = parts[0][2].room(len(rows), width)
-        place = {i: n for n, i in enumerate(rows)}
-        for those, first, cache, source in parts:
-            device = self.prompts.ids.device
-            to = torch.tensor([place[i] for i in those], device=device)
-            result.put(to, first, cache, torch.tensor(source, device=device))
-        wanted = {self.keys[i] for i in waiting}
-        self.prefilled = {k: v for k, v in self.prefilled.items() if k in wanted}
-        self.rows, self.cache = list(rows), result
-        return result
-
-    def _prefill(self, rows: list[int]) -> None:
-        """Compute the prompts of ``rows``, each once."""
-        unique = list({self.keys[i]: i for i in reversed(rows)}.values())
-        if not unique:
-            return
-        index = torch.tensor(unique, device=self.prompts.ids.device)
-        batch = PromptBatch(self.prompts.ids[index], self.prompts.mask[index])[:]
-        first = self.decoder.block_length + self.prompts.ids.shape[1] - batch.ids.shape[1]
-        cache = self._clean(batch)
-        for n, i in enumerate(unique):
-            self.prefilled[self.keys[i]] = cache.take(torch.tensor([n])), first
-
-    def _again(self, row: int, tokens: Tensor, start: int) -> tuple[int, KeyValueCache]:
-        """First column and cache of a sequence whose blocks before ``start`` are finished."""
-        prompt = self.prompts.ids[row][self.prompts.mask[row]]
-        ids = torch.cat([prompt, tokens[:start]])[None]
-        first = self.decoder.block_length + self.prompts.ids.shape[1] - len(prompt)
-        return first, self._clean(PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
-
-    def _clean(self, batch: PromptBatch) -> KeyValueCache:
-        """The last block of a sequence, where it is a part, is computed to be overwritten."""
-        denoiser = self.decoder.denoiser
-        mask = None if bool(batch.mask.all()) else batch.mask
-        with denoiser.autocast(), denoiser.eagerly():
-            return denoiser.hidden_states_and_cache(batch.ids, mask)[1]
+def _last(place: Tensor, start: Tensor, trajectories: int) -> Tensor:
+    """int64 [R, 1], where the last block of each trajectory begins. Clean columns from there on are
+    in a pass for other trajectories, and the rollout may not have computed them."""
+    last = start.new_zeros(trajectories)
+    return last.scatter_reduce(0, place, start, "amax", include_self=False)[:, None]

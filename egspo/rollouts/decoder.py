@@ -56,6 +56,9 @@ class Window:
     """[B, N, D]."""
     first: Tensor
     """int64 [B], completion position of the first of the N."""
+    experts: Tensor | None = None
+    """int16 [B, n, R, K], of every column that the pass computed, the N last ones of which these
+    are; None where they are not recorded."""
 
     def rows(self, sequence: Tensor, position: Tensor) -> Tensor:
         """[M, D] at int64 [M] ``sequence`` and completion ``position``."""

@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from egspo.models import reference_mode, special_token_ids
 from egspo.models.cache import KeyValueCache
+from egspo.models.experts import routed_layers
 from egspo.models.offload import ActivationOffload
+from egspo.models.routes import Routes
 from egspo.rollouts.graphs import GraphReplay, Inputs
+from egspo.rollouts.routing import Agreement
 from egspo.rollouts.work import Work
 
 
@@ -64,6 +67,8 @@ class Denoiser:
         self._replaying = False
         self.graphs = GraphReplay()
         """Of the passes made inside :meth:`graphed`."""
+        self.agreement = Agreement()
+        """Of the policy's experts in replay and update with those of the rollout."""
         self.work = Work()
         """Forward passes so far, of the policy and of the reference."""
 
@@ -127,6 +132,12 @@ class Denoiser:
         """Of a block-causal model; None where attention has no direction."""
         return getattr(self.model.config, "block_size", None)
 
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """Layers with experts, and experts of a token in each; None without any."""
+        layers = routed_layers(self.model)
+        return (layers, int(self.model.config.num_experts_per_tok)) if layers else None  # type: ignore[union-attr, arg-type]
+
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of every forward pass; enclose the head's product in it too."""
         if self._autocast is None:
@@ -144,7 +155,7 @@ class Denoiser:
         return self._forward({"input_ids": input_ids, "attention_mask": attention_mask}, None)
 
     def hidden_states_and_cache(
-        self, input_ids: Tensor, attention_mask: Tensor | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, routes: Routes | None = None
     ) -> tuple[Tensor, KeyValueCache]:
         """:meth:`hidden_states`, and the keys and values that made them."""
         self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
@@ -154,6 +165,7 @@ class Denoiser:
                 attention_mask=attention_mask,
                 compute_logits=False,
                 return_cache=True,
+                **_given(routes),
             )
         self.work.cache_bytes += output.cache.nbytes
         return output.last_hidden_state, output.cache
@@ -165,6 +177,7 @@ class Denoiser:
         cache: KeyValueCache,
         columns: Tensor,
         live: Tensor | None,
+        routes: Routes | None = None,
     ) -> Tensor:
         """Hidden states [B, N, D] of some columns, the others' keys and values being cached.
 
@@ -174,6 +187,7 @@ class Denoiser:
             cache: of the S columns; overwritten at ``columns`` where gradients are off.
             columns: int64 [B, N].
             live: bool [B, N], False where the cache is to be kept.
+            routes: of the experts; not of passes that are replayed as CUDA graphs.
         """
         self.work.add(input_ids.shape[0], input_ids.shape[1], cache.length)
         inputs = {
@@ -182,6 +196,8 @@ class Denoiser:
             "columns": columns,
             "live": live,
         }
+        if routes is not None:
+            return self._hidden(inputs, cache, routes)
         return self._forward(inputs, cache)
 
     def stream_hidden_states(
@@ -192,6 +208,7 @@ class Denoiser:
         streams: Tensor,
         *,
         keep: bool = False,
+        routes: Routes | None = None,
     ) -> tuple[Tensor, KeyValueCache | None]:
         """Hidden states [B, N, D] of clean columns and copies of blocks.
 
@@ -201,6 +218,7 @@ class Denoiser:
             input_ids, position_ids, streams: int64 [B, N].
             attention_mask: bool [B, N], False at padding.
             keep: also return the keys and values.
+            routes: of the experts.
         """
         self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
         with self._offloaded():
@@ -211,6 +229,7 @@ class Denoiser:
                 streams=streams,
                 compute_logits=False,
                 return_cache=keep,
+                **_given(routes),
             )
         if keep:
             self.work.cache_bytes += output.cache.nbytes
@@ -279,8 +298,12 @@ class Denoiser:
 
         return self.graphs.run(uncached, inputs, cache)
 
-    def _hidden(self, inputs: Inputs, cache: KeyValueCache | None) -> Tensor:
-        given = {} if cache is None else {"cache": cache}
+    def _hidden(
+        self, inputs: Inputs, cache: KeyValueCache | None, routes: Routes | None = None
+    ) -> Tensor:
+        given: dict[str, Any] = _given(routes)
+        if cache is not None:
+            given["cache"] = cache
         with self._offloaded():
             output = self._active(**inputs, **given, compute_logits=False)
         hidden: Tensor = output.last_hidden_state
@@ -296,3 +319,8 @@ class Denoiser:
             assert self._reference is not None
             return self._reference
         return self.model
+
+
+def _given(routes: Routes | None) -> dict[str, Any]:
+    """As models without experts need not know of it."""
+    return {} if routes is None else {"routes": routes}

@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from egspo.config import EntropyOver, EntropyReduce, GenerationConfig
 from egspo.rollouts.block import BlockDenoising, DenoisedBlock, Recording, most_steps
-from egspo.rollouts.causal import CausalDecoder, RunningCaches
+from egspo.rollouts.causal import CausalDecoder
 from egspo.rollouts.decoder import Sequences
 from egspo.rollouts.decoding import decoder_of
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.graphs import check_device
+from egspo.rollouts.routing import RecordedExperts
+from egspo.rollouts.running_caches import RunningCaches
 from egspo.rollouts.trajectory import NEVER, PromptBatch, Trajectory, length_before
 
 logger = logging.getLogger("egspo")
@@ -114,11 +116,17 @@ def rollout_blocks(
     entropy_temperature: float = 1.0,
     complete: bool = False,
     pool: bool = False,
+    experts: bool = False,
 ) -> Iterator[RolloutBlock]:
-    """:func:`rollout` block by block, for who takes completions as they come; with ``complete``
-    also the most likely tokens at every step, :attr:`Trajectory.greedy`, with ``pool`` mean hidden
-    states, :attr:`Trajectory.pooled`."""
-    recording = Recording(seed, entropy_over, entropy_reduce, entropy_temperature, complete, pool)
+    """:func:`rollout` block by block, for who takes completions as they come.
+
+    With ``complete`` also the most likely tokens at every step, :attr:`Trajectory.greedy`; with
+    ``pool`` mean hidden states, :attr:`Trajectory.pooled`; with ``experts`` those of every token,
+    where the model has some and no pass is a CUDA graph.
+    """
+    recording = Recording(
+        seed, entropy_over, entropy_reduce, entropy_temperature, complete, pool, experts
+    )
     return _Rollout(denoiser, prompts, config, recording, sequence_ids).blocks()
 
 
@@ -164,20 +172,35 @@ class _Rollout:
         """First position not denoised, by sequence; where that is in the first block of a
         block-causal model, the first position of the block."""
         self.caches: RunningCaches | None = None
+        self.experts: RecordedExperts | None = None
         if isinstance(self.decoder, CausalDecoder):
+            self._record_experts(self.decoder, most)
             if recording.entropy_over == "masked":
                 raise ValueError(
                     "algorithm.entropy_over: masked needs every masked position in each step, and "
                     "a block-causal model computes one block: choose revealed or block"
                 )
             self.starts = [-(n % config.block_length) for n in self.prompt_lengths]
-            self.caches = RunningCaches(self.decoder, prompts, length)
+            clean = None if self.experts is None else self.experts.clean
+            self.caches = RunningCaches(self.decoder, prompts, length, clean)
         self.steps = [0] * count
         """Steps taken, by sequence."""
         self.queue = sorted(range(count), key=lambda i: -self.prompt_lengths[i])
         """Sequences not begun, the longest prompts first: what comes later fits into a batch."""
         self.running: list[int] = []
         self.batch_size = config.batch_size
+
+    def _record_experts(self, decoder: CausalDecoder, steps: int) -> None:
+        """Make room for experts, if they are asked for; a graph does not give any."""
+        size = self.denoiser.experts
+        if size is None or not self.recording.experts or self.config.cuda_graphs:
+            return
+        like = torch.empty(size, dtype=torch.int16, device=self.tokens.device)
+        count, length = self.tokens.shape
+        columns = self.prompts.ids.shape[1] + length
+        shape = (count, steps, decoder.block_length)
+        self.experts = RecordedExperts.empty(shape, columns, like)
+        self.decoder = replace(decoder, record=True)
 
     @torch.no_grad()
     def blocks(self) -> Iterator[RolloutBlock]:
@@ -230,6 +253,7 @@ class _Rollout:
             mask_id=self.denoiser.mask_id,
             greedy=self.greedy,
             pooled=None if self.pooled is None else self.pooled[:, : self.num_steps],
+            experts=None if self.experts is None else self.experts.until(self.num_steps),
         )
 
     def _sequences(self, rows: list[int]) -> Sequences:
@@ -291,6 +315,13 @@ class _Rollout:
             self.greedy[index, columns] = block.greedy
         if self.pooled is not None and block.pooled is not None:
             self.pooled[index, columns] = block.pooled
+        if self.experts is not None and block.experts is not None:
+            self.experts.steps[index, columns] = block.experts
+            if block.before is not None:
+                before = self.prompts.ids.shape[1] + positions - width
+                there = before >= 0
+                place = index.expand_as(before)[there], before[there]
+                self.experts.clean[place] = block.before[there]
 
         broken = block.token_entropy.isnan() & inside
         ended = ((block.tokens == self.denoiser.eos_id) & inside).any(1)

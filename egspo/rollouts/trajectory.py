@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from egspo.rollouts.routing import RecordedExperts
+
 
 @dataclass(frozen=True)
 class PromptBatch:
@@ -82,6 +84,8 @@ class Trajectory:
     pooled: Tensor | None = None
     """float [B, T, D], mean over the active block of the hidden states before each step, where the
     rollout was asked for it; 0 at steps not taken."""
+    experts: RecordedExperts | None = None
+    """That the rollout chose, where it was asked for them."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -127,7 +131,8 @@ class Trajectory:
     def take(self, rows: Tensor) -> Trajectory:
         """The trajectories at int64 ``rows`` [M]."""
         prompts = PromptBatch(self.prompts.ids[rows], self.prompts.mask[rows])
-        return self._map(prompts, lambda tensors: tensors[0][rows], [self])
+        experts = None if self.experts is None else self.experts.take(rows)
+        return self._map(prompts, lambda tensors: tensors[0][rows], [self], experts)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Trajectory]) -> Trajectory:
@@ -141,14 +146,22 @@ class Trajectory:
             torch.cat([widen(part.prompts.ids) for part in parts]),
             torch.cat([widen(part.prompts.mask) for part in parts]),
         )
-        return cls._map(prompts, torch.cat, parts)
+        recorded = [part.experts for part in parts if part.experts is not None]
+        experts = RecordedExperts.concatenate(recorded) if recorded else None
+        return cls._map(prompts, torch.cat, parts, experts)
 
     @classmethod
-    def _map(cls, prompts: PromptBatch, function, parts: Sequence[Trajectory]) -> Trajectory:  # type: ignore[no-untyped-def]
-        names = [f.name for f in fields(cls) if f.name not in ("prompts", "mask_id")]
+    def _map(  # type: ignore[no-untyped-def]
+        cls,
+        prompts: PromptBatch,
+        function,
+        parts: Sequence[Trajectory],
+        experts: RecordedExperts | None,
+    ) -> Trajectory:
+        names = [f.name for f in fields(cls) if f.name not in ("prompts", "mask_id", "experts")]
         names = [name for name in names if getattr(parts[0], name) is not None]
         merged = {name: function([getattr(part, name) for part in parts]) for name in names}
-        return cls(prompts=prompts, mask_id=parts[0].mask_id, **merged)
+        return cls(prompts=prompts, mask_id=parts[0].mask_id, experts=experts, **merged)
 
 
 def length_before(tokens: Tensor, eos_id: int) -> Tensor:

@@ -213,3 +213,8 @@ def check_model(config: TrainConfig, model_config: PretrainedConfig) -> None:
             f"algorithm.completion_blocks: {config.algorithm.completion_blocks} is of block-causal "
             "models; with full attention one pass fills every block"
         )
+    if config.algorithm.replay_experts and not hasattr(model_config, "num_experts"):
+        raise ValueError(
+            f"algorithm.replay_experts is of models with experts, and {model_config.model_type} "
+            "has none"
+        )

@@ -218,7 +218,7 @@ class Trainer:
     def _step(self, step: int) -> Metrics:
         """One iteration, the evaluation that is due, and what to log of both."""
         config = self.config
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         metrics = self.pipeline.step(step)
         updated = self.iteration.updated  # of all processes, or of none
         metrics["lr"] = self.state.scheduler.get_last_lr()[0]
@@ -226,6 +226,7 @@ class Trainer:
         advance(self.state.scheduler)
         self.reference.after(step)
         self.processes.enter(f"the end of step {step}")
+        metrics["time/processor"] = time.process_time() - worked
         metrics = merge(self.processes.gather(metrics))
         self.empty.after(step, metrics, updated=updated)
         if config.evaluates_at(step):

@@ -78,13 +78,15 @@ def block_logits(denoiser: Denoiser, prompt: Tensor, canvas: Tensor, start: int)
     return torch.nn.functional.pad(logits, (0, 0, 0, len(canvas) - len(logits)))
 
 
-def enumerated(denoiser: Denoiser, config: GenerationConfig = TINY) -> Enumeration:
+def enumerated(
+    denoiser: Denoiser, config: GenerationConfig = TINY, prompt: tuple[int, ...] = PROMPT
+) -> Enumeration:
     """Every trajectory, its probabilities from passes over whole sequences."""
 
     def logits_of(canvas: list[int], start: int) -> Tensor:
-        return block_logits(denoiser, torch.tensor(PROMPT), torch.tensor(canvas), start)
+        return block_logits(denoiser, torch.tensor(prompt), torch.tensor(canvas), start)
 
-    return enumerate_trajectories(denoiser, config, logits_of, PROMPT, causal=True)
+    return enumerate_trajectories(denoiser, config, logits_of, prompt, causal=True)
 
 
 def group_advantages(

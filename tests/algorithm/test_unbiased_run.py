@@ -29,10 +29,19 @@ from egspo.config.presets import PRESETS
 from egspo.engines.processes import Processes, process_state
 from egspo.rollouts.denoiser import Denoiser
 from tests.algorithm.test_cached_policy import enumerable_denoiser, enumerate_cached
+from tests.algorithm.test_causal_policy import enumerated, tiny_denoiser
 from tests.algorithm.test_enumeration import flat_gradient, relative_error
+from tests.families import BLOCK_CAUSAL
 from tests.helpers import runs
 from tests.helpers.enumerated import Draws, EnumeratedRun, Outcome, data_of, expectation, text_of
-from tests.helpers.toy import MASK, Enumeration, TabularModel, enumerate_trajectories, toy_denoiser
+from tests.helpers.toy import (
+    MASK,
+    PROMPT,
+    Enumeration,
+    TabularModel,
+    enumerate_trajectories,
+    toy_denoiser,
+)
 
 GENERATION = GenerationConfig(max_new_tokens=2, steps=2, block_length=2, temperature=0.8)
 UNEVEN = replace(GENERATION, max_new_tokens=3, block_length=3)  # steps of two tokens and of one
@@ -190,6 +199,7 @@ def test_other_options_that_are_exact(changes: dict[str, Any]) -> None:
     assert_exact(problem)
 
 
+@pytest.mark.slow
 def test_steps_of_different_sizes() -> None:
     assert_exact(Problem({}, UNEVEN))
 
@@ -216,6 +226,32 @@ def blocks(cache: Any, changes: dict[str, Any], **options: Any) -> Problem:
 def test_blocks_and_their_caches(cache: Any) -> None:
     """A completion that ends in the first is not denoised further."""
     outcomes = assert_exact(blocks(cache, {}))
+    assert any(outcome.metrics["rollout/saved"] for outcome in outcomes)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        ("llada2", "egspo-sa"),
+        *(
+            pytest.param(family, preset, marks=SLOW)
+            for family, preset in itertools.product(BLOCK_CAUSAL, ("egspo", "egspo-sa"))
+            if (family, preset) != ("llada2", "egspo-sa")
+        ),
+    ],
+)
+def test_block_causal_models(family: str, preset: str) -> None:
+    """Routers are trained too. The token of the prompt is in the first block of two, the second
+    ends with the completion."""
+    denoiser = tiny_denoiser(family)
+    enumeration = enumerated(denoiser, GENERATION, PROMPT)
+    changes = {**PRESET[preset], "beta": 0.0}
+    outcomes = assert_exact(
+        Problem(changes, GENERATION, denoiser=denoiser, enumeration=enumeration)
+    )
     assert any(outcome.metrics["rollout/saved"] for outcome in outcomes)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.iteration.__main__ import main
 from benchmarks.iteration.baseline import Baseline
+from benchmarks.iteration.decoders import DECODERS
 from benchmarks.iteration.measure import (
     ALGORITHMS,
     IMPLEMENTATIONS,
@@ -185,3 +186,22 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     main(["--flops-only", *sizes[1:], "--d-model", "32", "--algorithms", "egspo"])
     printed = capsys.readouterr().out
     assert "GFLOP, baseline" in printed and "seconds" not in printed
+
+
+@pytest.mark.slow
+def test_every_decoder_at_equal_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fewer columns a step computes the less it costs, in the same sizes."""
+    file = tmp_path / "decoders.json"
+    sizes = ["--size", "tiny", "--new-tokens", "32", "--steps", "32", "--block-length", "4"]
+    main(["--decoders", *sizes, "--repeats", "1", "--algorithms", "egspo", "--output", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    flops = {(row["decoder"], row["phase"]): row["flops"] for row in rows}
+    assert all(row["seconds"] > 0 for row in rows)
+    for phase in ("rollout", "update"):
+        full, dual, causal = (flops[name, phase] for name in DECODERS)
+        assert full > dual > causal > 0, phase
+    assert flops["full attention", "rollout"] > 5 * flops["block-causal", "rollout"]
+    assert "| egspo | iteration |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--decoders", "--flops-only", "tiny"])
+    assert "leave --flops-only out" in capsys.readouterr().err

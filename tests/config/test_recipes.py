@@ -200,9 +200,7 @@ def test_recipes_dry_run(path: Path, tmp_path: Path) -> None:
     assert {item.name for item in report.memory} >= {"frozen weights", "adapters", "activations"}
 
 
-@pytest.mark.parametrize(
-    "name", ["arithmetic_tiny", "countdown_tiny", "sudoku_blocks_tiny", "sudoku_tiny"]
-)
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*_tiny.yaml")))
 def test_the_small_recipes_dry_run(name: str) -> None:
     report = dry_run(load_config(FOLDER / f"{name}.yaml", ["task.options.train_examples=50"]))
     assert {check.status for check in report.checks} == {"ok"}

@@ -20,7 +20,7 @@ from egspo.engines.processes import Processes
 from egspo.runs.checkpoint import list_checkpoints
 from egspo.runs.metrics import deterministic, read_metrics
 from egspo.runs.published import verify_published
-from tests.families import new_fields
+from tests.families import BLOCK_CAUSAL, new_fields
 from tests.helpers import runs
 from tests.helpers.runs import Strike, start
 
@@ -51,10 +51,14 @@ COUPLED = {
         "num_iterations": 2,
     },
 }
-BLOCKS = [
-    {"model": {"config": None}, "generation": {"block_length": 4, "steps": 4}},
-    {"model": {"config": new_fields("llada2")}, "algorithm": {"beta": 0.1}},
-]
+
+
+def blocks(family: str) -> list[dict[str, Any]]:
+    """A block-causal model."""
+    return [
+        {"model": {"config": None}, "generation": {"block_length": 4, "steps": 4}},
+        {"model": {"config": new_fields(family)}, "algorithm": {"beta": 0.1}},
+    ]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -97,7 +101,10 @@ def assert_same_weights(one: Path, other: Path) -> None:
         pytest.param(2, [FSDP2, REFRESH, LORA], id="2-fsdp2-refresh-lora", marks=SLOW),
         pytest.param(2, [FSDP2, SHORT, EXACT_KL], id="2-fsdp2-exact-kl", marks=SLOW),
         pytest.param(3, [FSDP2, SHORT, CACHED], id="3-fsdp2-cache", marks=SLOW),
-        pytest.param(2, [FSDP2, SHORT, *BLOCKS], id="2-fsdp2-blocks", marks=SLOW),
+        *(
+            pytest.param(2, [FSDP2, SHORT, *blocks(family)], id=f"2-fsdp2-{family}", marks=SLOW)
+            for family in BLOCK_CAUSAL
+        ),
         pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
         pytest.param(2, [SHORT, VALUES], id="2-values", marks=SLOW),
         pytest.param(3, [FSDP2, SHORT, VALUES], id="3-fsdp2-values", marks=SLOW),

@@ -21,6 +21,7 @@ from egspo.models import load_model, load_tokenizer
 from egspo.serving.generation import generate
 from egspo.serving.likelihood import greedily_decoded, likelihood_bounds
 from egspo.training.trainer import train
+from tests.families import BLOCK_CAUSAL, new_fields
 from tests.helpers import runs
 
 # lm-eval takes a text of digits alone for a number.
@@ -93,15 +94,16 @@ def evaluate(tasks: TaskManager, trained: Path, task: str, **options: Any) -> di
     return dict(result)
 
 
-def test_generation_is_the_rollout_s_cut_at_the_first_stop_string(
-    tasks: TaskManager, trained: Path
-) -> None:
+def check_generation(tasks: TaskManager, trained: Path, block_length: int) -> None:
     result = evaluate(tasks, trained, "answer", apply_chat_template=True)
     samples = sorted(result["samples"]["answer"], key=lambda sample: sample["doc_id"])
     model = load_model(trained / "final" / "model")
     tokenizer = load_tokenizer(trained / "final" / "model")
-    # 30 tokens asked for: two blocks of 20, with as many tokens per step as in training.
-    config = GenerationConfig(max_new_tokens=40, steps=10, block_length=20, temperature=1.0)
+    # 30 tokens asked for: whole blocks, with as many tokens per step as in training.
+    length = -(-30 // block_length) * block_length
+    config = GenerationConfig(
+        max_new_tokens=length, steps=length // 4, block_length=block_length, temperature=1.0
+    )
     messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
     texts = generate(model, tokenizer, messages, config, seed=3)
     assert any("3" in text or "\n" in text for text in texts)
@@ -111,7 +113,7 @@ def test_generation_is_the_rollout_s_cut_at_the_first_stop_string(
     assert result["results"]["answer"]["exact_match,none"] == solved
 
 
-def test_choices_are_compared_by_the_bound(tasks: TaskManager, trained: Path) -> None:
+def check_choices(tasks: TaskManager, trained: Path) -> None:
     result = evaluate(tasks, trained, "choose")
     samples = sorted(result["samples"]["choose"], key=lambda sample: sample["doc_id"])
     lm = EgspoLM(str(trained), mc_samples=4, seed=3)
@@ -126,6 +128,27 @@ def test_choices_are_compared_by_the_bound(tasks: TaskManager, trained: Path) ->
         assert [str(flag) == "True" for _, flag in found] == greedy
         right += bounds.index(max(bounds)) == i % 3
     assert result["results"]["choose"]["acc,none"] == right / len(QUESTIONS)
+
+
+def test_generation_is_the_rollout_s_cut_at_the_first_stop_string(
+    tasks: TaskManager, trained: Path
+) -> None:
+    check_generation(tasks, trained, 20)
+
+
+def test_choices_are_compared_by_the_bound(tasks: TaskManager, trained: Path) -> None:
+    check_choices(tasks, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", BLOCK_CAUSAL)
+def test_block_causal_models(
+    family: str, tasks: TaskManager, tmp_path: Path, no_plots: None
+) -> None:
+    changes = {"model": {"config": new_fields(family)}, "generation": {"block_length": 4}}
+    train(runs.config(tmp_path / "run", {"model": {"config": None}}, changes, {"steps": 2}))
+    check_generation(tasks, tmp_path / "run", 4)
+    check_choices(tasks, tmp_path / "run")
 
 
 def request(context: str, **options: Any) -> SimpleNamespace:

@@ -485,3 +485,12 @@ def test_routers_are_never_adapted() -> None:
     assert routers == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
     with pytest.raises(ValueError, match="names no projection of a block"):
         add_lora(make("llada2"), rank=2, alpha=2, dropout=0.0, target_modules=["mlp.gate"], seed=0)
+
+
+@pytest.mark.parametrize("target", ["experts", "mlp.experts.gate_up_proj", "experts.3.down_proj"])
+def test_routed_experts_are_not_adapted(target: str) -> None:
+    with pytest.raises(ValueError, match="adapters on the routed experts"):
+        add_lora(make("llada2"), rank=2, alpha=2, dropout=0.0, target_modules=[target], seed=0)
+    shared = ["shared_experts.up_proj"]
+    adapted = add_lora(make("llada2"), rank=2, alpha=2, dropout=0.0, target_modules=shared, seed=0)
+    assert sum(hasattr(module, "lora_A") for module in adapted.modules()) == 2

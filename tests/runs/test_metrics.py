@@ -189,18 +189,19 @@ def test_comparison_of_methods(tmp_path: Path) -> None:
     sa, plain = rows
     assert (sa.method, sa.seeds, sa.reward, sa.solved) == ("egspo-sa", 2, 0.7, 0.35)
     assert sa.reward_interval == pytest.approx(12.7062 * 0.1, rel=1e-4)
-    assert plain == ComparisonRow("egspo", 1, 0.3, None, None, None, None)
+    assert plain == ComparisonRow("egspo", 1, 0.3, None, None, None, None, None)
     assert comparison_table(rows).splitlines() == [
-        "| Method | Seeds | TFLOP | Held-out reward | Solved |",
-        "|---|--:|--:|--:|--:|",
-        "| egspo-sa | 2 | - | 0.700 ± 1.271 | 35.0 ± 63.5 % |",
-        "| egspo | 1 | - | 0.300 | - |",
+        "| Method | Seeds | TFLOP | Processor-seconds | Held-out reward | Solved |",
+        "|---|--:|--:|--:|--:|--:|",
+        "| egspo-sa | 2 | - | - | 0.700 ± 1.271 | 35.0 ± 63.5 % |",
+        "| egspo | 1 | - | - | 0.300 | - |",
     ]
 
 
-def test_comparison_at_equal_flops(tmp_path: Path) -> None:
+def test_comparison_at_equal_cost(tmp_path: Path) -> None:
     """Runs of different lengths, each step of which cost something else."""
     phases = {"flops/rollout": 5e11, "flops/score": 2e11, "flops/update": 3e11}
+    phases["time/processor"] = 8.0
     cheap = {name: value / 4 for name, value in phases.items()}
     groups = {
         "dear": [write_run(tmp_path / "a", [0.1, 0.2, 0.3], **phases)],
@@ -208,9 +209,11 @@ def test_comparison_at_equal_flops(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="different last evaluations"):
         plot_comparison(groups, tmp_path / "comparison.png")
-    rows = plot_comparison(groups, tmp_path / "comparison.png", x="flops")
+    rows = plot_comparison(groups, tmp_path / "comparison.png", x=["flops", "seconds"])
+    assert png_size(tmp_path / "comparison.png") == (1320, 528)
     assert [row.tflops for row in rows] == pytest.approx([3.0, 2.25])
-    assert "| dear | 1 | 3 |" in comparison_table(rows)
+    assert [row.seconds for row in rows] == [24.0, 18.0]
+    assert "| dear | 1 | 3 | 24 |" in comparison_table(rows)
 
 
 def test_incomparable_runs_are_refused(tmp_path: Path) -> None:

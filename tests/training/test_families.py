@@ -122,6 +122,19 @@ def test_an_adapter_on_a_checkpoint_and_its_export(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_evaluation_measures_what_training_did(
+    family: str, tmp_path: Path, no_plots: None
+) -> None:
+    train(recipe(family, tmp_path / "run", {"steps": 2}))
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "eval" / "final" / "summary.json").read_text())
+    (row,) = summary["results"]
+    last = read_metrics(tmp_path / "run")[-1]
+    assert row["rewards"]["ones"] == pytest.approx(last["eval/reward"], abs=1e-12)
+
+
 @pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_a_run_that_is_resumed_ends_as_one_that_was_not(
     family: str, tmp_path: Path, no_plots: None

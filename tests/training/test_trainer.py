@@ -38,7 +38,10 @@ EVERY_STEP = {
     *("clip/low", "clip/high", "kl", "grad_norm", "lr", "speed/tokens_per_second"),
     *("flops/rollout", "flops/score", "flops/update", "memory/peak", "rollout/forwards"),
     *("rollout/saved", "rollout/head_rows", "rollout/logits_bytes", "rollout/cache_bytes"),
-    *(f"time/{phase}" for phase in ("rollout", "reward", "select", "score", "update", "step")),
+    *(
+        f"time/{phase}"
+        for phase in ("rollout", "reward", "select", "score", "update", "step", "processor")
+    ),
 }
 EVALUATED = {"eval/reward", "eval/cell_accuracy", "eval/solved", "eval/skipped", "time/eval"}
 

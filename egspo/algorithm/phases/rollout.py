@@ -42,6 +42,7 @@ class Rollout:
             entropy_temperature=1.0 if algorithm.entropy_at == "one" else generation.temperature,
             complete=self.complete,
             pool=algorithm.predicts,
+            experts=algorithm.objective == "stepwise",
         ):
             if block.finished:
                 texts = self.rewards.decode(block.ended.tokens)

@@ -150,6 +150,9 @@ class AlgorithmConfig:
     completion_blocks: Literal["all", "active"] = "all"
     """Of block-causal models: a one-step completion fills every later block too, greedily in one
     step behind what is then known, or ends with the ``active`` block of the state: cheaper."""
+    replay_experts: bool = False
+    """Of block-causal models with experts: replay and update take the experts that the rollout
+    chose; the reference policy and one-step completions choose their own."""
     detach_cache: bool = False
     """With ``generation.cache``, no gradient through the pass that makes the cache: cheaper and
     biased, as it leaves out how the weights move the cached keys and values."""

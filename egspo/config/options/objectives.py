@@ -20,7 +20,10 @@ _READ_BY = {
     "bound_power": ("sandwich",),
     "bound_share": ("sandwich",),
 }
-_OF_STEPS = ("strategy", "entropy_share", "stop_at_eos", "schedule", "detach_cache")
+_OF_STEPS = (
+    *("strategy", "entropy_share", "stop_at_eos", "schedule", "detach_cache"),
+    "replay_experts",
+)
 _WITHOUT_KL = ("weighted", "sandwich")
 
 

@@ -117,6 +117,11 @@ class TrainConfig:
             "an sft section",
         )
         require(
+            not (self.algorithm.replay_experts and self.generation.cuda_graphs),
+            "algorithm.replay_experts needs generation.cuda_graphs: false, as a graph does not say "
+            "which experts it took",
+        )
+        require(
             not self.algorithm.detach_cache or cache != "none",
             "algorithm.detach_cache needs a generation.cache",
         )

@@ -14,6 +14,7 @@ from egspo.models.experts import (
     GroupedRouter,
     MixtureOfExperts,
     MixturePreTrainedModel,
+    fed,
     register_experts,
 )
 from egspo.models.llada2.configuration import LLaDA2Config
@@ -57,14 +58,17 @@ class LLaDA2DecoderLayer(TransformerLayer):  # type: ignore[misc, no-untyped-cal
             self.mlp = GatedMLP(width, config.intermediate_size)
         else:
             shared = GatedMLP(width, hidden * config.num_shared_experts)
-            self.mlp = MixtureOfExperts(config, GroupedRouter(config), shared)
+            self.mlp = MixtureOfExperts(
+                config, GroupedRouter(config), shared, layer - config.first_k_dense_replace
+            )
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
 
     def _compute(self, x: Tensor, pass_: Pass) -> Attended:
         attended, weights, key, value = self.attention(self.input_layernorm(x), pass_)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), weights, key, value
+        x = x + fed(self.mlp, self.post_attention_layernorm(x), pass_.routes)
+        return x, weights, key, value
 
 
 class LLaDA2PreTrainedModel(MixturePreTrainedModel):  # type: ignore[no-untyped-call, unused-ignore]

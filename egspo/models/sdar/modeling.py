@@ -30,7 +30,8 @@ class SDARMoeDecoderLayer(QwenLayer):  # type: ignore[misc, no-untyped-call, unu
 
     def __init__(self, config: SDARMoeConfig, layer: int) -> None:
         attention = QwenAttention(config, layer, bias=False, normed=True)
-        super().__init__(config, attention, MixtureOfExperts(config, SoftmaxRouter(config), None))
+        experts = MixtureOfExperts(config, SoftmaxRouter(config), None, layer)
+        super().__init__(config, attention, experts)
 
 
 class SDARPreTrainedModel(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unused-ignore]
