@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from egspo.config import GenerationConfig, TaskConfig, TrainConfig
     from egspo.serving.named_model import NamedModel
 
+_TIMEOUT = 2 * 24 * 3600.0
+"""Seconds: processes may have texts of very different lengths."""
 _EPILOG = """\
 examples:
   egspo eval runs/sudoku_tiny
@@ -64,6 +67,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=_folder, metavar="DIR", help=text)
     text = "start over; the old folder is kept as DIR.old-TIMESTAMP"
     add("--overwrite", action="store_true", help=text)
+    text = "that a process waits for the others to come as far as it is (default 2 days)"
+    add("--timeout", type=_seconds, default=_TIMEOUT, metavar="SECONDS", help=text)
     add_generation_arguments(parser, without=["max_new_tokens"])
 
 
@@ -89,10 +94,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     tasks = {config.name: load_task(config) for config in plan.tasks}
     notes = _notes(args, trained, tasks, checkpoint)
-    state = process_state()
+    state = process_state(timedelta(seconds=args.timeout))
     if args.overwrite:
         _set_aside(plan.output, state)
-    processes, leftovers = Processes(), [plan.output, plan.output / SAMPLES]
+    processes, leftovers = Processes(args.timeout), [plan.output, plan.output / SAMPLES]
     alone = writing_alone(plan.output, processes, leftovers=leftovers, name="--output-dir")
     with alone as check, processes.collective():
         with state.main_process_first():  # which downloads
@@ -264,6 +269,16 @@ def _folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("it must not be empty; the working directory is .")
     return Path(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e8:  # also no NaN; three years
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return seconds
 
 
 def _names(text: str) -> list[str]:

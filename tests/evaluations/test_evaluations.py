@@ -188,10 +188,12 @@ def test_two_processes_do_what_one_does(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_other(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("blow_of", [runs.SIGKILL, runs.SIGSTOP], ids=["killed", "frozen"])
+def test_a_lost_process_ends_the_other(blow_of: int, trained: Path, tmp_path: Path) -> None:
     """With exit code 4, and the same command goes on."""
     arguments = ["eval", str(trained), "--output-dir", str(tmp_path / "two"), "--batch-size", "1"]
-    blow = runs.Strike(1, "egspo.evaluations.records.SampleFile.append", 2, runs.SIGKILL)
+    arguments += ["--timeout", "8"]
+    blow = runs.Strike(1, "egspo.evaluations.records.SampleFile.append", 2, blow_of)
     log, port = tmp_path / "log", runs.free_port()
     processes = [
         runs.forkserver().Process(
@@ -201,9 +203,10 @@ def test_a_process_that_is_killed_ends_the_other(trained: Path, tmp_path: Path) 
     ]
     for process in processes:
         process.start()
+    processes[0].join(60)
     for process in processes:
-        process.join(60)
         process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [4, -runs.SIGKILL], log.read_text()
     assert "Traceback" not in log.read_text()
     assert main(arguments) == 0

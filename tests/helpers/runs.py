@@ -199,7 +199,7 @@ def command_on_a_full_disk(arguments: list[str], target: str, call: int, log: Pa
     raise SystemExit(code)
 
 
-SIGKILL, SIGTERM = int(signal.SIGKILL), int(signal.SIGTERM)
+SIGKILL, SIGTERM, SIGSTOP = (int(s) for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
 
 
 def uneven(completions: Sequence[str], place: Sequence[int], **_: Any) -> list[float]:
