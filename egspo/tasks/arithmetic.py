@@ -14,7 +14,7 @@ from dataclasses import dataclass
 _LINE = re.compile(r"\s*(\d{1,9})\s*([+-])\s*(\d{1,9})\s*=\s*(-?\d{1,9})\s*")
 _MAX_TEXT = 4000
 LARGEST = 99
-"""Numbers and running results lie between 0 and this, and are written with two digits."""
+"""Numbers and running results lie between 0 and at most this."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,22 @@ class Chain:
     start: int
     changes: tuple[int, ...]
     """Negative where taken away."""
+    digits: int = 2
+    """With which numbers are written."""
 
     @property
     def key(self) -> str:
         """As the prompt has it: ``23+18-07``."""
-        return f"{self.start:02d}" + "".join(map(_signed, self.changes))
+        return self._number(self.start) + "".join(map(self._signed, self.changes))
 
     @property
     def form(self) -> str:
         """What is to be filled in: ``23+18=__;__-07=__``, the results and who goes on from them
         left open. A character stands where the solution has it."""
-        before = [f"{self.start:02d}", *["__"] * (len(self.changes) - 1)]
+        blank = "_" * self.digits
+        before = [self._number(self.start), *[blank] * (len(self.changes) - 1)]
         pairs = zip(before, self.changes, strict=True)
-        return ";".join(f"{first}{_signed(change)}=__" for first, change in pairs)
+        return ";".join(f"{first}{self._signed(change)}={blank}" for first, change in pairs)
 
     @property
     def results(self) -> list[int]:
@@ -52,13 +55,29 @@ class Chain:
         lines, value = [], self.start
         for change in self.changes:
             result = apply(value, change)
-            lines.append(f"{value:02d}{_signed(change)}={result:02d}")
+            lines.append(f"{self._number(value)}{self._signed(change)}={self._number(result)}")
             value = result
         return ";".join(lines)
 
+    def careless_solution(self) -> str:
+        """How a careless solver answers: as :func:`one_off` does with one digit, and as
+        :func:`without_carry` with two."""
+        return self.solution(one_off if self.digits == 1 else without_carry)
+
+    def _number(self, value: int) -> str:
+        return f"{value:0{self.digits}d}"
+
+    def _signed(self, change: int) -> str:
+        return f"{'+' if change >= 0 else '-'}{self._number(abs(change))}"
+
+
+def one_off(value: int, change: int) -> int:
+    """By counting from the number itself: 3+5 is 3, 4, 5, 6, 7. Behind 9 comes 0, before 0 is 9."""
+    return (value + change - (1 if change >= 0 else -1)) % 10
+
 
 def without_carry(value: int, change: int) -> int:
-    """How a careless solver adds: each digit by itself, and nothing carried or borrowed."""
+    """Each digit by itself, and nothing carried or borrowed."""
     tens, units = divmod(value, 10)
     more_tens, more_units = divmod(abs(change), 10)
     sign = 1 if change >= 0 else -1
@@ -86,32 +105,31 @@ def right_lines(text: str, chain: Chain) -> tuple[int, int]:
     return right, max(len(lines), len(chain.changes))
 
 
-def make_chains(changes: int, count: int, *, taken: Set[str], seed: int, name: str) -> list[Chain]:
-    """``count`` distinct chains with so many ``changes``, none of them ``taken``.
+def make_chains(
+    changes: int, count: int, *, largest: int, taken: Set[str], seed: int, name: str
+) -> list[Chain]:
+    """``count`` distinct chains with so many ``changes``, none of them ``taken``, whose running
+    results lie between 0 and ``largest``.
 
     Raises:
         ValueError: that would be more than half of all that there are.
     """
-    if count + len(taken) > (possible := (LARGEST + 1) * LARGEST**changes) // 2:
+    if count + len(taken) > (possible := (largest + 1) * largest**changes) // 2:
         raise ValueError(f"{count} more chains of {changes} changes are too many of {possible}")
     rng = random.Random(f"{seed}-arithmetic-{name}")
     found: dict[str, Chain] = {}
     while len(found) < count:
-        chain = _drawn(changes, rng)
+        chain = _drawn(changes, largest, rng)
         if chain.key not in taken:
             found.setdefault(chain.key, chain)
     return list(found.values())
 
 
-def _drawn(changes: int, rng: random.Random) -> Chain:
-    value = start = rng.randint(0, LARGEST)
+def _drawn(changes: int, largest: int, rng: random.Random) -> Chain:
+    value = start = rng.randint(0, largest)
     drawn = []
     for _ in range(changes):
-        result = rng.choice([other for other in range(LARGEST + 1) if other != value])
+        result = rng.choice([other for other in range(largest + 1) if other != value])
         drawn.append(result - value)
         value = result
-    return Chain(start, tuple(drawn))
-
-
-def _signed(change: int) -> str:
-    return f"{'+' if change >= 0 else '-'}{abs(change):02d}"
+    return Chain(start, tuple(drawn), len(str(largest)))

@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from egspo.tasks.answers import FORMAT, answer_in_tags
-from egspo.tasks.arithmetic import Chain, make_chains, right_lines, without_carry
+from egspo.tasks.arithmetic import LARGEST, Chain, make_chains, right_lines
 from egspo.tasks.base import Example, Reward, Task, register_task
 
 Style = Literal["digits", "form", "instruct"]
 _INSTRUCTION = (
     f"{FORMAT}\n\nWork out {{chain}} from left to right, one operation a line, each line in the "
-    "form 23+18=41 and going on from the result before. Put these lines alone between the answer "
+    "form {line} and going on from the result before. Put these lines alone between the answer "
     "tags."
 )
+_LINES = {1: "3+5=8", 2: "23+18=41"}
 
 
 @register_task("arithmetic")
@@ -25,28 +26,31 @@ def build_arithmetic(
     validation_examples: int = 128,
     test_examples: int = 256,
     changes: int = 7,
+    largest: int = LARGEST,
     seed: int = 0,
     prompt_style: Style = "instruct",
     careless: float = 0.0,
 ) -> Task:
-    """Sums of two-digit numbers with a scratchpad; no two splits share a problem.
+    """Sums of numbers of one or two digits with a scratchpad; no two splits share a problem.
 
     The reward ``lines`` is the share of right lines; solved is who has all of them.
 
     Args:
         train_examples, validation_examples, test_examples: distinct problems to make.
-        changes: additions and subtractions of a problem; the answer has nine characters for each.
+        changes: additions and subtractions of a problem; the answer has nine characters for each,
+            six where numbers have one digit.
+        largest: of the running results. Up to 9, numbers have one digit, above it two.
         seed: of the problems, independent of the training seed.
         prompt_style: ``digits``: ``23+18-07`` in, ``23+18=41;41-07=34`` out, for models of single
             characters; ``form``: the same with ``23+18=__;__-07=__`` in, where all that is copied
             stands as far from its copy; ``instruct``: an instruction in English, the lines in tags.
         careless: share of the targets of training examples, for supervised training alone, whose
-            solver carries nothing.
+            solver carries nothing; with one digit, that is one off where it counts.
 
     Raises:
         ValueError: naming the option that is wrong.
     """
-    _check(changes, careless, prompt_style)
+    _check(changes, largest, careless, prompt_style)
     counts = {"test": test_examples, "validation": validation_examples, "train": train_examples}
     taken: set[str] = set()
     parts: dict[str, Any] = {}
@@ -54,7 +58,7 @@ def build_arithmetic(
         least = int(name != "validation")
         if type(count) is not int or count < least:
             raise ValueError(f"{name}_examples must be a whole number >= {least}, got {count!r}")
-        chains = make_chains(changes, count, taken=taken, seed=seed, name=name)
+        chains = make_chains(changes, count, largest=largest, taken=taken, seed=seed, name=name)
         taken |= {chain.key for chain in chains}
         rng = random.Random(f"{seed}-careless")
         share = careless if name == "train" else 0.0
@@ -112,12 +116,12 @@ def _explained(extract: Callable[[str], str | None]) -> Callable[..., str]:
 
 
 def _example(chain: Chain, style: Style, careless: bool) -> Example:
-    answer = chain.solution(without_carry) if careless else chain.solution()
+    answer = chain.careless_solution() if careless else chain.solution()
     lines = answer.replace(";", "\n")
     prompts = {
         "digits": chain.key,
         "form": chain.form,
-        "instruct": _INSTRUCTION.format(chain=chain.key),
+        "instruct": _INSTRUCTION.format(chain=chain.key, line=_LINES[chain.digits]),
     }
     return Example(
         prompt=[{"role": "user", "content": prompts[style]}],
@@ -127,10 +131,12 @@ def _example(chain: Chain, style: Style, careless: bool) -> Example:
     )
 
 
-def _check(changes: int, careless: float, prompt_style: str) -> None:
+def _check(changes: int, largest: int, careless: float, prompt_style: str) -> None:
     if prompt_style not in (styles := get_args(Style)):
         raise ValueError(f"prompt_style must be one of {styles}, got {prompt_style!r}")
     if type(changes) is not int or not 1 <= changes <= 100:
         raise ValueError(f"changes must be a whole number in [1, 100], got {changes!r}")
+    if type(largest) is not int or not 1 <= largest <= LARGEST:
+        raise ValueError(f"largest must be a whole number in [1, {LARGEST}], got {largest!r}")
     if not 0.0 <= careless <= 1.0:
         raise ValueError(f"careless must lie in [0, 1], got {careless!r}")
