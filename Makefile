@@ -12,6 +12,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # Of each of the processes that tests run in: they are as many as there are cores.
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+# Slow tests often wait, for processes that are lost and for timeouts: one more than there are cores.
+SLOW_WORKERS := $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 STAMP := .venv/.installed
 # What an editable installation is built from; Python sources need no reinstallation.
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
@@ -23,7 +25,7 @@ test: $(STAMP)
 	@$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m "not slow" --durations 10
 
 test-slow: $(STAMP)
-	@$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m slow --durations 10
+	@$(ONE_THREAD) $(BIN)/python -m pytest -n $(SLOW_WORKERS) -m slow --durations 10
 
 test-all: test test-slow
 

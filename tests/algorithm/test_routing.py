@@ -113,7 +113,9 @@ def test_replay_and_update_take_the_experts_of_the_rollout(family: str) -> None:
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         results.append(denoiser.model.get_input_embeddings().weight.grad.clone())  # type: ignore[operator]
         denoiser.agreement.take()
-    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    # Of one token the same experts, perhaps added up in another order.
+    for chosen, replayed_ones in (results[::2], results[1::2]):
+        torch.testing.assert_close(replayed_ones, chosen, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
