@@ -104,8 +104,8 @@ def section(file: ResultFile) -> str:
         parts.insert(
             2,
             "This compares what runs without a GPU, at reduced shapes: the reference, which is "
-            "written to be read and to be exact, and the compiled library, which is what a CPU gets. "
-            "It says nothing about the Triton and CUDA kernels.",
+            "written to be read and to be exact, and the compiled library, which is what a CPU "
+            "gets. It says nothing about the Triton and CUDA kernels.",
         )
     functions = dict.fromkeys(row.info["function"] for row in file.rows)
     parts += [_details(file, function) for function in functions]
