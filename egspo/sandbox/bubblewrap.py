@@ -138,8 +138,9 @@ class Bubblewrap:
 def _mounts(shown: list[str], hidden: tuple[str, ...]) -> list[str]:
     """Options that show these files, and nothing else that is there."""
     links = {link: target for link, target in _LINKS.items() if os.path.islink(link)}
-    arguments: list[str] = []
-    made: set[Path] = set()
+    # Before what may lie in it, as an environment of somebody's in /tmp does.
+    arguments = ["--size", "1048576", "--tmpfs", "/tmp"]
+    made = {Path("/tmp")}
     for place in shown:
         for parent in reversed(Path(place).parents[:-1]):  # bwrap would close them to others
             if parent not in made and str(parent) not in links:
@@ -154,17 +155,7 @@ def _mounts(shown: list[str], hidden: tuple[str, ...]) -> list[str]:
     for device in _DEVICES:  # no terminals: `--dev` would need a second namespace of users
         arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     arguments += ["--symlink", "/proc/self/fd", "/dev/fd"]
-    return [
-        *arguments,
-        "--proc",
-        "/proc",
-        "--size",
-        "1048576",
-        "--tmpfs",
-        "/tmp",
-        "--remount-ro",
-        "/",
-    ]
+    return [*arguments, "--proc", "/proc", "--remount-ro", "/"]
 
 
 def _uid_range() -> tuple[int, int]:

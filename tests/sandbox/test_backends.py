@@ -107,6 +107,14 @@ def test_an_unknown_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Unsafe
 
 
+def test_what_lies_in_tmp_is_not_hidden_by_its_own() -> None:
+    """An environment may be there."""
+    options = bubblewrap_module._mounts(["/tmp/env/bin/python"], ("/tmp/env/lib/site-packages",))
+    places = [options.index(place) for place in ("/tmp", "/tmp/env", "/tmp/env/bin/python")]
+    assert places == sorted(places) and options[places[0] - 1] == "--tmpfs"
+    assert options.count("/tmp") == 1
+
+
 def test_unsafe_reaches_the_same_verdicts() -> None:
     backend = Unsafe(LIMITS)
     verdict = backend.run(PROGRAM, TESTS)

@@ -32,13 +32,27 @@ def test_contained():
 """
 
 
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def owner_of(process: int) -> int:
+    """Who started the sandbox that it is in; 1 where that one is gone."""
+    ours = os.readlink("/proc/self/ns/pid")
+    while (process := parent_of(process)) > 1:
+        outside = os.readlink(f"/proc/{process}/ns/pid") == ours
+        if outside and Path(f"/proc/{process}/comm").read_text().strip() != "bwrap":
+            break
+    return max(process, 1)
+
+
 def sandboxed_processes() -> set[int]:
-    """Processes in another pid namespace than this one, zombies included, and our children."""
-    ours, found = os.readlink("/proc/self/ns/pid"), set()
+    """Our children, and processes of our sandboxes or of nobody's, zombies included."""
+    ours, mine, found = os.readlink("/proc/self/ns/pid"), (os.getpid(), 1), set()
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == os.getpid() or os.readlink(f"/proc/{entry}/ns/pid") != ours:
+            inside = os.readlink(f"/proc/{entry}/ns/pid") != ours
+            if parent_of(int(entry)) == os.getpid() or (inside and owner_of(int(entry)) in mine):
                 found.add(int(entry))
         except OSError:  # ended, or another user's
             continue
