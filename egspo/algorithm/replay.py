@@ -141,7 +141,7 @@ class Scorer:
             batch, complete = self._batch(states, index), scores.completions is not None
             if complete or scores.old_log_prob is not None:
                 window, context = batch.window(
-                    self.decoder, keep=complete, experts=batch.experts(self.algorithm)
+                    self.decoder, keep=complete, replay_experts=self.algorithm.replay_experts
                 )
                 self.denoiser.work.head_rows += len(batch.targets)
                 log_prob, argmax = self._revealed(batch, batch.revealed_rows(window))
@@ -176,8 +176,8 @@ class Scorer:
         assert config.kl != "k2"  # refused by the options
         with self.denoiser.autocast():
             batch = self._batch(states, index)
-            experts = batch.experts(config)
-            hidden = batch.revealed_rows(batch.window(self.decoder, experts=experts)[0])
+            window, _ = batch.window(self.decoder, replay_experts=config.replay_experts)
+            hidden = batch.revealed_rows(window)
             self.denoiser.work.head_rows += hidden.shape[0]
             if scores.old_log_prob is not None:
                 old_log_prob = scores.old_log_prob[index]
@@ -340,35 +340,26 @@ class _Batch:
         return self.canvas.shape[0]
 
     def window(
-        self, decoder: Decoding, *, keep: bool = False, experts: StateExperts | None = None
+        self, decoder: Decoding, *, keep: bool = False, replay_experts: bool | None = None
     ) -> tuple[Window, BlockContext | Replayed | None]:
         """Hidden states of the active block of each state, at least.
 
         Also what one-step completions need beside it: with a block-causal model if ``keep``.
-        ``experts`` are those of the rollout, with a block-causal model that has some.
+        Where the rollout recorded experts, the pass takes them with ``replay_experts``, and is
+        compared with them without; None for passes of the reference policy, which has its own.
         """
         if not isinstance(decoder, CausalDecoder):
             context = self._context(decoder)
             return decoder.window(context, self.canvas), context
         row, place = torch.unique(self.row, return_inverse=True)
-        prompts = PromptBatch(self.trajectory.prompts.ids[row], self.trajectory.prompts.mask[row])
-        given = (prompts[:], self.trajectory.tokens[row], place, self.start, self.canvas)
+        whole, recorded = self.trajectory.prompts, self.trajectory.experts
+        prompts, experts = PromptBatch(whole.ids[row], whole.mask[row])[:], None
+        if recorded is not None and replay_experts is not None:
+            columns = prompts.ids.shape[1] + self.canvas.shape[1]
+            blocks, clean = recorded.steps[self.row, self.step], recorded.clean[row, -columns:]
+            experts = StateExperts(blocks, clean, replay_experts)
+        given = (prompts, self.trajectory.tokens[row], place, self.start, self.canvas)
         return decoder.states(*given, keep=keep, experts=experts)
-
-    def experts(self, algorithm: AlgorithmConfig) -> StateExperts | None:
-        """That the rollout chose, where it recorded them."""
-        recorded = self.trajectory.experts
-        if recorded is None:
-            return None
-        row = torch.unique(self.row)
-        prompts, length = self.trajectory.prompts.mask[row], self.canvas.shape[1]
-        # Without the padding that is common to all, as the prompts are.
-        columns = prompts.shape[1] - int(prompts.any(0).int().argmax()) + length
-        return StateExperts(
-            recorded.steps[self.row, self.step],
-            recorded.clean[row, -columns:],
-            algorithm.replay_experts,
-        )
 
     def _context(self, decoder: Decoder) -> BlockContext:
         """What the decoder had at the block of each state.

@@ -150,15 +150,13 @@ class Router(nn.Module):
         return self.weight.numel()
 
     def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Experts int64 [N, K] of rows [N, D], and their weights [N, K] in the rows' dtype.
-
-        ``given`` int [N, K] takes the place of the router's own choice.
-        """
+        """Experts int64 [N, K] that are chosen for rows [N, D], and weights [N, K] in the rows'
+        dtype: theirs, or those of the experts ``given``, int64 [N, K], that are taken instead."""
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             scores = self._scores(F.linear(x.to(dtype), self.weight.to(dtype)))
-            index = self._choice(scores) if given is None else given.long()
-            weight = self._weights(scores.gather(-1, index))
+            index = self._choice(scores)
+            weight = self._weights(scores.gather(-1, index if given is None else given))
         return index, weight.to(x.dtype)
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -240,12 +238,14 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, routes: Routes | None = None) -> Tensor:
         """``x`` [B, N, D]; its experts go into ``routes``, or come from there."""
         rows = x.flatten(0, 1)
-        index, weight = self.gate(rows)
+        given = None
+        if routes is not None and routes.given is not None:
+            given = routes.given[:, :, self.layer].flatten(0, 1).long()
+        index, weight = self.gate(rows, given)
         if routes is not None:
             routes.chosen[self.layer] = index.view(*x.shape[:2], -1)
-            if routes.given is not None:
-                index, weight = self.gate(rows, routes.given[:, :, self.layer].flatten(0, 1))
-        result: Tensor = self.experts(rows, index, weight).view_as(x)
+        taken = index if given is None else given
+        result: Tensor = self.experts(rows, taken, weight).view_as(x)
         if hasattr(self, "shared_experts"):
             result = result + self.shared_experts(x)
         return result
