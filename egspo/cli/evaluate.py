@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from egspo.config import GenerationConfig, TaskConfig, TrainConfig
     from egspo.serving.named_model import NamedModel
 
-_TIMEOUT = 2 * 24 * 3600.0
-"""Seconds: processes may have texts of very different lengths."""
 _EPILOG = """\
 examples:
   egspo eval runs/sudoku_tiny
@@ -67,8 +65,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output-dir", type=_folder, metavar="DIR", help=text)
     text = "start over; the old folder is kept as DIR.old-TIMESTAMP"
     add("--overwrite", action="store_true", help=text)
-    text = "that a process waits for the others to come as far as it is (default 2 days)"
-    add("--timeout", type=_seconds, default=_TIMEOUT, metavar="SECONDS", help=text)
+    text = "that a process waits for the others (default 30 min to begin, then 2 days)"
+    add("--timeout", type=_seconds, metavar="SECONDS", help=text)
     add_generation_arguments(parser, without=["max_new_tokens"])
 
 
@@ -94,10 +92,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     tasks = {config.name: load_task(config) for config in plan.tasks}
     notes = _notes(args, trained, tasks, checkpoint)
-    state = process_state(timedelta(seconds=args.timeout))
+    wait = args.timeout
+    state = process_state() if wait is None else process_state(timedelta(seconds=wait))
     if args.overwrite:
         _set_aside(plan.output, state)
-    processes, leftovers = Processes(args.timeout), [plan.output, plan.output / SAMPLES]
+    processes = Processes() if wait is None else Processes(wait)
+    leftovers = [plan.output, plan.output / SAMPLES]
     alone = writing_alone(plan.output, processes, leftovers=leftovers, name="--output-dir")
     with alone as check, processes.collective():
         with state.main_process_first():  # which downloads
