@@ -18,7 +18,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from benchmarks.algorithms.study import (
 )
 from benchmarks.budget import Budget
 from benchmarks.hardware import provenance
-from benchmarks.result_files import RESULTS
+from benchmarks.study_files import add_study_arguments, exit_code
 from egspo.config.recipe import load_config
 
 
@@ -147,18 +146,16 @@ def main(arguments: list[str] | None = None) -> int:
     if both:
         print(f"error: seeds {sorted(both)} are of the tuning too", file=sys.stderr)
         return 2
-    try:
+
+    def make() -> Budget:
         made_by = provenance(shlex.join(["python", "-m", "benchmarks.algorithms", *given]))
         study = Study(args, made_by)
         study.make()
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for task in args.tasks:
-        study.write(task)
-    for what in study.budget.left_out:
-        print(f"left out: {what}")
-    return 0
+        for task in args.tasks:
+            study.write(task)
+        return study.budget
+
+    return exit_code(make)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -178,10 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             *(f"--{name}-rates",), nargs="+", type=float, default=list(optimizer.rates)
         )
-    parser.add_argument("--hours", type=float, help="begin nothing that would end later")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"), help="their folder")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
+    add_study_arguments(parser, SUITE)
     return parser
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.algorithms.statistics import Estimate, area, differences, estimate, seeds_needed
 from benchmarks.algorithms.study import PROVENANCE, TASKS, Arm, Run
-from egspo.files import replacing
+from benchmarks.study_files import read_studies, write_study
 from egspo.runs.metrics import read_metrics
 
 SUITE = "algorithms"
@@ -130,9 +130,20 @@ def write(
         "left_out": list(left_out),
         "arms": [each.record() for each in found if each.tuning or each.runs],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    write_study(path, content)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        ValueError: it is of another format or of a task that does not exist.
+    """
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    kind = content.get("suite"), content.get("version")
+    if kind != (SUITE, VERSION) or content.get("task") not in TASKS:
+        raise ValueError(f"{path} is not a result file of python -m benchmarks.algorithms")
+    return content
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
@@ -141,16 +152,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: one of another format or of a task that does not exist, or two of a task.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob(f"{SUITE}-*.json")):
-        content = json.loads(path.read_text("utf-8"))
-        kind = content.get("suite"), content.get("version")
-        if kind != (SUITE, VERSION) or content.get("task") not in TASKS:
-            raise ValueError(f"{path} is not a result file of python -m benchmarks.algorithms")
-        if content["task"] in found:
-            raise ValueError(f"{path} is a second result file of the task {content['task']!r}")
-        found[content["task"]] = content
-    return [found[task] for task in TASKS if task in found]
+    return read_studies(folder, SUITE, TASKS, read)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from benchmarks.gradients.study import (
     trained,
 )
 from benchmarks.hardware import provenance
-from benchmarks.result_files import RESULTS
+from benchmarks.study_files import add_study_arguments, exit_code
 from egspo.config import TrainConfig
 from egspo.config.recipe import config_to_dict
 from egspo.runs.checkpoint import CHECKPOINTS, list_checkpoints
@@ -50,17 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     given = sys.argv[1:] if arguments is None else arguments
     made_by = provenance(shlex.join(["python", "-m", "benchmarks.gradients", *given]))
-    try:
+
+    def make() -> Budget:
         budget = Budget(args.hours)
         for stage in args.stages:
             for task in args.tasks:
                 _stage(task, stage, args, budget, made_by)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for what in budget.left_out:
-        print(f"left out: {what}")
-    return 0
+        return budget
+
+    return exit_code(make)
 
 
 def _stage(
@@ -143,10 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(DEFAULT))
     parser.add_argument("--batches", type=int, default=8, help="of each task and stage")
-    parser.add_argument("--hours", type=float, help="begin nothing that would end later")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--runs", type=Path, default=Path("runs/gradients"), help="their folder")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
+    add_study_arguments(parser, SUITE)
     return parser
 
 

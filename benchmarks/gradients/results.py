@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.gradients.measure import Totals
 from benchmarks.gradients.study import STAGES, TASKS, Estimator, full
+from benchmarks.study_files import read_studies, write_study
 from egspo.config import TrainConfig
-from egspo.files import replacing
 from egspo.inspection.plotting import mean_interval
 
 SUITE = "gradients"
@@ -94,9 +94,7 @@ def write(
         "left_out": list(left_out),
         "stages": dict(stages),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    write_study(path, content)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -146,10 +144,4 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: one is not of this suite, or there are two of a task.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob(f"{SUITE}-*.json")):
-        content = read(path)
-        if content["task"] in found:
-            raise ValueError(f"{path} is a second result file of the task {content['task']!r}")
-        found[content["task"]] = content
-    return [found[task] for task in TASKS if task in found]
+    return read_studies(folder, SUITE, TASKS, read)
