@@ -35,6 +35,7 @@ def letters() -> Iterator[list[Reward]]:
     """The rewards of the task ``letters``, to be filled."""
     from tests.helpers import runs
 
+    assert not runs.rewards, "an earlier test left its rewards"
     yield runs.rewards
     runs.rewards.clear()
 

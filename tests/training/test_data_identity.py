@@ -79,18 +79,20 @@ def test_changed_data_is_refused_by_what_differs_and_allowed_on_request(
     train(runs.config(run, {**task, "steps": 3}), resume=run)  # which is now the run's own
 
 
-def test_targets_count_and_so_do_those_of_supervised_training(tmp_path: Path) -> None:
-    runs.rewards[:] = [Reward("ones", runs.ones)]
-    letters = {**runs.LETTERS, **SFT}
+def test_targets_count_and_so_do_those_of_supervised_training(
+    tmp_path: Path, letters: list[Reward]
+) -> None:
+    letters.append(Reward("ones", runs.ones))
+    recipe = {**runs.LETTERS, **SFT}
     run = tmp_path / "run"
-    run_sft(runs.config(run, letters))
+    run_sft(runs.config(run, recipe))
     changed = {"task": {"options": {"target": "222222"}}, "sft": {"steps": 3}}
     saved = json.loads((run / DATA_FILE).read_text())
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("options: {}", "options: {target: '222222'}", 1)
     )
     with pytest.raises(CheckpointError, match="other targets of training examples; other targets"):
-        run_sft(runs.config(run, letters, changed), resume=run)
+        run_sft(runs.config(run, recipe, changed), resume=run)
     assert json.loads((run / DATA_FILE).read_text()) == saved
 
 

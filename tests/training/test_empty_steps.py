@@ -17,6 +17,8 @@ from egspo.training.empty_steps import EMPTY, EmptyRunError
 from egspo.training.trainer import train
 from tests.helpers import runs
 
+pytestmark = pytest.mark.usefixtures("letters")
+
 EGSPO = {**runs.LETTERS, "algorithm": {"stepwise": False}, "eval": {"every": 0}}
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from egspo.algorithm.phases.update import Update
 from egspo.cli import main
 from egspo.runs.metrics import read_metrics
-from egspo.tasks import Reward
 from egspo.tasks.prompts import build_data
 from egspo.tasks.published import PREFILL
 from egspo.training.trainer import train
@@ -32,7 +31,7 @@ PER_STEP = {
 
 @pytest.mark.parametrize("strategy", ["high_entropy", "uniform_reference", "random_reference"])
 def test_optimizer_steps_have_the_ranks_that_the_options_say(
-    tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch, varied: None
 ) -> None:
     updates: list[dict[int, int]] = []
     weights: set[float] = set()
@@ -46,7 +45,6 @@ def test_optimizer_steps_have_the_ranks_that_the_options_say(
         return original(self, batch, group, advantage, weight)
 
     monkeypatch.setattr(Update, "_accumulate", recorded)
-    runs.rewards[:] = [Reward("varied", runs.varied)]
     changes = {"algorithm": {"strategy": strategy}, "steps": 1}
     train(runs.config(tmp_path / "run", {**runs.LETTERS, **PER_STEP}, changes))
     # Every rank of all 8 trajectories; the rank of highest entropy comes last.
