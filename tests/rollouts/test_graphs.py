@@ -14,7 +14,7 @@ from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.engine import rollout
 from egspo.rollouts.graphs import GraphReplay
 from egspo.rollouts.trajectory import PromptBatch, Trajectory
-from tests.algorithm.test_replay import prompts_of, small_denoiser
+from tests.algorithm.test_replay import EOS, MASK, PAD, prompts_of, small_denoiser
 from tests.families import make
 from tests.rollouts.test_engine import CONFIG, LENGTHS
 
@@ -65,8 +65,9 @@ def test_replayed_rollouts_are_the_same(options: dict[str, Any], batch_size: int
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_replayed_rollouts_of_a_block_causal_model_are_the_same(threshold: float | None) -> None:
     """What rides with the first step of a block writes the cache, and is not replayed."""
-    model = make("sdar", max_position_embeddings=256)
-    denoiser = Denoiser(model, mask_id=5, eos_id=1, pad_id=1)
+    # Prompts hold no mask: one there would make scores tie, and rounding decide.
+    model = make("sdar", max_position_embeddings=256, mask_token_id=MASK)
+    denoiser = Denoiser(model, mask_id=MASK, eos_id=EOS, pad_id=PAD)
     denoiser.graphs = GraphReplay(limit=8, record=record)
     options = {"batch_size": 2, "threshold": threshold, "early_exit": False}
     expected = run(denoiser, False, LENGTHS, **options)
