@@ -128,15 +128,16 @@ def _select_steps(entropy: Tensor, k: int, limits: Tensor | None, backend: str) 
     chosen = _SELECT_STEPS.choose(backend, entropy.device, _refused(batch, steps))
     if chosen == "reference":
         return reference.select_steps(entropy, reference.within(entropy, limits), k)
-    values = _contiguous_rows(entropy)
+    values = entropy if entropy.stride(1) == 1 else entropy.contiguous()
     selected = values.new_empty(batch, k, dtype=torch.int64)
-    shape = (batch, steps, values.stride(0))
-    if chosen == "cpp":  # a few microseconds in all: nothing in between
-        address = None if limits is None else limits.data_ptr()
-        function = _CPP_STEPS[values.dtype]
-        extension.call_plain(function, values.data_ptr(), *shape, address, k, selected.data_ptr())
-    else:
+    if chosen == "cuda":
+        shape = (batch, steps, values.stride(0))
         _call_compiled(chosen, "select_steps", values, *shape, limits, k, selected)
+        return selected
+    address = None if limits is None else limits.data_ptr()
+    row_stride, out = values.stride(0), selected.data_ptr()
+    arguments = (values.data_ptr(), batch, steps, row_stride, address, k, out)
+    extension.call_plain(extension.cpu_library(), _CPP_STEPS[values.dtype], arguments)
     return selected
 
 

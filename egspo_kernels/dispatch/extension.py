@@ -131,19 +131,23 @@ def call(function: str, *arguments: object) -> None:
     Raises:
         RuntimeError: there is no library, or the function reports an error.
     """
-    _call(cpu_library(), function, *arguments)
+    call_plain(cpu_library(), function, _addresses(arguments))
 
 
-def call_plain(function: str, *arguments: object) -> None:
-    """:func:`call` of arguments as they are: addresses of tensors are numbers, for speed."""
-    _call_plain(cpu_library(), function, arguments)
+def call_plain(library: ctypes.CDLL | str, function: str, arguments: Sequence[object]) -> None:
+    """:func:`call` of a library, of arguments as they are: addresses are numbers, for speed."""
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    status = getattr(library, function)(*arguments)
+    if status != 0:
+        raise RuntimeError(f"{function} failed: {describe(library, status)}")
 
 
 def call_cuda(function: str, device: torch.device, *arguments: object) -> None:
     """Call a function of the CUDA library on the current stream of ``device``, as :func:`call`."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        _call(cuda_library(), function, *arguments, stream)
+        call_plain(cuda_library(), function, [*_addresses(arguments), stream])
 
 
 def describe(library: ctypes.CDLL, status: int) -> str:
@@ -154,14 +158,5 @@ def describe(library: ctypes.CDLL, status: int) -> str:
     return f"{name}: {library.egspo_cuda_error_string(status).decode()}"
 
 
-def _call(library: ctypes.CDLL | str, function: str, *arguments: object) -> None:
-    plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    _call_plain(library, function, plain)
-
-
-def _call_plain(library: ctypes.CDLL | str, function: str, arguments: Sequence[object]) -> None:
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    status = getattr(library, function)(*arguments)
-    if status != 0:
-        raise RuntimeError(f"{function} failed: {describe(library, status)}")
+def _addresses(arguments: Sequence[object]) -> list[object]:
+    return [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]

@@ -52,6 +52,26 @@ def test_automatic_choice_is_logged_once_with_what_was_passed_over(
     assert caplog.records[-1].getMessage() == "twice: backend cuda"
 
 
+def test_a_probe_is_asked_once_unless_backends_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def probe(device: torch.device) -> None:
+        asked.append(device.type)
+
+    dispatcher = Dispatcher("twice", {"cpp": probe, "reference": always_available})
+    for _ in range(2):
+        assert dispatcher.choose("auto", CPU) == dispatcher.choose("cpp", CPU) == "cpp"
+        assert dispatcher.choose("auto", GPU) == "cpp"
+        assert dispatcher.choose("auto", CPU, {"cpp": "not now"}) == "reference"
+    assert asked == ["cpu", "cpu", "cuda"]
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert dispatcher.choose("auto", CPU) == "reference", "the environment is read at every call"
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    assert dispatcher.choose("auto", CPU) == "cpp"
+
+
 def test_explicit_choice_runs_or_raises(dispatcher: Dispatcher) -> None:
     assert dispatcher.choose("reference", GPU) == "reference"
     with pytest.raises(UnavailableBackendError) as caught:

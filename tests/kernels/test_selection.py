@@ -291,6 +291,7 @@ def test_cpp_refuses_other_devices() -> None:
 
 def test_without_the_library_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "cpu_library", lambda: "it was not built")
+    monkeypatch.setattr("egspo_kernels.selection._SELECT_STEPS._chosen", {})
     assert select_steps(torch.tensor([[1.0, 2.0]]), 1).tolist() == [[1]]
     assert last_backend("select_steps") == "reference"
     with pytest.raises(UnavailableBackendError, match="it was not built"):
