@@ -36,10 +36,11 @@ def ask(self, *args, grid, warmup, **kwargs):
     return Kernel(name, SimpleNamespace(target=target))
 
 class Kernel(SimpleNamespace):
+    function = packed_metadata = None
     def __init__(self, name, metadata):
         super().__init__(name=name, metadata=metadata)
-    def __getitem__(self, grid):
-        return lambda *args: None
+    def run(self, *args):
+        pass
 
 JITFunction.run = ask
 call = launch.Launcher.__call__
@@ -77,15 +78,58 @@ print(len(bound), len(asked))
 """
 
 
-def test_a_variant_is_the_one_that_triton_would_choose() -> None:
+HOOKS = """
+import torch
+from benchmarks.kernels.host_time import launches_do_nothing
+
+with launches_do_nothing():
+    import triton
+    from triton.runtime.driver import driver
+    from egspo_kernels import token_stats
+
+    launched = []
+
+    class Launch:
+        def __init__(self, *_):
+            pass
+        def __call__(self, *arguments):
+            launched.append(arguments)
+
+    driver.active.launcher_cls = Launch
+
+    def launches():
+        launched.clear()
+        token_stats(torch.zeros(2, 100), None, backend="triton")
+        return [(*arguments[:6], len(arguments)) for arguments in launched]
+
+    def told(metadata):
+        pass
+
+    hooks = triton.knobs.runtime
+    entering, leaving = hooks.launch_enter_hook, hooks.launch_exit_hook
+    first, second = launches(), launches()
+    assert first == second and len(first) == 2
+    assert all(l[6:9] == (None, None, None) for l in launched)
+    for hook in (entering, leaving):
+        hook.add(told)
+        launches()
+        assert all(l[6].get()["name"] and l[7:9] == (entering, leaving) for l in launched)
+        hook.remove(told)
+"""
+
+
+def run_compiled(script: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-"],
-        input=SETUP + STATISTICS + SURROGATE + LAUNCHES,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    command = [sys.executable, "-"]
+    result = subprocess.run(command, input=script, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
-    variants, asked = map(int, result.stdout.split())
+    return result.stdout
+
+
+def test_a_launch_is_that_of_triton_and_hooks_are_called() -> None:
+    run_compiled(HOOKS)
+
+
+def test_a_variant_is_the_one_that_triton_would_choose() -> None:
+    variants, asked = map(int, run_compiled(SETUP + STATISTICS + SURROGATE + LAUNCHES).split())
     assert variants == asked > 100  # of thousands of launches
