@@ -99,7 +99,9 @@ def agreement(function: str, group: dist.ProcessGroup | None, near: Tensor) -> I
     """Collects what this rank brings; then all ranks go on, or all of them raise.
 
     An error in the body is told to the other ranks before it is raised, so that none waits for
-    this one. Four numbers of each rank are exchanged; objects only where they do not agree.
+    this one. Four numbers of each rank are exchanged; objects only where they do not agree. At
+    every call: that its arguments were agreed on before, a rank knows of its own alone. Were it to
+    go on and another came with new ones, each would wait in an exchange that the other never joins.
 
     Args:
         near: a tensor on the device of the call.
