@@ -112,14 +112,11 @@ def step_objective(
     aggregation = objective.aggregation
     log_prob = aggregate_steps(token_log_prob, step_ids, num_steps, aggregation)
     advantage = advantage.to(dtype)
-    if weights is None:
-        weights = log_prob.new_full((num_steps,), 1.0 / max(num_steps, 1))
 
     ratio, clamped = _clamped_exp(log_prob - old_log_prob.to(dtype))
     clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
 
-    kl = torch.zeros_like(log_prob)
     if objective.kl == "k3":
         assert ref_log_prob is not None
         difference = ref_log_prob.to(dtype) - log_prob
@@ -129,18 +126,22 @@ def step_objective(
     elif objective.kl == "exact":
         assert token_kl is not None
         kl = aggregate_steps(token_kl, step_ids, num_steps, aggregation)
+    else:
+        kl = torch.zeros_like(log_prob)
     if objective.beta > 0:
         loss = loss + objective.beta * kl
     if aggregation == "sum":
         loss = loss / tokens_per_step(step_ids, num_steps).to(dtype)
 
+    weighted = loss * (1.0 / max(num_steps, 1)) if weights is None else weights.to(dtype) * loss
+    measured = ratio.detach()
     return Surrogate(
-        loss=(weights.to(dtype) * loss).sum(),
+        loss=weighted.sum(),
         log_prob=log_prob.detach(),
-        ratio=ratio.detach(),
+        ratio=measured,
         kl=kl.detach(),
-        clipped_low=(ratio.detach() < 1 - objective.clip_low) & (advantage < 0),
-        clipped_high=(ratio.detach() > 1 + objective.clip_high) & (advantage > 0),
+        clipped_low=(measured < 1 - objective.clip_low) & (advantage < 0),
+        clipped_high=(measured > 1 + objective.clip_high) & (advantage > 0),
         clamped=clamped,
     )
 
