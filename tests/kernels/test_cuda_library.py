@@ -159,7 +159,8 @@ print(library.egspo_cuda_error_name(library.egspo_cuda_check()).decode())
         library = extension.load_library(library_path, cuda=True)
         pattern = r"egspo_cuda_select_steps_f32 failed: cudaError\w+: \w+ \w+"
         with pytest.raises(RuntimeError, match=pattern):
-            extension._call(library, "egspo_cuda_select_steps_f32", 16, 1, 1, 1, None, 1, 16, None)
+            arguments = (16, 1, 1, 1, None, 1, 16, None)
+            extension.call_plain(library, "egspo_cuda_select_steps_f32", arguments)
 
 
 def find_python(version: str) -> str | None:
@@ -272,6 +273,7 @@ def test_arguments_reach_the_library(
             probes = dict(getattr(dispatcher, order)) | {"cuda": lambda device: None}
             monkeypatch.setattr(dispatcher, order, tuple(probes.items()))
         monkeypatch.setitem(dispatcher._probes, "cuda", lambda device: None)
+        monkeypatch.setattr(dispatcher, "_chosen", {})
     generator = torch.Generator().manual_seed(0)
     entropy = torch.rand(6, 700, generator=generator, dtype=dtype).mul(50).round()[::2, :500]
     limits = torch.tensor([500, 0, 77], dtype=torch.int32)

@@ -253,6 +253,7 @@ def test_the_interpreter_runs_on_request_only(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UnavailableBackendError, match=ENVIRONMENT_VARIABLE):
         token_stats(logits.double(), None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("egspo_kernels.stats._TOKEN_STATS._chosen", {})
     with pytest.raises(UnavailableBackendError, match=r"needs a GPU.*available: .*reference"):
         token_stats(logits, None, backend="triton")
 
