@@ -63,7 +63,7 @@ def select_steps(
     _check_entropy("entropy", entropy)
     _check_k(k, entropy.shape[1])
     if limits is not None:
-        check_index("limits", limits, len(entropy), entropy.device, entropy.shape[1] + 1)
+        check_index("limits", limits, entropy.shape[0], entropy.device, entropy.shape[1] + 1)
     if torch.compiler.is_compiling():
         selected: Tensor = _select_steps_operator(entropy.detach(), k, limits, backend)
         return selected
@@ -128,15 +128,17 @@ def _select_steps(entropy: Tensor, k: int, limits: Tensor | None, backend: str) 
     chosen = _SELECT_STEPS.choose(backend, entropy.device, _refused(batch, steps))
     if chosen == "reference":
         return reference.select_steps(entropy, reference.within(entropy, limits), k)
-    values = entropy if entropy.stride(1) == 1 else entropy.contiguous()
+    values, (row_stride, column_stride) = entropy, entropy.stride()
+    if column_stride != 1:
+        values = entropy.contiguous()
+        row_stride = values.stride(0)
     selected = values.new_empty(batch, k, dtype=torch.int64)
     if chosen == "cuda":
-        shape = (batch, steps, values.stride(0))
+        shape = (batch, steps, row_stride)
         _call_compiled(chosen, "select_steps", values, *shape, limits, k, selected)
         return selected
     address = None if limits is None else limits.data_ptr()
-    row_stride, out = values.stride(0), selected.data_ptr()
-    arguments = (values.data_ptr(), batch, steps, row_stride, address, k, out)
+    arguments = (values.data_ptr(), batch, steps, row_stride, address, k, selected.data_ptr())
     extension.call_plain(extension.cpu_library(), _CPP_STEPS[values.dtype], arguments)
     return selected
 
