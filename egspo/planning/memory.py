@@ -220,7 +220,7 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
     columns = prompt_tokens + generation.max_new_tokens
     text = f"{columns} columns"
     if sizes.blocks is not None:
-        return _update_items(config, sizes, *_by_trajectory(config, columns, sizes.blocks))
+        return _by_trajectory(config, sizes, sizes.blocks, prompt_tokens)
     if generation.cache != "none":  # a pass for the cache, and one for what a step recomputes
         again = generation.max_new_tokens
         again = generation.block_length if generation.cache == "dual" else again
@@ -232,18 +232,36 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
     return _update_items(config, sizes, states, states * columns, f"{states} states x {text}")
 
 
-def _by_trajectory(config: TrainConfig, columns: int, size: int) -> tuple[int, int, str]:
-    """States, columns and words of a micro-batch whose states share the pass of a trajectory."""
+def _by_trajectory(
+    config: TrainConfig, sizes: Sizes, size: int, prompt_tokens: int
+) -> list[MemoryItem]:
+    """Of a micro-batch whose states share the pass of a trajectory, in blocks of ``size``.
+
+    Prompts are counted for every trajectory: those of a micro-batch may all be others. What is
+    shared makes room for more trajectories only where a limit on columns has it, and all of them
+    attend to it.
+    """
     ranks = 1 if config.algorithm.schedule == "per_step" else config.ranks
+    columns = prompt_tokens + config.generation.max_new_tokens
     whole = columns + ranks * size
-    count = config.prompts_per_step * config.algorithm.group_size
-    if config.micro_batch_tokens is not None:
-        trajectories = min(count, max(1, config.micro_batch_tokens // whole))
+    count, limit = config.prompts_per_step * config.algorithm.group_size, config.micro_batch_tokens
+    if limit is not None:
+        trajectories = min(count, max(1, limit // whole))
     else:
         assert config.micro_batch_size is not None
         trajectories = min(count, max(1, -(-config.micro_batch_size // ranks)))
     text = f"{trajectories} trajectories x ({columns} columns + {ranks} blocks of {size})"
-    return trajectories * ranks, trajectories * whole, text
+    items = _update_items(config, sizes, trajectories * ranks, trajectories * whole, text)
+    sharing = config.algorithm.sharing(sharded=config.distributed.engine in SHARDED)
+    shared = prompt_tokens - prompt_tokens % size
+    if limit is None or sharing == "never" or not shared:
+        return items
+    sharers = min(count, max(1, (limit - shared) // (whole - shared)))
+    layers = 1 if config.model.gradient_checkpointing else sizes.layers
+    per_column = 2 * sizes.key * sizes.compute * layers
+    held = sharers * shared * per_column
+    words = f"{sharers} trajectories x {shared} columns x {per_column} B"
+    return [*items, MemoryItem("keys and values of shared prompts", held, words, "update")]
 
 
 def _update_items(

@@ -23,6 +23,8 @@ class Work:
     """Sequences in them."""
     tokens: int = 0
     """Columns computed, padding included."""
+    spared_columns: int = 0
+    """Columns less than if every trajectory computed its own prompt."""
     pairs: int = 0
     """Pairs of a query and a key."""
     head_rows: int = 0

@@ -27,7 +27,17 @@ pytestmark = pytest.mark.usefixtures("no_plots", "varied")
     ("family", "changes"),
     [
         ("sdar", {}),
-        ("llada2", {"algorithm": {"completion_blocks": "active", "schedule": "per_step"}}),
+        (
+            "llada2",
+            # Which states share a pass is decided by their entropies, which are not planned.
+            {
+                "algorithm": {
+                    "completion_blocks": "active",
+                    "schedule": "per_step",
+                    "share_prompts": "always",
+                }
+            },
+        ),
         ("sdar_moe", {"algorithm": {"stepwise": False, "beta": 0.1}, "micro_batch_size": 3}),
     ],
     ids=range(3),

@@ -137,6 +137,21 @@ def test_checkpointing_and_its_alternative(tmp_path: Path) -> None:
     assert a_layer == tokens * kept
 
 
+def test_shared_prompts_let_more_trajectories_attend_to_them(tmp_path: Path) -> None:
+    """A limit on columns has room for eight of them, the longest having 488 columns."""
+    limit: dict[str, Any] = {"generation": {"block_length": 4}, "micro_batch_size": None}
+    limit["micro_batch_tokens"] = 200 + 8 * 288
+    parts = estimate(tmp_path, "sdar", **limit)
+    name = "keys and values of shared prompts"
+    assert parts[name].bytes == 8 * 200 * 36 * 2 * 1024 * 2
+    one = estimate(tmp_path, "sdar", **limit, model={"gradient_checkpointing": True})
+    assert one[name].bytes * 36 == parts[name].bytes
+    never = estimate(tmp_path, "sdar", **limit, algorithm={"share_prompts": "never"})
+    assert name not in never
+    assert never["activations"].bytes == parts["activations"].bytes  # of so many columns
+    assert name not in estimate(tmp_path, "sdar", generation={"block_length": 4})
+
+
 def test_rollout_caches_and_guidance(tmp_path: Path) -> None:
     plain = estimate(tmp_path)
     assert plain["rollout logits"].bytes == 32 * 32 * 126464 * 2
