@@ -15,6 +15,7 @@ from torch import nn
 from egspo.config import TrainConfig
 from egspo.models.experts import Experts
 from egspo.models.lora import is_of_reference
+from egspo.models.lora_experts import PROJECTIONS, LoraExperts
 from egspo.planning.memory_items import MemoryItem
 from egspo.planning.memory_sharded import SHARDED, sharded_weights
 from egspo.rollouts.block import LOGITS_BYTES
@@ -90,7 +91,7 @@ class Sizes:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = base.config
         layers = list(base.model._layers())
-        adapted = [m for m in layers[0].modules() if hasattr(m, "lora_A")]
+        adapted = [m for m in layers[-1].modules() if hasattr(m, "lora_A")]
         parameters = [
             p
             for layer in layers
@@ -106,8 +107,13 @@ class Sizes:
             vocabulary=base.get_output_embeddings().weight.shape[0],
             weight=base.get_input_embeddings().weight.element_size(),
             compute=compute,
-            adapted_inputs=sum(m.in_features for m in adapted),
-            ranks=sum(rank for m in adapted for n, rank in m.r.items() if not is_of_reference(n)),
+            adapted_inputs=sum(_adapted(m)[0] for m in adapted),
+            ranks=sum(
+                rank * _adapted(m)[1]
+                for m in adapted
+                for n, rank in m.r.items()
+                if not is_of_reference(n)
+            ),
             adapters=any(hasattr(m, "lora_A") for m in base.modules()),
             layer_weights=sum(p.numel() for p in parameters),
             trainable_weights=sum(p.numel() for p in parameters if p.requires_grad),
@@ -149,6 +155,14 @@ class Sizes:
         copied = 0 if self.weight == self.compute else frozen * layers_at_once // self.layers
         trained_differ = (4 if self.adapters else self.weight) != self.compute
         return self.compute * (copied + self.trainable_weights * trained_differ)
+
+
+def _adapted(module: Any) -> tuple[int, int]:
+    """Of a token: the width of what goes into a module's adapters, and how many it goes through."""
+    if not isinstance(module, LoraExperts):
+        return module.in_features, 1
+    each = 2 * module.in_features + module.out_features  # gate and up, and down
+    return module.per_token * each, module.per_token * len(PROJECTIONS)
 
 
 def _gated_width(layer: nn.Module, dense: int) -> int:

@@ -116,6 +116,7 @@ def trainable_model(config: ModelConfig, base: PreTrainedModel, seed: int) -> nn
             alpha=lora.alpha,
             dropout=lora.dropout,
             target_modules=lora.target_modules,
+            experts=lora.experts,
             seed=seed,
         )
     if config.adapter is not None:

@@ -112,6 +112,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
             id="2-fsdp2-shared-prompts",
             marks=SLOW,
         ),
+        pytest.param(
+            2,
+            [FSDP2, SHORT, *blocks("sdar_moe"), LORA, {"model": {"lora": {"experts": True}}}],
+            id="2-fsdp2-lora-experts",
+            marks=SLOW,
+        ),
         pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
         pytest.param(2, [SHORT, VALUES], id="2-values", marks=SLOW),
         pytest.param(3, [FSDP2, SHORT, VALUES], id="3-fsdp2-values", marks=SLOW),

@@ -503,8 +503,8 @@ def test_routers_are_never_adapted() -> None:
 
 
 @pytest.mark.parametrize("target", ["experts", "mlp.experts.gate_up_proj", "experts.3.down_proj"])
-def test_routed_experts_are_not_adapted(target: str) -> None:
-    with pytest.raises(ValueError, match="adapters on the routed experts"):
+def test_routed_experts_are_adapted_together(target: str) -> None:
+    with pytest.raises(ValueError, match="adapted together by experts: true"):
         add_lora(make("llada2"), rank=2, alpha=2, dropout=0.0, target_modules=[target], seed=0)
     shared = ["shared_experts.up_proj"]
     adapted = add_lora(make("llada2"), rank=2, alpha=2, dropout=0.0, target_modules=shared, seed=0)
