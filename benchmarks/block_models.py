@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from egspo.config import AlgorithmConfig, GenerationConfig, ModelConfig, TrainConfig
+from egspo.config import AlgorithmConfig, GenerationConfig, ModelConfig, SharePrompts, TrainConfig
 from egspo.models import model_on_meta
 from egspo.models.published import published_config
 from egspo.planning.expected_work import expected_work
@@ -25,7 +25,7 @@ RUN = TrainConfig(
     generation=GenerationConfig(batch_size=64),
     algorithm=AlgorithmConfig(),
     prompts_per_step=1,
-    micro_batch_size=8,
+    micro_batch_size=64,  # a whole group, which shares its prompt
 )
 
 
@@ -38,7 +38,14 @@ class Row:
     flops: dict[str, float]
 
 
-def count(name: str, hub: str, generation: GenerationConfig, *, stepwise: bool) -> Row:
+def count(
+    name: str,
+    hub: str,
+    generation: GenerationConfig,
+    share_prompts: SharePrompts = "auto",
+    *,
+    stepwise: bool,
+) -> Row:
     """An iteration of a group of eight completions, all of whose steps are taken."""
     config = published_config(hub)
     assert config is not None
@@ -46,9 +53,10 @@ def count(name: str, hub: str, generation: GenerationConfig, *, stepwise: bool) 
     model.requires_grad_(False)  # the base under an adapter, whose own products are left out
     cost = ModelCost.of(model)
     assert cost is not None
-    run = replace(
-        RUN, generation=generation, algorithm=replace(RUN.algorithm, stepwise=stepwise, beta=0.0)
-    )
+    algorithm = replace(RUN.algorithm, stepwise=stepwise, beta=0.0, share_prompts=share_prompts)
+    run = replace(RUN, generation=generation, algorithm=algorithm)
+    if share_prompts == "never":
+        run = replace(run, micro_batch_size=RUN.algorithm.selected_steps)
     blocks = getattr(config, "block_size", None)
     work = expected_work(run, [PROMPT], config.prediction_shift, cost, blocks)
     flops = {
@@ -61,14 +69,17 @@ def count(name: str, hub: str, generation: GenerationConfig, *, stepwise: bool) 
 def rows(*, stepwise: bool) -> list[Row]:
     """LLaDA-8B by full attention and dual cache, and the block-causal models."""
     full = RUN.generation
-    chosen = [
-        ("LLaDA-8B, full attention", "GSAI-ML/LLaDA-8B-Instruct", full),
-        ("LLaDA-8B, dual cache", "GSAI-ML/LLaDA-8B-Instruct", replace(full, cache="dual")),
-        ("SDAR-8B, blocks of 4", "JetLM/SDAR-8B-Chat", replace(full, block_length=4)),
-        ("SDAR-30B-A3B, blocks of 4", "JetLM/SDAR-30B-A3B-Chat", replace(full, block_length=4)),
-        ("LLaDA2.0-mini, blocks of 32", "inclusionAI/LLaDA2.0-mini", full),
+    small = replace(full, block_length=4)
+    chosen: list[tuple[str, str, GenerationConfig, SharePrompts]] = [
+        ("LLaDA-8B, full attention", "GSAI-ML/LLaDA-8B-Instruct", full, "auto"),
+        ("LLaDA-8B, dual cache", "GSAI-ML/LLaDA-8B-Instruct", replace(full, cache="dual"), "auto"),
+        ("SDAR-8B, blocks of 4", "JetLM/SDAR-8B-Chat", small, "auto"),
+        ("SDAR-30B-A3B, blocks of 4", "JetLM/SDAR-30B-A3B-Chat", small, "auto"),
+        ("LLaDA2.0-mini, blocks of 32", "inclusionAI/LLaDA2.0-mini", full, "auto"),
+        ("SDAR-8B, a pass per completion", "JetLM/SDAR-8B-Chat", small, "never"),
+        ("LLaDA2.0-mini, a pass per completion", "inclusionAI/LLaDA2.0-mini", full, "never"),
     ]
-    return [count(name, hub, generation, stepwise=stepwise) for name, hub, generation in chosen]
+    return [count(*one, stepwise=stepwise) for one in chosen]
 
 
 def table(found: Sequence[Row]) -> str:

@@ -56,6 +56,7 @@ class Iteration:
             config.generation,
             denoiser.prediction_shift,
             denoiser.block_size is not None,
+            config.algorithm.sharing(sharded=engine.sharded),
         )
         self.phase = PhaseClock(denoiser, processes)
         lengths = [len(ids) for ids in data.train.token_ids]

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from egspo.config import GenerationConfig
+from egspo.config import GenerationConfig, SharePrompts
 from egspo.rollouts.work import Work
 
 if TYPE_CHECKING:
     from egspo.algorithm.states import States
 
 logger = logging.getLogger("egspo")
+
+SPARED = 0.2
+"""Share of the columns from which on a pass for the prompts is worth it: docs/block_models.md."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Columns:
     """First position of the block of its step."""
     causal: bool = False
     """Whether the model is block-causal: all states of a trajectory share a pass."""
+    answered: Sequence[int] = ()
+    """Of a block-causal model: which prompt it is."""
+    share_prompts: SharePrompts = "never"
+    """Of a block-causal model, as ``algorithm.share_prompts``."""
 
     @classmethod
     def of(
@@ -46,6 +53,7 @@ class Columns:
         generation: GenerationConfig,
         prediction_shift: int,
         causal: bool = False,
+        share_prompts: SharePrompts = "never",
     ) -> Columns:
         """Of M states."""
         return cls(
@@ -55,6 +63,8 @@ class Columns:
             states.prompt_lengths().tolist(),
             states.block_starts(generation.block_length, causal=causal).tolist(),
             causal,
+            states.trajectory.prompts.distinct()[1][states.row].tolist() if causal else (),
+            share_prompts,
         )
 
     def work(self, index: Sequence[int]) -> Work:
@@ -63,11 +73,7 @@ class Columns:
         copies = 2 if generation.guidance else 1
         prompt = max(self.prompt[i] for i in index)
         if self.causal:
-            states = Counter(self.row[i] for i in index)
-            clean = prompt + max(self.start[i] for i in index)
-            columns = clean + max(states.values()) * generation.block_length
-            work.add(len(states), columns, columns)
-            return work
+            return self._together(index) if self.shares(index) else self._apart(index)
         width = prompt + length
         if generation.cache == "none":
             work.add(copies * len(index), width, width)
@@ -78,6 +84,32 @@ class Columns:
             window = length - min(self.start[i] for i in index)
         work.add(copies * len(blocks), width, width)
         work.add(copies * len(index), window + self.prediction_shift, width)
+        return work
+
+    def shares(self, index: Sequence[int]) -> bool:
+        """Whether trajectories of the micro-batch share their prompts: with ``auto``, where that
+        spares enough columns for the pass that it takes. (It spares pairs, too.)"""
+        if not self.causal or self.share_prompts != "auto":
+            return self.causal and self.share_prompts == "always"
+        return self._together(index).spared_columns >= SPARED * self._apart(index).tokens
+
+    def _apart(self, index: Sequence[int]) -> Work:
+        """The clean columns of every trajectory, and a copy of the block of each state."""
+        work, states = Work(), Counter(self.row[i] for i in index)
+        clean = max(self.prompt[i] for i in index) + max(self.start[i] for i in index)
+        columns = clean + max(states.values()) * self.generation.block_length
+        work.add(len(states), columns, columns)
+        return work
+
+    def _together(self, index: Sequence[int]) -> Work:
+        """The same with the whole blocks of different prompts in a pass of their own."""
+        work, size, apart = Work(), self.generation.block_length, self._apart(index)
+        columns = apart.tokens // apart.sequences
+        prompt, tails = max(self.prompt[i] for i in index), [self.prompt[i] % size for i in index]
+        whole, own = max(prompt - min(tails), 1), columns - (prompt - max(tails))
+        work.add(len({self.answered[i] for i in index}), whole, whole)
+        work.add(apart.sequences, own, columns)
+        work.spared_columns = apart.tokens - work.tokens
         return work
 
     def count(self, index: Sequence[int]) -> int:
@@ -116,6 +148,7 @@ class MicroBatches:
         generation: how the states were denoised.
         prediction_shift: of the model.
         causal: whether it is block-causal.
+        share_prompts: of a block-causal model, as ``algorithm.share_prompts``.
 
     Attributes:
         together: so many states, one after the other, are never parted; a micro-batch has as many
@@ -129,12 +162,13 @@ class MicroBatches:
         generation: GenerationConfig,
         prediction_shift: int,
         causal: bool = False,
+        share_prompts: SharePrompts = "auto",
     ) -> None:
         if (size is None) == (tokens is None):
             raise ValueError(f"give one of size and tokens, got size={size} and tokens={tokens}")
         self.size, self.tokens = size, tokens
         self.generation, self.prediction_shift = generation, prediction_shift
-        self.causal = causal
+        self.causal, self.share_prompts = causal, share_prompts
         self.together = 1
 
     def plan(
@@ -237,7 +271,9 @@ class MicroBatches:
         raise error
 
     def _columns(self, states: States) -> Columns:
-        return Columns.of(states, self.generation, self.prediction_shift, self.causal)
+        return Columns.of(
+            states, self.generation, self.prediction_shift, self.causal, self.share_prompts
+        )
 
 
 def release_memory(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from egspo.algorithm.micro_batches import MicroBatches
+from egspo.algorithm.micro_batches import Columns, MicroBatches
 from egspo.algorithm.states import States
 from egspo.config import AlgorithmConfig, GenerationConfig
 from egspo.rollouts.causal import CausalDecoder, Replayed
@@ -252,8 +252,13 @@ class Scorer:
         )
 
     def _batch(self, states: States, index: Tensor) -> _Batch:
-        causal = self.denoiser.block_size is not None
-        return _Batch.build(states.take(index), self.generation.block_length, causal=causal)
+        causal, taken = self.denoiser.block_size is not None, states.take(index)
+        shares = causal and Columns.of(
+            taken, self.generation, 0, causal, self.algorithm.share_prompts
+        ).shares(range(len(taken)))
+        return _Batch.build(
+            taken, self.generation.block_length, causal=causal, share_prompts=shares
+        )
 
     def _completed(
         self,
@@ -316,9 +321,13 @@ class _Batch:
     """int64 [N] in [0, m)."""
     positions: Tensor
     """int64 [N]."""
+    share_prompts: bool
+    """Whether trajectories share the columns of their prompts, with a block-causal model."""
 
     @classmethod
-    def build(cls, states: States, block_length: int, *, causal: bool) -> _Batch:
+    def build(
+        cls, states: States, block_length: int, *, causal: bool, share_prompts: bool
+    ) -> _Batch:
         trajectory, row, step = states.trajectory, states.row, states.step
         unmask_step = trajectory.unmask_step[row]
         revealed = unmask_step == step[:, None]
@@ -334,6 +343,7 @@ class _Batch:
             targets=trajectory.tokens[row][revealed],
             step_ids=step_ids,
             positions=positions,
+            share_prompts=share_prompts,
         )
 
     def __len__(self) -> int:
@@ -359,7 +369,7 @@ class _Batch:
             blocks, clean = recorded.steps[self.row, self.step], recorded.clean[row, -columns:]
             experts = StateExperts(blocks, clean, replay_experts)
         given = (prompts, self.trajectory.tokens[row], place, self.start, self.canvas)
-        return decoder.states(*given, keep=keep, experts=experts)
+        return decoder.states(*given, keep=keep, experts=experts, share_prompts=self.share_prompts)
 
     def _context(self, decoder: Decoder) -> BlockContext:
         """What the decoder had at the block of each state.

@@ -5,6 +5,7 @@ from egspo.config.options.algorithm import (
     EntropyOver,
     EntropyReduce,
     Preset,
+    SharePrompts,
     Strategy,
 )
 from egspo.config.options.checkpoint import CheckpointConfig
@@ -39,6 +40,7 @@ __all__ = [
     "Preset",
     "Protocol",
     "SFTConfig",
+    "SharePrompts",
     "Strategy",
     "TaskConfig",
     "TrainConfig",

@@ -197,8 +197,8 @@ def _plain_mask(keep: Tensor, x: Tensor, implementation: str) -> Tensor:
 def block_causal_mask(config: PretrainedConfig, queries: Columns, keys: Columns, x: Tensor) -> Any:
     """The block-causal mask in the form that the attention implementation takes.
 
-    With ``flex_attention`` a pass over whole sequences has a ``BlockMask``; one over a few columns
-    has a plain mask, for sdpa.
+    With ``flex_attention`` a pass over whole sequences, or over copies of blocks, has a
+    ``BlockMask``; one over a few columns has a plain mask, for sdpa.
 
     Raises:
         ValueError: an implementation that takes no masks of this kind.
@@ -209,7 +209,8 @@ def block_causal_mask(config: PretrainedConfig, queries: Columns, keys: Columns,
             f"block-causal attention needs 'sdpa', 'eager' or 'flex_attention', "
             f"not {implementation!r}"
         )
-    if implementation == "flex_attention" and queries.block.shape == keys.block.shape:
+    whole = queries.block.shape == keys.block.shape or queries.stream is not None
+    if implementation == "flex_attention" and whole:
         return flex_mask(queries, keys)
     visible = dense_mask(queries, keys)
     return _plain_mask(visible | ~visible.any(dim=-1, keepdim=True), x, implementation)

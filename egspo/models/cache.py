@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -84,6 +85,32 @@ class KeyValueCache:
             _scatter(self.keys[layer], columns, live, key),
             _scatter(self.values[layer], columns, live, value),
         )
+
+
+@dataclass
+class SharedCache(KeyValueCache):
+    """The first columns of D sequences, each of which some of B sequences go on from.
+
+    They are taken for every sequence when it is a layer's turn: no copy of all layers is held.
+    """
+
+    of: Tensor = field(kw_only=True)
+    """int64 [B] in [0, D)."""
+    columns: int = field(kw_only=True)
+    """S, of the B sequences: what is behind the first ones is fresh in every pass."""
+
+    @property
+    def length(self) -> int:
+        return self.columns
+
+    def merged(
+        self, layer: int, columns: Tensor, live: Tensor | None, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        room = self.columns - self.keys[layer].shape[2]
+        of_layer = KeyValueCache(
+            *([F.pad(t[layer][self.of], (0, 0, 0, room))] for t in (self.keys, self.values))
+        )
+        return of_layer.merged(0, columns, live, key, value)
 
 
 def _scatter(cached: Tensor, columns: Tensor, live: Tensor | None, fresh: Tensor) -> Tensor:

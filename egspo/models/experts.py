@@ -7,7 +7,7 @@ weight converters do at load and undo at save.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ from egspo.models.routes import Routes
 from egspo.models.transformer import StrictPreTrainedModel
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of rows and the experts' matrices, as :func:`eager`."""
+Added = Callable[[Sequence[str], Tensor, Tensor, Product], Tensor]
+"""Of the names of projections, their rows, how many are each expert's, and how to multiply."""
 
 
 def register_experts(model_type: str) -> None:
@@ -98,13 +103,26 @@ class Experts(nn.Module):
         one = self.gate_up_proj.shape[1] * self.gate_up_proj.shape[2] + self.down_proj[0].numel()
         return int(self.config.num_experts_per_tok) * one
 
-    def forward(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """For PEFT, which asks a module that it adapts for the device of its weight, and puts the
+        weight back when it takes the adapter off."""
+        return self.gate_up_proj.detach()
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        assert weight.data_ptr() == self.gate_up_proj.data_ptr()
+
+    def forward(
+        self, x: Tensor, index: Tensor, weight: Tensor, added: Added | None = None
+    ) -> Tensor:
         """``x`` [N, D] through its experts.
 
         Args:
             x: [N, D].
             index: int64 [N, K], experts of each row.
             weight: [N, K], of their outputs.
+            added: what adapters add to the products of some projections, side by side.
         """
         per_row = index.shape[1]
         order = index.flatten().argsort(stable=True)
@@ -113,9 +131,15 @@ class Experts(nn.Module):
         chosen = self.config._experts_implementation
         if chosen is None:
             chosen = "grouped_mm" if x.is_cuda else "eager"
-        product = _grouped if chosen == "grouped_mm" else _eager
-        gate, up = product(rows, self.gate_up_proj, counts).chunk(2, dim=-1)
-        result = product(F.silu(gate) * up, self.down_proj, counts)
+        product = grouped if chosen == "grouped_mm" else eager
+        both = product(rows, self.gate_up_proj, counts)
+        if added is not None:
+            both = (both + added(("gate_proj", "up_proj"), rows, counts, product)).to(both.dtype)
+        gate, up = both.chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        result = product(inner, self.down_proj, counts)
+        if added is not None:
+            result = (result + added(("down_proj",), inner, counts, product)).to(result.dtype)
         # Back in the order of the rows: a sum of K terms in a fixed order.
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
@@ -123,7 +147,7 @@ class Experts(nn.Module):
         return result.sum(1).to(x.dtype)
 
 
-def _eager(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def eager(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows [N, D], sorted by expert, times the experts' matrices [E, F, D]: [N, F]."""
     matrices = weight.unbind()
     parts = torch.split(rows, counts.tolist())
@@ -131,7 +155,8 @@ def _eager(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat(products)
 
 
-def _grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The same in one product."""
     ends = counts.cumsum(0).to(torch.int32)
     return F.grouped_mm(rows.to(weight.dtype), weight.transpose(1, 2), offs=ends)
 

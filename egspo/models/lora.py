@@ -9,12 +9,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from egspo.models.experts import routed_layers
 from egspo.models.folders import check_folder, readable
 from egspo.models.loading import seeded
+from egspo.models.lora_experts import (
+    SEPARATE,
+    LoraExperts,
+    on_experts,
+    pattern,
+    separate,
+    separate_targets,
+    stacked_targets,
+    targets_experts,
+    together,
+)
 
 LORA_TARGETS = (
     r".*\b(?:"
@@ -41,6 +55,7 @@ def add_lora(
     alpha: float,
     dropout: float,
     target_modules: Sequence[str] | None = None,
+    experts: bool = False,
     seed: int,
 ) -> PeftModel:
     """Freeze ``model`` and put a new adapter on it, which changes nothing until it is trained.
@@ -51,11 +66,13 @@ def add_lora(
         dropout: on the adapter's input, in training mode.
         target_modules: names or dotted suffixes of projections in the blocks; None for all.
             The head is never adapted.
+        experts: also adapt the projections of all routed experts, each by factors of its own.
         seed: of the random factor; the global random state is left alone.
 
     Raises:
         TypeError: ``target_modules`` is a string.
-        ValueError: ``rank`` or ``dropout`` out of range, or a target matches no projection.
+        ValueError: ``rank`` or ``dropout`` out of range, a target matches no projection, or there
+            are no experts to adapt.
     """
     if rank < 1:
         raise ValueError(f"rank must be >= 1, got {rank}")
@@ -69,11 +86,16 @@ def add_lora(
     for target in target_modules or ():
         if re.search(_EXPERTS, target):
             raise ValueError(
-                f"target_modules has {target!r}: adapters on the routed experts, whose matrices "
-                "are stacked, are not offered; those on shared experts are (shared_experts.up_proj)"
+                f"target_modules has {target!r}: the matrices of routed experts are stacked, and "
+                "adapted together by experts: true; those of shared experts are "
+                "shared_experts.up_proj and so on"
             )
         if not any(_is_suffix(target, name) for name in projections):
             raise ValueError(f"target_modules has {target!r}, which names no projection of a block")
+    if experts and not routed_layers(model):
+        raise ValueError(
+            f"experts is of models with routed experts; {type(model).__name__} has none"
+        )
     targets = LORA_TARGETS if target_modules is None else list(target_modules)
     config = LoraConfig(
         r=rank,
@@ -82,6 +104,9 @@ def add_lora(
         target_modules=targets,
         exclude_modules=_matched_head(model, targets),
     )
+    if experts:
+        config.target_modules = f"{pattern(targets)}|{SEPARATE}"
+        stacked_targets(config)
     with seeded(seed, model.device):
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
@@ -103,7 +128,8 @@ def load_adapter(
 
     Raises:
         ValueError: no adapter at ``path``, not a LoRA adapter, or tensors missing, unknown or of
-            another shape (the message names them; ``model`` is left without adapter).
+            another shape (the message names them; ``model`` is left without adapter). Of routed
+            experts, all of a layer are adapted or none.
     """
     path = os.fspath(path)
     check_folder(path)
@@ -116,6 +142,9 @@ def load_adapter(
     head = _matched_head(model, config.target_modules)
     if head is not None and not any(f".{head[0]}.lora_" in key for key in weights):
         config.exclude_modules = _joined(config.exclude_modules, head[0])
+    if routed_layers(model) and (on_experts(weights) or targets_experts(config)):
+        stacked_targets(config)
+        weights = together(weights)
     config.inference_mode = not trainable
     with seeded(0, model.device):  # the initial values drawn here are all overwritten
         adapted = PeftModel(model, config)
@@ -125,6 +154,31 @@ def load_adapter(
         raise ValueError(f"the adapter {path} does not fit {type(model).__name__}: {problem}")
     set_peft_model_state_dict(adapted, weights)
     return adapted
+
+
+def save_adapter(
+    model: PeftModel, folder: str | os.PathLike[str], weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write the adapter that is trained, and it alone: ``folder`` is a plain adapter.
+
+    Args:
+        model: whose adapter it is.
+        folder: where.
+        weights: by name, where ``model`` itself has parts of them only.
+    """
+    config = model.peft_config[POLICY_ADAPTER]
+    assert isinstance(config, LoraConfig)
+    targets = config.target_modules
+    separate_targets(config)
+    try:
+        model.save_pretrained(
+            os.fspath(folder), selected_adapters=[POLICY_ADAPTER], state_dict=weights
+        )
+    finally:
+        config.target_modules = targets
+    if any(isinstance(module, LoraExperts) for module in model.modules()):
+        file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        save_file(separate(load_file(file)), file, metadata={"format": "pt"})
 
 
 def add_reference_adapter(model: PeftModel) -> None:

@@ -189,12 +189,12 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                 and mean nothing. S is N, or the length of the cached sequences.
             position_ids: int [B or 1, N]; None for 0 .. N-1, or ``columns``. Only differences
                 matter. With blocks, None counts from the first token that is not padding, and
-                what is given must too.
+                what is given must too; with ``streams``, of all S columns.
             cache: keys and values [B, kv_heads, S, head_dim] by layer.
             columns: int64 [B, N], which columns the input is; with ``cache`` only.
             live: bool [B, N], False at columns where the cached keys and values are to be kept.
-            streams: int64 [B, N], 0 at the clean columns and a number of its own at each copy of a
-                block; with ``position_ids`` only, and not with ``cache``. None where all are clean.
+            streams: int64 [B, S], 0 at the clean columns and a number of its own at each copy of a
+                block; with ``position_ids`` only. None where all are clean.
             routes: takes down, or gives, the experts of every token.
             return_cache: also return the keys and values attended to.
             output_hidden_states, output_attentions: None for the configuration's.
@@ -202,9 +202,8 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, a sequence longer
                 than the context, a mask of another shape or dtype, ``cache`` without ``columns``
-                or the reverse, ``streams`` without ``position_ids``, with ``cache`` or of a model
-                without blocks, or attention weights asked of another implementation than
-                ``eager``.
+                or the reverse, ``streams`` without ``position_ids`` or of a model without blocks,
+                or attention weights asked of another implementation than ``eager``.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -256,7 +255,7 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                 f"columns must be {tuple(x.shape[:2])}, one for each input token, "
                 f"got {tuple(columns.shape)}"
             )
-        keys = x.shape[1] if cache is None else cache.keys[0].shape[2]
+        keys = x.shape[1] if cache is None else cache.length
         # Copies behind a clean sequence, and room around a cached one, have no positions of theirs.
         blocks = getattr(self.config, "block_size", None)
         whole = blocks is None or (streams is None and cache is None)
@@ -265,8 +264,8 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                 f"sequences of {keys} tokens exceed max_sequence_length "
                 f"{self.config.max_sequence_length}"
             )
-        if streams is not None and (blocks is None or position_ids is None or cache is not None):
-            raise ValueError("streams need a model with blocks, position_ids, and no cache")
+        if streams is not None and (blocks is None or position_ids is None):
+            raise ValueError("streams need a model with blocks, and position_ids")
         if blocks is not None and (attention_mask is None or attention_mask.ndim == 2):
             if attention_mask is not None and attention_mask.shape != (x.shape[0], keys):
                 raise ValueError(
@@ -274,13 +273,13 @@ class Transformer(StrictPreTrainedModel):  # type: ignore[no-untyped-call, unuse
                     f"{keys}], got shape {tuple(attention_mask.shape)}"
                 )
             every = position_ids
-            if every is None or cache is not None:
+            if every is None or (cache is not None and streams is None):
                 every = positions_of(attention_mask, x, keys)
             real = None if attention_mask is None else attention_mask != 0
             attended = Columns(every.expand(x.shape[0], -1) // blocks, streams, real)
             own = attended if columns is None else attended.take(columns)
             mask = block_causal_mask(self.config, own, attended, x)
-            if position_ids is None:
+            if position_ids is None or streams is not None:
                 position_ids = every if columns is None else every.gather(1, columns)
         else:
             mask = bidirectional_mask(self.config, attention_mask, x, keys)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from egspo.algorithm.micro_batches import Columns
 from egspo.config import TrainConfig
+from egspo.planning.memory_sharded import SHARDED
 from egspo.rollouts.block import block_plan
 from egspo.rollouts.engine import MAX_PADDING
 from egspo.rollouts.unmasking import Step
@@ -88,6 +89,8 @@ def causal_training(config: TrainConfig, lengths: Sequence[int]) -> tuple[Work, 
         prompt=[lengths[row] for _, row, _ in states],
         start=[step.start for step in drawn],
         causal=True,
+        answered=[row // algorithm.group_size for _, row, _ in states],
+        share_prompts=algorithm.sharing(sharded=config.distributed.engine in SHARDED),
     )
     every = range(len(states))
     groups = [[i for i in every if states[i][0] in g] for g in algorithm.update_ranks(ranks)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,6 +22,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from egspo.config import TrainConfig
 from egspo.engines.processes import world_size
 from egspo.models import load_config, model_on_meta, new_config, special_token_ids
+from egspo.models.experts import routed_layers
+from egspo.models.lora_experts import stacked_targets, targets_experts
 from egspo.models.published import published_config
 from egspo.planning.hub import asked_once, is_unreachable
 from egspo.planning.memory import estimate_memory
@@ -274,7 +276,10 @@ def described_model(config: TrainConfig, model_config: PretrainedConfig) -> tupl
         else:
             if config.model.gradient_checkpointing:
                 base.checkpoint_activations()
-            model = PeftModel(base, PeftConfig.from_pretrained(config.model.adapter))
+            adapter = PeftConfig.from_pretrained(config.model.adapter)
+            if isinstance(adapter, LoraConfig) and routed_layers(base) and targets_experts(adapter):
+                stacked_targets(adapter)
+            model = PeftModel(base, adapter)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -15,6 +15,7 @@ from torch import nn
 from egspo.config import TrainConfig
 from egspo.models.experts import Experts
 from egspo.models.lora import is_of_reference
+from egspo.models.lora_experts import PROJECTIONS, LoraExperts
 from egspo.planning.memory_items import MemoryItem
 from egspo.planning.memory_sharded import SHARDED, sharded_weights
 from egspo.rollouts.block import LOGITS_BYTES
@@ -90,7 +91,7 @@ class Sizes:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = base.config
         layers = list(base.model._layers())
-        adapted = [m for m in layers[0].modules() if hasattr(m, "lora_A")]
+        adapted = [m for m in layers[-1].modules() if hasattr(m, "lora_A")]
         parameters = [
             p
             for layer in layers
@@ -106,8 +107,13 @@ class Sizes:
             vocabulary=base.get_output_embeddings().weight.shape[0],
             weight=base.get_input_embeddings().weight.element_size(),
             compute=compute,
-            adapted_inputs=sum(m.in_features for m in adapted),
-            ranks=sum(rank for m in adapted for n, rank in m.r.items() if not is_of_reference(n)),
+            adapted_inputs=sum(_adapted(m)[0] for m in adapted),
+            ranks=sum(
+                rank * _adapted(m)[1]
+                for m in adapted
+                for n, rank in m.r.items()
+                if not is_of_reference(n)
+            ),
             adapters=any(hasattr(m, "lora_A") for m in base.modules()),
             layer_weights=sum(p.numel() for p in parameters),
             trainable_weights=sum(p.numel() for p in parameters if p.requires_grad),
@@ -149,6 +155,14 @@ class Sizes:
         copied = 0 if self.weight == self.compute else frozen * layers_at_once // self.layers
         trained_differ = (4 if self.adapters else self.weight) != self.compute
         return self.compute * (copied + self.trainable_weights * trained_differ)
+
+
+def _adapted(module: Any) -> tuple[int, int]:
+    """Of a token: the width of what goes into a module's adapters, and how many it goes through."""
+    if not isinstance(module, LoraExperts):
+        return module.in_features, 1
+    each = 2 * module.in_features + module.out_features  # gate and up, and down
+    return module.per_token * each, module.per_token * len(PROJECTIONS)
 
 
 def _gated_width(layer: nn.Module, dense: int) -> int:
@@ -220,7 +234,7 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
     columns = prompt_tokens + generation.max_new_tokens
     text = f"{columns} columns"
     if sizes.blocks is not None:
-        return _update_items(config, sizes, *_by_trajectory(config, columns, sizes.blocks))
+        return _by_trajectory(config, sizes, sizes.blocks, prompt_tokens)
     if generation.cache != "none":  # a pass for the cache, and one for what a step recomputes
         again = generation.max_new_tokens
         again = generation.block_length if generation.cache == "dual" else again
@@ -232,18 +246,36 @@ def _update(config: TrainConfig, sizes: Sizes, prompt_tokens: int) -> list[Memor
     return _update_items(config, sizes, states, states * columns, f"{states} states x {text}")
 
 
-def _by_trajectory(config: TrainConfig, columns: int, size: int) -> tuple[int, int, str]:
-    """States, columns and words of a micro-batch whose states share the pass of a trajectory."""
+def _by_trajectory(
+    config: TrainConfig, sizes: Sizes, size: int, prompt_tokens: int
+) -> list[MemoryItem]:
+    """Of a micro-batch whose states share the pass of a trajectory, in blocks of ``size``.
+
+    Prompts are counted for every trajectory: those of a micro-batch may all be others. What is
+    shared makes room for more trajectories only where a limit on columns has it, and all of them
+    attend to it.
+    """
     ranks = 1 if config.algorithm.schedule == "per_step" else config.ranks
+    columns = prompt_tokens + config.generation.max_new_tokens
     whole = columns + ranks * size
-    count = config.prompts_per_step * config.algorithm.group_size
-    if config.micro_batch_tokens is not None:
-        trajectories = min(count, max(1, config.micro_batch_tokens // whole))
+    count, limit = config.prompts_per_step * config.algorithm.group_size, config.micro_batch_tokens
+    if limit is not None:
+        trajectories = min(count, max(1, limit // whole))
     else:
         assert config.micro_batch_size is not None
         trajectories = min(count, max(1, -(-config.micro_batch_size // ranks)))
     text = f"{trajectories} trajectories x ({columns} columns + {ranks} blocks of {size})"
-    return trajectories * ranks, trajectories * whole, text
+    items = _update_items(config, sizes, trajectories * ranks, trajectories * whole, text)
+    sharing = config.algorithm.sharing(sharded=config.distributed.engine in SHARDED)
+    shared = prompt_tokens - prompt_tokens % size
+    if limit is None or sharing == "never" or not shared:
+        return items
+    sharers = min(count, max(1, (limit - shared) // (whole - shared)))
+    layers = 1 if config.model.gradient_checkpointing else sizes.layers
+    per_column = 2 * sizes.key * sizes.compute * layers
+    held = sharers * shared * per_column
+    words = f"{sharers} trajectories x {shared} columns x {per_column} B"
+    return [*items, MemoryItem("keys and values of shared prompts", held, words, "update")]
 
 
 def _update_items(

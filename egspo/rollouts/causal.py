@@ -9,7 +9,8 @@ A step of a block is a function of the tokens of the blocks before it and of its
 * the rollout keeps the keys and values of finished blocks, and computes the columns of one block a
   step; the clean pass of a finished block rides with the first step of the next one;
 * replay and update have *all* selected states of a trajectory in one pass: the clean columns, and
-  behind them a copy of the block of each state (:mod:`egspo.models.blocks`).
+  behind them a copy of the block of each state; trajectories that answer the same prompt may share
+  its columns (:mod:`egspo.rollouts.streams`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from egspo.models.routes import Routes
 from egspo.rollouts.decoder import Sequences, Window
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.routing import StateExperts
+from egspo.rollouts.streams import Streams
 from egspo.rollouts.trajectory import PromptBatch
 from egspo_kernels import linear_token_stats
 
@@ -152,6 +154,7 @@ class CausalDecoder:
         *,
         keep: bool = False,
         experts: StateExperts | None = None,
+        share_prompts: bool = False,
     ) -> tuple[Window, Replayed | None]:
         """Hidden states [M, B, D] of the blocks of M states, by one pass over R trajectories.
 
@@ -163,6 +166,7 @@ class CausalDecoder:
             canvas: int64 [M, L], completions before the steps.
             keep: also return what :meth:`completions` needs.
             experts: that the rollout chose.
+            share_prompts: compute what trajectories have of the same prompt once, in a pass before.
         """
         size, width, device = self.block_length, prompts.ids.shape[1], tokens.device
         trajectories = tokens.shape[0]
@@ -178,24 +182,25 @@ class CausalDecoder:
         sequence = torch.cat([prompts.ids, tokens], dim=1)[:, :clean]
         mask = F.pad(prompts.mask, (0, tokens.shape[1]), value=True)[:, :clean]
         position = (mask.cumsum(1) - 1).clamp(min=0)
-        real = torch.cat([mask, there.flatten(1)], dim=1)
-        routes = recorded = None
-        if experts is not None:
-            recorded = experts.of_pass(place, number, copies, clean)
-            routes = Routes(recorded if experts.replay else None)
-        hidden, cache = self.denoiser.stream_hidden_states(
+        streams = Streams(
             torch.cat([sequence, ids.flatten(1)], dim=1),
-            real,
+            torch.cat([mask, there.flatten(1)], dim=1),
             torch.cat([position, where.flatten(1)], dim=1),
             F.pad(stream, (clean, 0)).expand(trajectories, -1),
-            keep=keep,
-            routes=routes,
         )
-        if routes is not None and recorded is not None:
+        if experts is not None:
             needed = torch.arange(clean, device=device) < width + _last(place, start, trajectories)
-            needed = F.pad(needed, (0, copies * size), value=True)
-            self.denoiser.agreement.add(routes, recorded, real & needed)
-        drawn = hidden[:, clean:]
+            streams = replace(
+                streams,
+                experts=experts.of_pass(place, number, copies, clean),
+                replay=experts.replay,
+                computed=F.pad(needed, (0, copies * size), value=True),
+            )
+        if share_prompts:
+            hidden, cache = streams.shared_hidden_states(self.denoiser, prompts, size, keep=keep)
+        else:
+            hidden, cache = streams.hidden_states(self.denoiser, keep=keep)
+        drawn = hidden[:, hidden.shape[1] - copies * size :]
         rows = drawn.reshape(len(drawn), copies, size, -1)[place, number]
         if cache is None:
             return Window(rows, start), None

@@ -207,6 +207,9 @@ class Denoiser:
         position_ids: Tensor,
         streams: Tensor,
         *,
+        cache: KeyValueCache | None = None,
+        columns: Tensor | None = None,
+        live: Tensor | None = None,
         keep: bool = False,
         routes: Routes | None = None,
     ) -> tuple[Tensor, KeyValueCache | None]:
@@ -215,18 +218,24 @@ class Denoiser:
         See :mod:`egspo.models.blocks`.
 
         Args:
-            input_ids, position_ids, streams: int64 [B, N].
-            attention_mask: bool [B, N], False at padding.
-            keep: also return the keys and values.
+            input_ids: int64 [B, N].
+            attention_mask: bool [B, S], False at padding.
+            position_ids, streams: int64 [B, S].
+            cache, columns, live: as of :meth:`cached_hidden_states`, where N of the S columns are
+                computed.
+            keep: also return the keys and values of all S.
             routes: of the experts.
         """
-        self.work.add(input_ids.shape[0], input_ids.shape[1], input_ids.shape[1])
+        self.work.add(input_ids.shape[0], input_ids.shape[1], streams.shape[1])
         with self._offloaded():
             output = self._active(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 streams=streams,
+                cache=cache,
+                columns=columns,
+                live=live,
                 compute_logits=False,
                 return_cache=keep,
                 **_given(routes),

@@ -38,6 +38,14 @@ class PromptBatch:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """A row of each of D different prompts, int64 [D], and which of them each row is, [B]."""
+        tokens = self.ids.masked_fill(~self.mask, -1)
+        different, which = torch.unique(tokens, dim=0, return_inverse=True)
+        every = torch.arange(len(which), device=which.device)
+        first = torch.zeros_like(every[: len(different)])
+        return first.scatter_reduce(0, which, every, "amin", include_self=False), which
+
     def __getitem__(self, index: slice) -> PromptBatch:
         """A sub-batch, without the padding columns it does not need."""
         ids, mask = self.ids[index], self.mask[index]

@@ -11,6 +11,7 @@ from torch import nn
 
 from egspo.models.experts import Experts, Router
 from egspo.models.lora import is_of_reference
+from egspo.models.lora_experts import LoraExperts
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Work:
     """Sequences in them."""
     tokens: int = 0
     """Columns computed, padding included."""
+    spared_columns: int = 0
+    """Columns less than if every trajectory computed its own prompt."""
     pairs: int = 0
     """Pairs of a query and a key."""
     head_rows: int = 0
@@ -96,6 +99,11 @@ class ModelCost:
                 backward += product * (2 if module.weight.requires_grad else 1)
                 down = module.in_features > width and module.out_features == width
                 last += product if down else 0
+            elif isinstance(module, LoraExperts):
+                active = [a for a in module.r if not is_of_reference(a)]
+                product = 2 * sum(map(module.active_parameters, active))
+                forward += product
+                backward += product * 2
             elif isinstance(module, Router | Experts):
                 product = 2 * module.active_parameters
                 trained = any(p.requires_grad for p in module.parameters(recurse=False))

@@ -116,6 +116,7 @@ def trainable_model(config: ModelConfig, base: PreTrainedModel, seed: int) -> nn
             alpha=lora.alpha,
             dropout=lora.dropout,
             target_modules=lora.target_modules,
+            experts=lora.experts,
             seed=seed,
         )
     if config.adapter is not None:
@@ -212,6 +213,11 @@ def check_model(config: TrainConfig, model_config: PretrainedConfig) -> None:
         raise ValueError(
             f"algorithm.completion_blocks: {config.algorithm.completion_blocks} is of block-causal "
             "models; with full attention one pass fills every block"
+        )
+    if block_size is None and config.algorithm.share_prompts != "auto":
+        raise ValueError(
+            f"algorithm.share_prompts: {config.algorithm.share_prompts} is of block-causal models; "
+            "with full attention a prompt is another one in every state"
         )
     if config.algorithm.replay_experts and not hasattr(model_config, "num_experts"):
         raise ValueError(

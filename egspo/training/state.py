@@ -24,7 +24,8 @@ from egspo.engines.optimization import NonFiniteError
 from egspo.engines.whole import Engine
 from egspo.files import CheckpointError
 from egspo.models.experts import stacked
-from egspo.models.lora import POLICY_ADAPTER
+from egspo.models.lora import POLICY_ADAPTER, save_adapter
+from egspo.models.lora_experts import together
 from egspo.runs.checkpoint import intact_hint, save_checkpoint
 from egspo.training.best import BestSoFar
 
@@ -43,9 +44,10 @@ def save_weights(model: nn.Module, folder: Path, weights: dict[str, Tensor] | No
     if weights is not None:  # of what is sharded: buffers, such as biases of routers, are whole
         kept = model.state_dict().keys()
         weights = {**{n: b for n, b in model.named_buffers() if n in kept}, **weights}
-    # Of an adapter's model only the one that was trained, so that the folder is a plain adapter.
-    chosen = {"selected_adapters": [POLICY_ADAPTER]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(target, state_dict=weights, **chosen)  # type: ignore[operator]
+    if isinstance(model, PeftModel):
+        save_adapter(model, target, weights)
+    else:
+        model.save_pretrained(target, state_dict=weights)  # type: ignore[operator]
     return target
 
 
@@ -72,7 +74,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}
         for file in sorted((folder / kind).glob("*.safetensors")):
             tensors.update(load_file(file))
-        tensors = stacked(tensors)
+        tensors = together(stacked(tensors))
         _check_shapes(tensors, expected)
         if isinstance(model, PeftModel):
             set_peft_model_state_dict(model, tensors, adapter_name=POLICY_ADAPTER)

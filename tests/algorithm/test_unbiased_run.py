@@ -69,6 +69,7 @@ class Problem:
         denoiser: Denoiser | None = None,
         enumeration: Enumeration | None = None,
         drawn: list[list[list[int]]] | None = None,
+        prompt: tuple[int, ...] = PROMPT,
         seed: int = 8,  # where which of the steps has the larger entropy depends on the tokens
         **options: Any,
     ) -> None:
@@ -90,7 +91,7 @@ class Problem:
                 self.denoiser.model, mask_id=MASK, eos_id=2, pad_id=0, reference=other
             )
         self.enumeration = enumeration or enumerate_trajectories(self.denoiser, generation)
-        self.reward = reward
+        self.reward, self.prompt = reward, prompt
         self.completions = self.enumeration.trajectory.tokens.tolist()
         self.drawn: list[Draws] = list(drawn or self.completions)
         self.probability = self.enumeration.probability.detach()
@@ -111,7 +112,9 @@ class Problem:
     def estimate(self, processes: Processes | None = None) -> tuple[Tensor, list[Outcome]]:
         """The expected gradient of the run."""
         groups, chances = self.groups()
-        run = EnumeratedRun(self.config, self.denoiser, data_of(self.reward), processes)
+        run = EnumeratedRun(
+            self.config, self.denoiser, data_of(self.reward, self.prompt), processes
+        )
         with pytest.MonkeyPatch.context() as patch:
             outcomes = run.groups(groups, patch)
         return expectation(outcomes, chances), outcomes
@@ -253,6 +256,19 @@ def test_block_causal_models(family: str, preset: str) -> None:
         Problem(changes, GENERATION, denoiser=denoiser, enumeration=enumeration)
     )
     assert any(outcome.metrics["rollout/saved"] for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    "family", ["sdar", pytest.param("sdar_moe", marks=SLOW), pytest.param("llada2", marks=SLOW)]
+)
+def test_members_that_share_a_prompt(family: str) -> None:
+    """Its first two tokens are a block, which a group has in a pass of its own."""
+    denoiser, prompt = tiny_denoiser(family), (0, 1, 0)
+    enumeration = enumerated(denoiser, GENERATION, prompt)
+    options: Any = {"denoiser": denoiser, "enumeration": enumeration, "prompt": prompt}
+    changes = {**PRESET["egspo-sa"], "beta": 0.0, "share_prompts": "always"}
+    outcomes = assert_exact(Problem(changes, GENERATION, **options))
+    assert any((outcome.metrics["shared/update"] or 0) > 0 for outcome in outcomes)
 
 
 def test_a_pipeline_of_a_policy_that_stands_still() -> None:

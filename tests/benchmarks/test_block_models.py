@@ -16,8 +16,9 @@ def test_the_page_has_todays_counts() -> None:
 
 
 def test_what_blocks_save() -> None:
-    full, _, sdar, _, llada2 = rows(stepwise=False)
+    full, _, sdar, _, llada2, apart, _ = rows(stepwise=False)
     assert full.columns["rollout"] / llada2.columns["rollout"] > 12
-    assert full.columns["update"] / llada2.columns["update"] > 5
+    assert full.columns["update"] / llada2.columns["update"] > 6
+    assert apart.columns["update"] - sdar.columns["update"] == 7 * 200 - 140  # of padding
     assert full.columns["rollout"] / sdar.columns["rollout"] > 70
     assert llada2.flops["rollout"] < full.flops["rollout"] / 50  # and a tenth of the parameters

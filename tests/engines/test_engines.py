@@ -68,7 +68,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
-            if name.startswith(("flops/", "rollout/")):  # padding depends on what shares a batch
+            # Padding depends on what shares a batch, and so does which prompts are the same.
+            if name.startswith(("flops/", "rollout/", "shared/")):
                 continue
             exact = value is None or isinstance(value, int | list)
             expected = value if exact else pytest.approx(value, rel=1e-3, abs=2e-6)
@@ -104,6 +105,18 @@ def assert_same_weights(one: Path, other: Path) -> None:
         *(
             pytest.param(2, [FSDP2, SHORT, *blocks(family)], id=f"2-fsdp2-{family}", marks=SLOW)
             for family in BLOCK_CAUSAL
+        ),
+        pytest.param(
+            2,
+            [FSDP2, SHORT, *blocks("llada2"), {"algorithm": {"share_prompts": "always"}}],
+            id="2-fsdp2-shared-prompts",
+            marks=SLOW,
+        ),
+        pytest.param(
+            2,
+            [FSDP2, SHORT, *blocks("sdar_moe"), LORA, {"model": {"lora": {"experts": True}}}],
+            id="2-fsdp2-lora-experts",
+            marks=SLOW,
         ),
         pytest.param(2, [COUPLED], id="2-coupled", marks=SLOW),
         pytest.param(2, [SHORT, VALUES], id="2-values", marks=SLOW),

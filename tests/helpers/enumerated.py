@@ -42,8 +42,8 @@ def text_of(tokens: Sequence[int]) -> str:
     return "".join(map(str, itertools.takewhile(lambda token: token != EOS, tokens)))
 
 
-def data_of(reward: Callable[[str], float]) -> Data:
-    """One prompt; tokens 0 and 1 are text, 2 ends it."""
+def data_of(reward: Callable[[str], float], prompt: Sequence[int] = PROMPT) -> Data:
+    """One ``prompt``; tokens 0 and 1 are text, 2 ends it."""
 
     def score(completions: Sequence[str], **_: Any) -> list[float]:
         return [reward(text) for text in completions]
@@ -53,7 +53,7 @@ def data_of(reward: Callable[[str], float]) -> Data:
 
     tokenizer: Any = SimpleNamespace(chat_template=None, batch_decode=decode)
     examples = [Example([{"role": "user", "content": "0"}], {}, None)]
-    prompts = PromptSet(examples, [list(PROMPT)])
+    prompts = PromptSet(examples, [list(prompt)])
     task = Task("enumerated", examples, examples, [Reward("score", score)])
     return Data(task, tokenizer, prompts, prompts)
 

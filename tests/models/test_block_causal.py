@@ -359,6 +359,10 @@ def test_the_block_mask_of_flex_attention_is_the_dense_mask() -> None:
     clean = Columns(columns.block)
     whole = create_mask(flex_mask(clean, clean).mask_mod, 2, 1, 150, 150, device="cpu")
     assert torch.equal(whole, dense_mask(clean, clean))
+    some = torch.arange(40, 110).expand(2, -1)
+    mask = flex_mask(columns.take(some), columns)
+    whole = create_mask(mask.mask_mod, 2, 1, 70, 150, device="cpu")
+    assert torch.equal(whole, dense_mask(columns, columns)[:, :, 40:110])
 
 
 @pytest.mark.slow  # compiles
@@ -375,7 +379,18 @@ def test_flex_attention_gives_the_same(input_ids: Tensor, family: str) -> None:
             copies = model(input_ids, position_ids=positions, streams=streams)
             columns = torch.arange(4, 8).expand(3, -1)
             cached = model(input_ids[:, 4:8], cache=plain.cache, columns=columns)
-        outputs.append([o.last_hidden_state for o in (plain, copies, cached)])
+            torch.compiler.reset()  # on a CPU, torch 2.13 has a fault in kernels of any size
+            behind = model(
+                input_ids[:, 4:],
+                cache=plain.cache,
+                columns=torch.arange(4, 11).expand(3, -1),
+                position_ids=positions.expand(3, -1),
+                streams=streams,
+            )
+            torch.testing.assert_close(
+                behind.last_hidden_state, copies.last_hidden_state[:, 4:], rtol=0, atol=1e-5
+            )
+        outputs.append([o.last_hidden_state for o in (plain, copies, cached, behind)])
     for actual, expected in zip(outputs[1], outputs[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
@@ -488,8 +503,8 @@ def test_routers_are_never_adapted() -> None:
 
 
 @pytest.mark.parametrize("target", ["experts", "mlp.experts.gate_up_proj", "experts.3.down_proj"])
-def test_routed_experts_are_not_adapted(target: str) -> None:
-    with pytest.raises(ValueError, match="adapters on the routed experts"):
+def test_routed_experts_are_adapted_together(target: str) -> None:
+    with pytest.raises(ValueError, match="adapted together by experts: true"):
         add_lora(make("llada2"), rank=2, alpha=2, dropout=0.0, target_modules=[target], seed=0)
     shared = ["shared_experts.up_proj"]
     adapted = add_lora(make("llada2"), rank=2, alpha=2, dropout=0.0, target_modules=shared, seed=0)

@@ -27,7 +27,16 @@ pytestmark = pytest.mark.usefixtures("no_plots", "varied")
     ("family", "changes"),
     [
         ("sdar", {}),
-        ("llada2", {"algorithm": {"completion_blocks": "active", "schedule": "per_step"}}),
+        (
+            "llada2",
+            {
+                "algorithm": {
+                    "completion_blocks": "active",
+                    "schedule": "per_step",
+                    "share_prompts": "always",
+                }
+            },
+        ),
         ("sdar_moe", {"algorithm": {"stepwise": False, "beta": 0.1}, "micro_batch_size": 3}),
     ],
     ids=range(3),
@@ -35,7 +44,8 @@ pytestmark = pytest.mark.usefixtures("no_plots", "varied")
 def test_flops_are_those_a_run_logs(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """Of prompts of different lengths, all steps trained. (Batches are expected to go through their
     blocks together, and do not quite.)"""
-    every = {"algorithm": {"strategy": "all"}}
+    # Prompts of a step are taken for different ones: four are.
+    every = {"algorithm": {"strategy": "all"}, "task": {"options": {"train": 4}}}
     # No reward is its group's mean: an update leaves states out whose advantage is 0.
     runs.rewards[:] = [Reward("hashed", hashed)]
     config = recipe(family, tmp_path, FULL, STILL, every, changes)

@@ -85,11 +85,13 @@ def test_activations_are_what_autograd_keeps(
 
 
 @functools.cache
-def described(model_type: str, lora: bool) -> Any:
+def described(model_type: str, lora: bool, experts: bool = False) -> Any:
     """A model of the published size, with adapters of rank 8 or without."""
     model: Any = model_on_meta(new_config({"model_type": model_type})).to(torch.bfloat16)
     with torch.device("meta"):
-        return add_lora(model, rank=8, alpha=8, dropout=0.0, seed=0) if lora else model
+        if not lora:
+            return model
+        return add_lora(model, rank=8, alpha=8, dropout=0.0, experts=experts, seed=0)
 
 
 def estimate(folder: Path, model_type: str = "llada", **changes: Any) -> dict[str, MemoryItem]:
@@ -103,7 +105,8 @@ def estimate(folder: Path, model_type: str = "llada", **changes: Any) -> dict[st
         "micro_batch_size": 8,
     }
     run = config(folder, tree, changes)
-    model = described(model_type, run.model.lora is not None)
+    on_experts = run.model.lora is not None and run.model.lora.experts
+    model = described(model_type, run.model.lora is not None, on_experts)
     return {item.name: item for item in estimate_memory(run, model, 200)}
 
 
@@ -124,6 +127,22 @@ def test_weights_adapters_and_optimizer(tmp_path: Path) -> None:
     assert "reference policy" not in parts
 
 
+def test_adapters_on_routed_experts(tmp_path: Path) -> None:
+    """LLaDA2.0-mini: 256 experts of width 512 in 19 layers of width 2048."""
+    changes: dict[str, Any] = {"micro_batch_size": 8}
+    without, whole = (
+        estimate(tmp_path, "llada2_moe", **changes, model={"lora": {"experts": experts}})
+        for experts in (False, True)
+    )
+    factors = 8 * 3 * (2048 + 512) * 256 * 19
+    for name, bytes_each in (("adapters", 4), ("gradients", 4), ("optimizer", 8)):
+        assert whole[name].bytes - without[name].bytes == bytes_each * factors
+    # Of a token eight experts keep what goes in, and what is between the factors.
+    kept = 8 * (2 * 2048 + 512 + 3 * 8) * 2
+    tokens = whole["activations"].bytes // 20
+    assert tokens - without["activations"].bytes // 20 == kept * (200 + 256 + 8 * 32)
+
+
 def test_checkpointing_and_its_alternative(tmp_path: Path) -> None:
     without = estimate(tmp_path)
     with_it = estimate(tmp_path, model={"gradient_checkpointing": True})
@@ -135,6 +154,21 @@ def test_checkpointing_and_its_alternative(tmp_path: Path) -> None:
     # RMSNorm inputs, queries to attention's output, gates, and the adapters' own inputs.
     kept = 2 * 4096 * 4 + 4 * 4096 * 2 + 3 * 12288 * 2 + (6 * 4096 + 12288 + 7 * 8) * 2
     assert a_layer == tokens * kept
+
+
+def test_shared_prompts_let_more_trajectories_attend_to_them(tmp_path: Path) -> None:
+    """A limit on columns has room for eight of them, the longest having 488 columns."""
+    limit: dict[str, Any] = {"generation": {"block_length": 4}, "micro_batch_size": None}
+    limit["micro_batch_tokens"] = 200 + 8 * 288
+    parts = estimate(tmp_path, "sdar", **limit)
+    name = "keys and values of shared prompts"
+    assert parts[name].bytes == 8 * 200 * 36 * 2 * 1024 * 2
+    one = estimate(tmp_path, "sdar", **limit, model={"gradient_checkpointing": True})
+    assert one[name].bytes * 36 == parts[name].bytes
+    never = estimate(tmp_path, "sdar", **limit, algorithm={"share_prompts": "never"})
+    assert name not in never
+    assert never["activations"].bytes == parts["activations"].bytes  # of so many columns
+    assert name not in estimate(tmp_path, "sdar", generation={"block_length": 4})
 
 
 def test_rollout_caches_and_guidance(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import tests.helpers.runs as runs
@@ -120,6 +121,43 @@ def test_an_adapter_on_a_checkpoint_and_its_export(
     assert moved and not any(
         "gate.weight" in n or "experts." in n.replace("shared_experts.", "") for n in moved
     )
+
+
+@pytest.mark.parametrize("family", ["sdar_moe", pytest.param("llada2", marks=SLOW)])
+def test_an_adapter_on_experts_from_a_run_to_its_export(
+    family: str, tmp_path: Path, no_plots: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed on the way, continued by another run, and merged."""
+    base = checkpoint(family, tmp_path / "base")
+    lora = {"rank": 2, "dropout": 0.0, "experts": True}
+    changes = {
+        "model": {"config": None, "path": str(base), "lora": lora},
+        "algorithm": {"beta": 0.04},
+    }
+    train(config(tmp_path / "run", LETTERS, changes, {"steps": 2}))
+    train(config(tmp_path / "run", LETTERS, changes), resume=tmp_path / "run")
+    train(config(tmp_path / "whole", LETTERS, changes))
+    assert runs.outcome(tmp_path / "run") == runs.outcome(tmp_path / "whole")
+    check(tmp_path / "run")
+    adapter = tmp_path / "run" / "final" / "adapter"
+    main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "merged")])
+    merged = load_model(tmp_path / "merged", dtype=torch.float32).state_dict()
+    before = load_model(base, dtype=torch.float32).state_dict()
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.1.mlp.experts.{name}"
+        assert not torch.equal(merged[key], before[key])
+    file = tmp_path / "again.yaml"
+    again = {"model": {"lora": None, "adapter": str(adapter)}, "steps": 1}
+    save_config(config(tmp_path / "again", LETTERS, changes, again), file)
+    capsys.readouterr()
+    main(["train", str(file), "--dry-run"])
+    assert "experts" in " ".join(capsys.readouterr().out.split())
+    main(["train", str(file)])
+    files = [
+        load_file(path / "adapter_model.safetensors")
+        for path in (adapter, tmp_path / "again" / "final" / "adapter")
+    ]
+    assert files[0].keys() == files[1].keys()
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ class StepwiseObjective:
     ) -> None:
         self.config, self.micro_batches, self.processes = config, micro_batches, processes
         self.canvases, self.epochs = 1, config.algorithm.num_iterations
-        self.scorer = Scorer(denoiser, config.algorithm, config.generation)
+        algorithm = replace(config.algorithm, share_prompts=micro_batches.share_prompts)
+        self.scorer = Scorer(denoiser, algorithm, config.generation)
         self.completes = config.algorithm.completes
         self.completes_in_rollout = self.completes and (
             cheaper_source(

@@ -10,7 +10,7 @@ import torch
 
 from egspo.algorithm.batch import Metrics
 from egspo.engines.processes import Processes
-from egspo.engines.reduction import Count
+from egspo.engines.reduction import Count, share
 from egspo.rollouts.denoiser import Denoiser
 from egspo.rollouts.work import ModelCost
 
@@ -41,6 +41,9 @@ class PhaseClock:
         if self.cost is not None and name in ("rollout", "score", "update"):
             count = self.cost.training if name == "update" else self.cost.forward
             metrics[f"flops/{name}"] = Count(count(work))
+        if self.denoiser.block_size is not None and name in ("score", "update"):
+            spared = work.spared_columns
+            metrics[f"shared/{name}"] = share(spared, work.tokens + spared)
         if name == "rollout":
             metrics["rollout/forwards"] = Count(work.forwards)
             metrics["rollout/head_rows"] = Count(work.head_rows)

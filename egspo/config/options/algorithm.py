@@ -24,6 +24,9 @@ EntropyOver = Literal["revealed", "block", "masked"]
 EntropyReduce = Literal["mean", "sum"]
 
 
+SharePrompts = Literal["auto", "always", "never"]
+
+
 Preset = Literal[
     "egspo",
     "egspo-sa",
@@ -150,6 +153,11 @@ class AlgorithmConfig:
     completion_blocks: Literal["all", "active"] = "all"
     """Of block-causal models: a one-step completion fills every later block too, greedily in one
     step behind what is then known, or ends with the ``active`` block of the state: cheaper."""
+    share_prompts: SharePrompts = "auto"
+    """Of block-causal models: a pass of replay or update computes the whole blocks of a prompt once
+    for all trajectories in it that answer it. ``auto``: where that spares a fifth of the columns,
+    and not with a sharded engine, whose processes must make as many passes; ``always``: also there,
+    and where it spares nothing."""
     replay_experts: bool = False
     """Of block-causal models with experts: replay and update take the experts that the rollout
     chose; the reference policy and one-step completions choose their own."""
@@ -235,6 +243,10 @@ class AlgorithmConfig:
     def predicts(self) -> bool:
         """Whether a value head stands in for them."""
         return self.stepwise and self.step_values == "head"
+
+    def sharing(self, *, sharded: bool) -> SharePrompts:
+        """``share_prompts`` of a run whose passes are collective, or not."""
+        return "never" if sharded and self.share_prompts == "auto" else self.share_prompts
 
     def update_ranks(self, ranks: int) -> list[list[int]]:
         """Ranks in [0, ``ranks``) by optimizer step, in the order in which they are made."""

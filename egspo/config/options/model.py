@@ -20,6 +20,9 @@ class LoraConfig:
     """Of the adapter's inputs, where training is supervised: RL runs without."""
     target_modules: list[str] | None = None
     """Module names or suffixes; None for all of these projections."""
+    experts: bool = False
+    """Also on the projections of every routed expert, by factors of its own: as many times the
+    adapters' size as a layer has experts."""
 
     def __post_init__(self) -> None:
         require(self.rank > 0, f"model.lora.rank must be > 0, got {self.rank}")
