@@ -1,13 +1,17 @@
 """Compiles what a launcher would launch, for GPUs that are not there, and reads the machine code.
 
 Triton's interpreter replaces compilation for a whole process, so this runs in a process of its own:
-:func:`compiled` starts one for an architecture.
+:func:`compiled` starts one for a target and keeps what it finds on disk.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import fcntl
+import functools
+import hashlib
 import json
 import math
 import os
@@ -15,119 +19,129 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
-ARCHITECTURES = (80, 90, 100)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Target(NamedTuple):
+    """What Triton compiles for."""
+
+    backend: str
+    architecture: int | str
+    warp: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Facts about one compiled variant of a kernel."""
+    """Facts about one compiled variant of a kernel; those about machine code for NVIDIA's only."""
 
     kernel: str
-    registers: int
-    """For each thread."""
-    spills: int
-    """Bytes of local memory for each thread."""
+    variant: str
+    """Another one for other code."""
     shared: int
     """Bytes of shared memory for each program."""
-    loads: dict[str, int]
-    """How many global loads, by width: ``"32"``, ``"v4.32"``, ..."""
-    stores: dict[str, int]
-    """How many global stores, likewise."""
-    read: int
-    """Bytes from global memory for each program, by the IR: the dearest way through its branches,
-    with every mask open; loops are counted once."""
     written: int
-    """Bytes to global memory, likewise."""
+    """Bytes to global memory for each program, by the IR: the dearest way through its branches,
+    with every mask open; loops are counted once."""
     loops: int
     """In the IR."""
     conversions: int
     """Changes of layout in the IR. Those within a thread cost nothing."""
-    instructions: int
-    """Of the machine code, whether executed or not; loops are counted once."""
     arguments: str
     """Types and specialisations of the arguments."""
-    listing: str
-    """The machine code, with labels."""
+    loads: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How many global loads, by width: ``"32"``, ``"v4.32"``, ..."""
+    stores: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How many global stores, likewise."""
+    registers: int = 0
+    """For each thread."""
+    spills: int = 0
+    """Bytes of local memory for each thread."""
+    cubin: str = ""
+    """The machine code, in base64."""
+
+    @functools.cached_property
+    def listing(self) -> str:
+        """The machine code, with labels."""
+        return _run_tool("nvdisasm", "-c", base64.b64decode(self.cubin))
 
 
 @contextlib.contextmanager
-def compile_only(capability: int) -> Iterator[dict[str, Compiled]]:
-    """Inside, kernels are compiled for ``sm_<capability>`` and not launched; tensors are on CPU.
+def compile_only(target: Target) -> Iterator[list[Any]]:
+    """Inside, kernels are compiled for a target and not launched; tensors are on CPU.
 
     Yields:
-        filled with the variants compiled, in order, as ``"<kernel>#<number>"``.
+        filled with what Triton compiled for each launch.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    target = GPUTarget("cuda", capability, 32)
+    gpu = GPUTarget(*target)
     stub = SimpleNamespace(
-        get_current_target=lambda: target,
-        get_current_device=lambda: capability,
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
     )
-    found: dict[str, Compiled] = {}
-    seen: set[int] = set()
+    launched: list[Any] = []
     run = JITFunction.run
 
     def compile_(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if id(kernel) not in seen:
-            seen.add(id(kernel))
-            number = sum(facts.kernel == self.__name__ for facts in found.values())
-            found[f"{self.__name__}#{number}"] = inspect_kernel(self.__name__, kernel)
+        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     with mock.patch.object(JITFunction, "run", compile_):
         previous = driver._active
         driver.set_active(stub)
         try:
             assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
-            yield found
+            yield launched
         finally:
             driver._active = previous
 
 
-def inspect_kernel(name: str, kernel: Any) -> Compiled:
-    """Reads a compiled kernel with the tools of the Triton wheel."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage, code = (
-            subprocess.run(
-                [tools / tool, option, cubin.name], capture_output=True, text=True, check=True
-            )
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    numbers = {
-        key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)
-    }
-    ptx, ir = kernel.asm["ptx"], kernel.asm["ttgir"]
-    return Compiled(
-        kernel=name,
-        registers=numbers["REG"],
-        spills=numbers["STACK"] + numbers["LOCAL"],
+def inspect_kernel(kernel: Any) -> Compiled:
+    """Reads a compiled kernel; machine code with the tools of the Triton wheel."""
+    ir = kernel.asm["ttgir"]
+    facts = Compiled(
+        kernel=kernel.metadata.name,
+        variant=kernel.hash,
         shared=kernel.metadata.shared,
-        loads=access_widths("ld", ptx),
-        stores=access_widths("st", ptx),
-        read=bytes_moved("load", ir),
         written=bytes_moved("store", ir),
         loops=len(re.findall(r"\bscf\.(?:for|while)\b", ir)),
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ (?!\s*NOP)", code.stdout, re.M)),
         conversions=ir.count("ttg.convert_layout"),
         arguments=str(kernel.src.signature) + str(kernel.src.attrs),
-        listing=code.stdout,
     )
+    if kernel.metadata.target.backend != "cuda":
+        assert kernel.asm["hsaco"]
+        return facts
+    ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
+    usage = _run_tool("cuobjdump", "-res-usage", cubin)
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return dataclasses.replace(
+        facts,
+        loads=access_widths("ld", ptx),
+        stores=access_widths("st", ptx),
+        registers=numbers["REG"],
+        spills=numbers["STACK"] + numbers["LOCAL"],
+        cubin=base64.b64encode(cubin).decode(),
+    )
+
+
+def _run_tool(name: str, option: str, cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def access_widths(instruction: str, ptx: str) -> dict[str, int]:
@@ -161,28 +175,70 @@ def bytes_moved(operation: str, ir: str) -> int:
     return regions[0][0]
 
 
-def compiled(script: str, capability: int, timeout: float = 300) -> dict[str, Compiled]:
-    """Variants compiled by a script whose launches run inside :func:`compile_only`.
+def compiled(launches: Sequence[str], target: Target) -> dict[str, list[Compiled]]:
+    """The kernels of each launch, in order.
 
     Args:
-        script: Python source that calls launchers with CPU tensors.
-        capability: 80, 90, 100, ...
+        launches: calls of functions of :mod:`tests.kernels.launches`, as source.
+
+    What is found is kept beside Triton's own cache, for all processes that ask the same.
     """
+    import triton
+
+    here = Path(__file__)
+    sources = (*sorted(ROOT.glob("egspo_kernels/**/*.py")), here, here.with_name("launches.py"))
+    asked = json.dumps([triton.__version__, launches, target]).encode()
+    name = hashlib.sha256(b"".join([asked, *(path.read_bytes() for path in sources)])).hexdigest()
+    kept = Path(triton.knobs.cache.dir) / "egspo" / f"{name}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and reads
+        if not kept.exists():
+            kept.with_suffix(".new").write_text(_compile(asked), "utf-8")
+            kept.with_suffix(".new").rename(kept)
+    found = json.loads(kept.read_text("utf-8"))
+    variants = {each["variant"]: Compiled(**each) for each in found["variants"]}
+    return {
+        launch: [variants[each] for each in kernels]
+        for launch, kernels in found["launches"].items()
+    }
+
+
+def distinct(kernels: Iterable[list[Compiled]]) -> list[Compiled]:
+    """Each variant once."""
+    return list({each.variant: each for launch in kernels for each in launch}.values())
+
+
+def _compile(asked: bytes) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(capability)]
     result = subprocess.run(
-        command, input=script, capture_output=True, text=True, timeout=timeout, env=environment
+        [sys.executable, "-m", "tests.kernels.aot"],
+        input=asked,
+        capture_output=True,
+        timeout=1200,
+        env=environment,
+        cwd=ROOT,
     )
-    assert result.returncode == 0, result.stderr
-    facts = json.loads(result.stdout.splitlines()[-1])
-    return {name: Compiled(**values) for name, values in facts.items()}
+    assert result.returncode == 0, result.stderr.decode()[-4000:]
+    return result.stdout.decode().splitlines()[-1]
 
 
 def _main() -> None:
-    source, capability = sys.stdin.read(), int(sys.argv[1])
-    with compile_only(capability) as found:
-        exec(compile(source, "<launches>", "exec"), {"__name__": "launches"})
-    print(json.dumps({name: dataclasses.asdict(facts) for name, facts in found.items()}))
+    _, launches, target = json.load(sys.stdin)
+    from tests.kernels import launches as functions
+
+    found: dict[str, list[str]] = {}
+    variants: dict[str, Compiled] = {}
+    with compile_only(Target(*target)) as launched:
+        for launch in launches:
+            eval(launch, vars(functions))
+            for kernel in launched:
+                if kernel.hash not in variants:
+                    variants[kernel.hash] = inspect_kernel(kernel)
+            found[launch] = [kernel.hash for kernel in launched]
+            launched.clear()
+    facts = [dataclasses.asdict(each) for each in variants.values()]
+    print(json.dumps({"launches": found, "variants": facts}))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from tests.kernels import processor, sass
-from tests.kernels.aot import Compiled, compiled
-from tests.kernels.launches import STATISTICS, SURROGATE
+from tests.kernels import processor, sass, variants
+from tests.kernels.aot import Compiled, Target
 
 ROWS, VOCAB, ELEMENT = 512, 126464, 2
 
@@ -23,8 +22,8 @@ class Gate:
 
     name: str
     launch: str
-    variant: str
-    """The kernel of the launch that passes over the logits, by its number among :data:`GATES`."""
+    kernel: str
+    """The one of the launch that passes over the logits."""
     program: int
     """Columns of a program."""
     warps: int
@@ -41,21 +40,21 @@ class Gate:
 
 SEGMENT = 16384
 GATES = (
-    Gate("`token_stats`", "stats(2, LLADA)", "segment_statistics_kernel#0",
+    Gate("`token_stats`", "stats(2)", "segment_statistics_kernel",
          SEGMENT, 4, 8, 2, 10.5, {80: 40, 90: 40}, {80: 0.90, 90: 0.95}),
-    Gate("`sample_tokens`, temperature 1", "sample(2, LLADA)", "segment_sample_kernel#0",
+    Gate("`sample_tokens`, temperature 1", "sample(2)", "segment_sample_kernel",
          SEGMENT, 4, 8, 2, 16, {80: 48, 90: 48}, {80: 0.70, 90: 0.80}),
-    Gate("`sample_tokens`, temperature 0.5", "sample(2, LLADA, temperature=0.5)",
-         "segment_sample_kernel#1", SEGMENT, 4, 8, 2, 20, {80: 48, 90: 48},
+    Gate("`sample_tokens`, temperature 0.5", "sample(2, temperature=0.5)",
+         "segment_sample_kernel", SEGMENT, 4, 8, 2, 20, {80: 48, 90: 48},
          {80: 0.50, 90: 0.70}),
-    Gate("`sample_tokens`, greedy", "sample(2, LLADA, temperature=0.0)", "segment_sample_kernel#2",
+    Gate("`sample_tokens`, greedy", "sample(2, temperature=0.0)", "segment_sample_kernel",
          SEGMENT, 4, 8, 2, 12, {80: 48, 90: 48},
          {80: 0.85, 90: 0.92}),
-    Gate("exact KL", 'stepwise(2, 2, "exact")', "segment_kl_kernel#0",
+    Gate("exact KL", "stepwise(2, 2, 'exact', bf16)", "segment_kl_kernel",
          SEGMENT, 4, 16, 4, 18, {80: 64, 90: 48}, {80: 0.85, 90: 0.90}),
-    Gate("gradient, without KL", "stepwise(2, 2, None)", "row_gradient_kernel#1",
+    Gate("gradient, without KL", "stepwise(2, 2, None, bf16)", "row_gradient_kernel",
          4096, 8, 1, 4, 18, {80: 64, 90: 64}, {80: 0.85, 90: 0.90}),
-    Gate("gradient, exact KL", 'stepwise(2, 2, "exact")', "row_gradient_kernel#0",
+    Gate("gradient, exact KL", "stepwise(2, 2, 'exact', bf16)", "row_gradient_kernel",
          4096, 8, 1, 6, 30, {80: 80, 90: 80}, {80: 0.85, 90: 0.90}),
 )  # fmt: skip
 
@@ -71,15 +70,16 @@ class Cost:
 
 
 @functools.cache
-def variants(capability: int) -> dict[str, Compiled]:
-    """What :data:`GATES` and the statistics with targets launch, compiled in one process."""
-    launches = [*dict.fromkeys(gate.launch for gate in GATES), "stats(2, LLADA, targets=True)"]
-    return compiled(STATISTICS + SURROGATE + "\n".join(launches), capability)
+def compiled(launch: str, kernel: str, capability: int) -> Compiled:
+    (kernels,) = variants.kernels(Target("cuda", capability), [launch])
+    (facts,) = (each for each in kernels if each.kernel == kernel)
+    return facts
 
 
+@functools.cache
 def cost(gate: Gate, capability: int) -> Cost:
     """Counts in the machine code."""
-    facts = variants(capability)[gate.variant]
+    facts = compiled(gate.launch, gate.kernel, capability)
     path = sass.usual_path(sass.parse(facts.listing), gate.repetitions)
     gpu = processor.GPUS[capability]
     resident = gpu.resident(facts.registers, gate.warps)
@@ -101,7 +101,7 @@ def end_of_statistics(capability: int) -> float:
 
     The kernel is one wait for memory after the other: what the model has for its path, alone.
     """
-    facts = variants(capability)["row_statistics_kernel#1"]
+    facts = compiled("stats(2, targets=True)", "row_statistics_kernel", capability)
     gpu = processor.GPUS[capability]
     path = sass.usual_path(sass.parse(facts.listing), 1)
     programs = -(-ROWS // gpu.processors)

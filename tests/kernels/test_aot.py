@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels import sass
-from tests.kernels.aot import ARCHITECTURES, Compiled, compiled
-from tests.kernels.launches import STATISTICS as LAUNCHES
+from tests.kernels import sass, variants
+from tests.kernels.aot import Compiled, Target, distinct
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
+SM_90 = Target("cuda", 90)
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def kernels(request: pytest.FixtureRequest) -> dict[str, Compiled]:
+
+@pytest.fixture(scope="module", params=variants.ARCHITECTURES)
+def kernels(request: pytest.FixtureRequest) -> list[Compiled]:
     """Every kind of launch at LLaDA's vocabulary."""
-    script = """
-stats(2, LLADA)
-stats(2, LLADA, torch.float32, picked=True, targets=True)
-stats(2, LLADA, torch.float16)
-sample(2, LLADA)
-sample(2, LLADA, torch.float32, temperature=0.5)
-sample(2, LLADA, temperature=0.5, entropy_temperature=0.5)
-sample(2, LLADA, temperature=0.5, entropy_temperature=0.7)
-sample(2, LLADA, temperature=0.0)
-"""
-    return compiled(LAUNCHES + script, request.param)
+    return distinct(variants.kernels(Target("cuda", request.param), variants.ROWS))
 
 
 # Registers of a thread, where they are limited: before sm_100.
@@ -33,10 +24,10 @@ LIMITS = {"segment_statistics_kernel": 40, "segment_sample_kernel": 48}
 
 
 def test_segments_are_read_with_wide_loads_and_kept_in_registers(
-    kernels: dict[str, Compiled], request: pytest.FixtureRequest
+    kernels: list[Compiled], request: pytest.FixtureRequest
 ) -> None:
     limited = request.node.callspec.params["kernels"] < 100
-    segments = [facts for facts in kernels.values() if facts.kernel in LIMITS]
+    segments = [facts for facts in kernels if facts.kernel in LIMITS]
     assert len(segments) == 8
     for facts in segments:
         assert facts.spills == 0, facts
@@ -51,46 +42,28 @@ def test_segments_are_read_with_wide_loads_and_kept_in_registers(
         assert facts.written in (16, 32), facts
 
 
-def test_rows_are_combined_by_one_warp_without_spills(kernels: dict[str, Compiled]) -> None:
-    combining = [facts for facts in kernels.values() if facts.kernel.startswith("row_")]
+def test_rows_are_combined_by_one_warp_without_spills(kernels: list[Compiled]) -> None:
+    combining = [facts for facts in kernels if facts.kernel.startswith("row_")]
     assert {facts.kernel for facts in combining} == {"row_statistics_kernel", "row_sample_kernel"}
     for facts in combining:
         assert facts.spills == 0 and facts.shared == 0 and facts.registers <= 48, facts
 
 
 def test_nothing_but_vocabulary_dtype_and_alignment_compiles_again() -> None:
-    script = """
-for n, temperature, banned in [(1, 1.0, None), (16, 0.3, 0), (17, 1.5, 126336), (3, 2.0, 1)]:
-    stats(n, LLADA, temperature=temperature, banned=banned)
-stats(1, LLADA, stride=LLADA + 16)
-stats(1, LLADA, stride=2 * LLADA)
-for n, temperature, seed, step, banned in [
-    (1, 0.5, 0, 0, None), (16, 0.7, 1, 1, 1), (17, 0.3, 2**63 - 1, 2**32 - 1, 16),
-    (2, 0.9, -(2**63), 2**31, 126336),
-]:
-    sample(n, LLADA, temperature=temperature, seed=seed, step=step, banned=banned)
-"""
-    assert sorted(compiled(LAUNCHES + script, 90)) == [
-        "row_sample_kernel#0",
-        "row_statistics_kernel#0",
-        "segment_sample_kernel#0",
-        "segment_statistics_kernel#0",
+    found = distinct(variants.kernels(SM_90, variants.SAME_ROWS))
+    assert sorted(facts.kernel for facts in found) == [
+        "row_sample_kernel",
+        "row_statistics_kernel",
+        "segment_sample_kernel",
+        "segment_statistics_kernel",
     ]
 
 
 def test_only_aligned_rows_are_read_with_wide_loads() -> None:
     """And the reader sees spills, with too few registers."""
-    expected = {
-        "stats(2, 8000)": 2,
-        "stats(2, 8008)": 2,  # rows aligned to 16 bytes, not to 16 elements
-        "stats(2, 8004)": 0,
-        "stats(2, 8000, stride=8004)": 0,
-        "stats(2, 8000, skip=1, stride=8016)": 0,  # the pointer is not aligned
-    }
-    starved = "sampling.REGISTERS = 24; sample(2, 8001, temperature=0.5)"
-    variants = compiled(LAUNCHES + "\n".join([*expected, starved]), 90)
-    for number, (launch, loads) in enumerate(expected.items()):
-        facts = variants[f"segment_statistics_kernel#{number}"]
+    *launches, starved = variants.kernels(SM_90, (*variants.WIDE_LOADS, variants.STARVED))
+    for (launch, loads), (facts, _) in zip(variants.WIDE_LOADS.items(), launches, strict=True):
+        assert facts.kernel == "segment_statistics_kernel"
         assert facts.loads.get("v4.32", 0) == loads, launch
-    facts = variants["segment_sample_kernel#0"]
-    assert facts.spills > 0 and facts.registers <= 24
+    assert starved[0].kernel == "segment_sample_kernel"
+    assert starved[0].spills > 0 and starved[0].registers <= 24
