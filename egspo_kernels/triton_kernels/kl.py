@@ -28,6 +28,7 @@ from egspo_kernels.triton_kernels.launch import (
 from egspo_kernels.triton_kernels.normaliser import Normaliser, target_logit
 from egspo_kernels.triton_kernels.rows import merge_segments, row_partials
 from egspo_kernels.triton_kernels.tiles import (
+    GROUP,
     LOG2_E,
     NO_LOGIT,
     SEGMENT,
@@ -35,6 +36,8 @@ from egspo_kernels.triton_kernels.tiles import (
     TILE,
     exact_maximum,
     finite_or_zero,
+    largest_of,
+    load_column,
     load_ragged,
     load_whole,
     power_terms,
@@ -43,6 +46,8 @@ from egspo_kernels.triton_kernels.tiles import (
     strange,
 )
 
+REGISTERS = 48
+"""Of a thread: ten programs on a processor."""
 PARTIALS = 5
 """float32 numbers that a segment leaves behind."""
 
@@ -63,37 +68,39 @@ def accumulate_pair(x, y, offset, scale, maxima, references, sums):
     ``sums`` are ``sum p``, ``sum q`` and ``sum p ((x - offset) - y)``, p and q relative to the
     threads' references; the arguments as in :func:`accumulate`.
     """
-    maximum, ref_maximum = tl.maximum(maxima[0], tl.max(x, 1)), tl.maximum(maxima[1], tl.max(y, 1))
+    maximum = tl.maximum(maxima[0], largest_of(x))
+    ref_maximum = tl.maximum(maxima[1], largest_of(y))
     new, ref_new = tl.fma(maximum, scale, 0.0), tl.fma(ref_maximum, scale, 0.0)
     ratio, ref_ratio = tl.exp2(references[0] - new), tl.exp2(references[1] - ref_new)
-    weight = tl.exp2(tl.fma(x, scale, -new[:, None]))
-    ref_weight = tl.exp2(tl.fma(y, scale, -ref_new[:, None]))
-    total = sums[0] * ratio + tl.sum(weight, 1)
-    ref_total = sums[1] * ref_ratio + tl.sum(ref_weight, 1)
-    difference = sums[2] * ratio + tl.sum(weight * ((x - offset) - y), 1)
+    total, ref_total, difference = sums[0] * ratio, sums[1] * ref_ratio, sums[2] * ratio
+    for i in tl.static_range(len(x)):
+        weight = tl.exp2(tl.fma(x[i], scale, -new))
+        total += weight
+        ref_total += tl.exp2(tl.fma(y[i], scale, -ref_new))
+        difference = tl.fma(weight, (x[i] - offset) - y[i], difference)
     return (maximum, ref_maximum), (new, ref_new), (total, ref_total, difference)
 
 
 @triton.jit
-def exact_pair(start, ref_start, begin, end, banned, scale):
-    """Maxima, ``sum p``, ``sum q`` and ``sum p (x - y)`` of a segment with logits of any kind.
+def exact_pair(start, ref_start, begin, end, banned, scale, shift, ref_shift):
+    """``sum p``, ``sum q`` and ``sum p (x - y)`` of a segment with logits of any kind.
 
-    Relative to the maxima, or to 0 where there is none.
+    Relative to the shifts: the maxima, or 0 where there is none.
     """
-    top = exact_maximum(start, begin, end, banned)[0]
-    ref_top = exact_maximum(ref_start, begin, end, banned)[0]
     total = tl.zeros((THREADS,), tl.float32)
     ref_total = tl.zeros((THREADS,), tl.float32)
     difference = tl.zeros((THREADS,), tl.float32)
     for first in tl.range(begin, end, TILE):
-        x = load_ragged(start, first, end, banned, float("-inf")) - finite_or_zero(top)
-        y = load_ragged(ref_start, first, end, banned, float("-inf")) - finite_or_zero(ref_top)
-        weight, ref_weight = power_terms(x * scale)[0], power_terms(y * scale)[0]
-        total += tl.sum(weight, 1)
-        ref_total += tl.sum(ref_weight, 1)
-        # Not where the policy has no weight: there the difference may be infinite, or a NaN.
-        difference += tl.sum(tl.where(weight == 0, 0.0, weight * (x - y)), 1)
-    return top, ref_top, tl.sum(total, 0), tl.sum(ref_total, 0), tl.sum(difference, 0)
+        columns = first + tl.arange(0, THREADS) * GROUP
+        for i in tl.static_range(GROUP):
+            x = load_column(start, columns + i, end, banned, float("-inf")) - shift
+            y = load_column(ref_start, columns + i, end, banned, float("-inf")) - ref_shift
+            weight = power_terms(x * scale)[0]
+            total += weight
+            ref_total += power_terms(y * scale)[0]
+            # Not where the policy has no weight: there the difference may be infinite, or a NaN.
+            difference += tl.where(weight == 0, 0.0, weight * (x - y))
+    return tl.sum(total, 0), tl.sum(ref_total, 0), tl.sum(difference, 0)
 
 
 @triton.jit(do_not_specialize=["row_stride", "ref_row_stride", "banned", "programs"])
@@ -147,14 +154,20 @@ def segment_kl_kernel(
     ref_total = tl.sum(sums[1] * ref_ratio, 0)
     difference = tl.sum(sums[2] * ratio, 0) + ((offset - top) + ref_top) * total
     largest = tl.maximum(tl.abs(top), tl.abs(ref_top))
-    if strange(largest, scale, total + ref_total + difference):
-        top, ref_top, total, ref_total, difference = exact_pair(
-            start, ref_start, begin, end, banned, scale
-        )
+    # Before the branch and in it: on sm_80 there are no registers to keep them to the end.
     tl.store(partials + program, top)
+    tl.store(partials + 3 * programs + program, ref_top)
+    if strange(largest, scale, total + ref_total + difference):
+        top = exact_maximum(start, begin, end, banned)
+        tl.store(partials + program, top)
+        ref_top = exact_maximum(ref_start, begin, end, banned)
+        tl.store(partials + 3 * programs + program, ref_top)
+        total, ref_total, difference = exact_pair(
+            start, ref_start, begin, end, banned, scale,
+            finite_or_zero(top), finite_or_zero(ref_top),
+        )  # fmt: skip
     tl.store(partials + programs + program, total)
     tl.store(partials + 2 * programs + program, difference * inverse_temperature)
-    tl.store(partials + 3 * programs + program, ref_top)
     tl.store(partials + 4 * programs + program, ref_total)
 
 
@@ -275,7 +288,7 @@ def exact_kl(
             dependent,
         )
         variant = (device, vocab_size, form, ref_form)
-        _SEGMENTS(programs, variant, arguments, segment_options(device))
+        _SEGMENTS(programs, variant, arguments, segment_options(device, REGISTERS))
         outputs = (log_prob, kl, *normaliser, *divergence)
         row_arguments = (
             logits,

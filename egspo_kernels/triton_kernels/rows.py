@@ -41,10 +41,10 @@ from egspo_kernels.triton_kernels.tiles import (
     largest_column,
     load_ragged,
     load_whole,
+    lowest_column,
     raise_maximum,
     row_pointer,
     segment_bounds,
-    side_by_side,
     strange,
 )
 from egspo_kernels.types import TokenStats
@@ -88,13 +88,16 @@ def merge_segments(maxima, sums, moments, inverse_temperature):
 @triton.jit
 def exact_statistics(start, begin, end, banned, scale):
     """(m, s, t, column) of a segment with logits of any kind."""
-    top, column = exact_maximum(start, begin, end, banned)
+    top = exact_maximum(start, begin, end, banned)
+    shift = finite_or_zero(top)
     total = tl.zeros((THREADS,), tl.float32)
     moment = tl.zeros((THREADS,), tl.float32)
+    column = tl.full((THREADS,), 0x7FFFFFFF, tl.int32)
     for first in tl.range(begin, end, TILE):
         x = load_ragged(start, first, end, banned, float("-inf"))
-        total, moment = accumulate_exactly(x, finite_or_zero(top), scale, total, moment)
-    return top, tl.sum(total, 0), tl.sum(moment, 0), column
+        column = lowest_column(x, top, first, column)
+        total, moment = accumulate_exactly(x, shift, scale, total, moment)
+    return top, tl.sum(total, 0), tl.sum(moment, 0), tl.min(column, 0)
 
 
 @triton.jit(
@@ -134,7 +137,7 @@ def segment_statistics_kernel(
         right = load_whole(start, first + TILE, end, ALIGNED)
         maximum, place = raise_maximum(left, first, maximum, place)
         maximum, place = raise_maximum(right, first + TILE, maximum, place)
-        both = side_by_side(left, right)
+        both = left + right
         reference, total, moment = accumulate(both, maximum, scale, reference, total, moment, True)
     for first in tl.range(pairs_end, end, TILE):
         x = load_ragged(start, first, end, banned, NO_LOGIT)

@@ -3,9 +3,8 @@
 Noise for every token would cost many times what memory leaves time for. A thread's columns of a
 segment are a block of the vocabulary: their mass at the sampling temperature is the thread's sum.
 Each block's mass is divided by a standard exponential number, and the largest quotient is drawn:
-a Gumbel maximum. The tokens of that block alone are then drawn alike.
-The block that wins a row is one that won its segment, so each segment draws its token itself, and
-the segments' winners compete. :mod:`egspo_kernels.reference.sampling` is the definition.
+a Gumbel maximum. The tokens of that block alone are then drawn alike, by the kernel that combines
+the segments of a row. :mod:`egspo_kernels.reference.sampling` is the definition.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from egspo_kernels.triton_kernels.launch import (
     segment_count,
     segment_options,
 )
-from egspo_kernels.triton_kernels.noise import exponentials
+from egspo_kernels.triton_kernels.noise import exponentials, exponentials_of_four
 from egspo_kernels.triton_kernels.rows import merge_segments, row_partials
 from egspo_kernels.triton_kernels.tiles import (
     GROUP,
@@ -45,19 +44,24 @@ from egspo_kernels.triton_kernels.tiles import (
     load_column,
     load_ragged,
     load_whole,
+    lowest_column,
     power_terms,
     raise_maximum,
     row_pointer,
     segment_bounds,
-    side_by_side,
     strange,
 )
 from egspo_kernels.types import SampledTokens
 
 REGISTERS = 48
 """Of a thread: ten programs on a processor."""
-FIELDS = 8
+FIELDS = 7
 """float32 numbers that a segment leaves behind."""
+COLUMNS = tl.constexpr(SEGMENT.value // THREADS.value)
+"""Of a thread, in a segment."""
+SPARED = tl.constexpr(4)
+"""At a second temperature one power in so many is left to the units that add and multiply: two
+powers of every logit are more than the special unit takes in the time of the memory."""
 
 
 @triton.jit
@@ -73,49 +77,106 @@ def accumulate_all(x, maximum, scales, references, totals, moments, SAMPLING, EN
     own_total, own_moment, apart_total, apart_moment = totals[1], moments[1], totals[2], moments[2]
     if SAMPLING == "own":
         own, own_total, own_moment = accumulate(
-            x, maximum, scales[1], own, own_total, own_moment, ENTROPY == "sampling"
+            x, maximum, scales[1], own, own_total, own_moment, ENTROPY == "sampling", SPARED
         )
     if ENTROPY == "own":
         apart, apart_total, apart_moment = accumulate(
-            x, maximum, scales[2], apart, apart_total, apart_moment, True
+            x, maximum, scales[2], apart, apart_total, apart_moment, True, SPARED
         )
     return (one, own, apart), (total, own_total, apart_total), (moment, own_moment, apart_moment)
 
 
 @triton.jit
-def exact_sums(start, begin, end, banned, top, scale):
-    """Sums of the threads relative to ``top``, the maximum of a segment with logits of any kind."""
-    total = tl.zeros((THREADS,), tl.float32)
-    moment = tl.zeros((THREADS,), tl.float32)
+def exact_sums(start, begin, end, banned, scales, SAMPLING: tl.constexpr, ENTROPY: tl.constexpr):
+    """Of a segment with logits of any kind, relative to its maximum.
+
+    The maximum, its column, and the threads' sums: at temperature 1, at the sampling temperature,
+    and the sum and the moment at the entropy temperature.
+    """
+    top = exact_maximum(start, begin, end, banned)
+    shift = finite_or_zero(top)
+    column = tl.full((THREADS,), 0x7FFFFFFF, tl.int32)
+    zero = tl.zeros((THREADS,), tl.float32)
+    total, own, entropy_total, moment, own_moment, unused = zero, zero, zero, zero, zero, zero
     for first in tl.range(begin, end, TILE):
         x = load_ragged(start, first, end, banned, float("-inf"))
-        total, moment = accumulate_exactly(x, finite_or_zero(top), scale, total, moment)
-    return total, moment
+        column = lowest_column(x, top, first, column)
+        total, unused = accumulate_exactly(x, shift, scales[0], total, unused)
+        if SAMPLING == "own":
+            own, own_moment = accumulate_exactly(x, shift, scales[1], own, own_moment)
+        if ENTROPY == "own":
+            entropy_total, moment = accumulate_exactly(x, shift, scales[2], entropy_total, moment)
+    if SAMPLING != "own":
+        own, own_moment = total, unused
+    if ENTROPY == "one":
+        entropy_total, moment = total, unused
+    elif ENTROPY == "sampling":
+        entropy_total, moment = own, own_moment
+    return top, tl.min(column, 0), total, own, entropy_total, moment
 
 
 @triton.jit
-def draw_token(
-    start, segment, begin, end, banned, top, scale, masses, seed, step, row_id, VOCAB: tl.constexpr
-):
-    """Score of the block that wins a segment, and the token drawn in it.
+def add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def meet(a, b, c, d, score, lane, e, f, g, h, other, other_lane):
+    """Sums of two groups of threads, and the better score with its thread."""
+    wins = other > score
+    best, winner = tl.where(wins, other, score), tl.where(wins, other_lane, lane)
+    return a + e, b + f, c + g, d + h, best, winner
+
+
+@triton.jit
+def exchange(total, own, entropy_total, moment, noise, SAMPLING: tl.constexpr):
+    """The sums over threads; the score of the sample, and its thread. All exchanged at once."""
+    if SAMPLING == "greedy":
+        a, b, c, d = tl.reduce((total, own, entropy_total, moment), 0, add_four)
+        return a, b, c, d, 0.0, 0
+    else:
+        operands = (total, own, entropy_total, moment, own / noise, tl.arange(0, THREADS))
+        return tl.reduce(operands, 0, meet)
+
+
+@triton.jit
+def block_noise(segment, seed, step, row_id):
+    """float32 [THREADS]: the exponentials of the threads' columns of a segment."""
+    block = segment * THREADS + tl.arange(0, THREADS)
+    # The counters of blocks start at 2^31: the sign of an int32.
+    return exponentials(seed, step, row_id, (block // 4) | -0x80000000, block % 4)
+
+
+@triton.jit
+def draw_token(start, segment, lane, banned, top, scale, seed, step, row_id, VOCAB: tl.constexpr):
+    """The token drawn among the columns of a thread of a segment, and its logit.
 
     Args:
-        masses: float32 [THREADS] relative to ``top``.
+        top: the segment's maximum, to which the masses were relative.
     """
-    lanes = tl.arange(0, THREADS)
-    block = segment * THREADS + lanes
-    # The counters of blocks start at 2^31: the sign of an int32.
-    counters = (block // 4) | -0x80000000
-    scores = masses / exponentials(seed, step, row_id, counters, block % 4)
-    best = tl.max(scores, 0)
-    lane = tl.minimum(first_column(scores == best, lanes), THREADS - 1)
-    columns = begin + lanes // GROUP * TILE + lane * GROUP + lanes % GROUP
-    x = load_column(start, columns, end, banned, float("-inf"))
-    weights, _ = power_terms((x - finite_or_zero(top)) * scale)
-    races = weights / exponentials(seed, step, row_id, columns // 4, columns % 4)
-    # A segment of NaN has no winner, but what is sampled must be a token.
-    token = first_column(races == tl.max(races, 0), columns)
-    return best, tl.minimum(token, VOCAB - 1)
+    begin = segment * SEGMENT
+    end = tl.minimum(begin + SEGMENT, VOCAB)
+    # Each of 32 threads takes four neighbours: one counter.
+    threads = tl.arange(0, COLUMNS // 4)
+    columns = begin + threads // (GROUP // 4) * TILE + lane * GROUP + threads % (GROUP // 4) * 4
+    noise = exponentials_of_four(seed, step, row_id, columns // 4)
+    logits, races = (), ()
+    best = tl.full((COLUMNS // 4,), -1.0, tl.float32)
+    for i in tl.static_range(4):
+        x = load_column(start, columns + i, end, banned, float("-inf"))
+        weight, _ = power_terms((x - finite_or_zero(top)) * scale)
+        logits += (x,)
+        races += (weight / noise[i],)
+        best = tl.maximum(best, races[i])
+    winner = tl.max(best, 0)
+    token = tl.full((COLUMNS // 4,), 0x7FFFFFFF, tl.int32)
+    for i in tl.static_range(4):
+        token = tl.minimum(token, tl.where(races[i] == winner, columns + i, 0x7FFFFFFF))
+    drawn = tl.minimum(tl.min(token, 0), VOCAB - 1)
+    logit = tl.full((COLUMNS // 4,), float("-inf"), tl.float32)
+    for i in tl.static_range(4):
+        logit = tl.where(columns + i == drawn, logits[i], logit)
+    return drawn, tl.max(logit, 0)
 
 
 @triton.jit(
@@ -140,12 +201,12 @@ def segment_sample_kernel(
     ALIGNED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Partials of one segment of one row, float32 [8, N * segments].
+    """Partials of one segment of one row, float32 [FIELDS, N * segments].
 
     In order: the largest logit, the sum at temperature 1, the sum at the sampling temperature, the
-    sum and the moment at the entropy temperature; the score, the column and the logit of the
-    sample. ``SAMPLING`` is "greedy", "one" (temperature 1) or "own"; ``ENTROPY`` is "one",
-    "sampling" (the same temperature) or "own".
+    sum and the moment at the entropy temperature; the score of the sample and its thread, or, where
+    sampling is greedy, the largest logit and its column. ``SAMPLING`` is "greedy", "one"
+    (temperature 1) or "own"; ``ENTROPY`` is "one", "sampling" (the same temperature) or "own".
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -172,9 +233,8 @@ def segment_sample_kernel(
         right = load_whole(start, first + TILE, end, ALIGNED)
         maximum, place = raise_maximum(left, first, maximum, place)
         maximum, place = raise_maximum(right, first + TILE, maximum, place)
-        both = side_by_side(left, right)
         references, totals, moments = accumulate_all(
-            both, maximum, scales, references, totals, moments, SAMPLING, ENTROPY
+            left + right, maximum, scales, references, totals, moments, SAMPLING, ENTROPY
         )
     for first in tl.range(pairs_end, end, TILE):
         x = load_ragged(start, first, end, banned, NO_LOGIT)
@@ -185,13 +245,12 @@ def segment_sample_kernel(
 
     top = tl.max(maximum, 0)
     total, moment = in_units_of(top, scale, references[0], totals[0], moments[0])
-    masses, own_moment = total, moment
-    largest_scale = tl.maximum(own_scale, tl.maximum(entropy_scale, scale))
+    own, own_moment = total, moment
     if SAMPLING == "own":
-        masses, own_moment = in_units_of(top, own_scale, references[1], totals[1], moments[1])
+        own, own_moment = in_units_of(top, own_scale, references[1], totals[1], moments[1])
     entropy_total, entropy_moment = total, moment
     if ENTROPY == "sampling":
-        entropy_total, entropy_moment = masses, own_moment
+        entropy_total, entropy_moment = own, own_moment
     elif ENTROPY == "own":
         entropy_total, entropy_moment = in_units_of(
             top, entropy_scale, references[2], totals[2], moments[2]
@@ -199,70 +258,65 @@ def segment_sample_kernel(
     column = 0
     if SAMPLING == "greedy":
         column = largest_column(start, top, maximum, place, end, banned)
-    total_sum = tl.sum(total, 0)
-    own_sum = total_sum
-    if SAMPLING == "own":
-        own_sum = tl.sum(masses, 0)
-    entropy_sum, moment_sum = total_sum, tl.sum(entropy_moment, 0)
-    if ENTROPY == "sampling":
-        entropy_sum = own_sum
-    elif ENTROPY == "own":
-        entropy_sum = tl.sum(entropy_total, 0)
-    if strange(top, largest_scale, total_sum + own_sum + entropy_sum + moment_sum):
-        top, column = exact_maximum(start, begin, end, banned)
-        total, moment = exact_sums(start, begin, end, banned, top, scale)
-        masses = total
-        if SAMPLING == "own":
-            masses, _ = exact_sums(start, begin, end, banned, top, own_scale)
-        total_sum, own_sum = tl.sum(total, 0), tl.sum(masses, 0)
-        if ENTROPY != "one":
-            total, moment = exact_sums(start, begin, end, banned, top, entropy_scale)
-        entropy_sum, moment_sum = tl.sum(total, 0), tl.sum(moment, 0)
+    noise = zero
+    if SAMPLING != "greedy":
+        noise = block_noise(segment, seed, step, tl.load(row_ids + n))
+    sums = exchange(total, own, entropy_total, entropy_moment, noise, SAMPLING)
+    largest_scale = tl.maximum(own_scale, tl.maximum(entropy_scale, scale))
+    if strange(top, largest_scale, sums[0] + sums[1] + sums[2] + sums[3]):
+        top, column, total, own, entropy_total, entropy_moment = exact_sums(
+            start, begin, end, banned, scales, SAMPLING, ENTROPY
+        )
+        sums = exchange(total, own, entropy_total, entropy_moment, noise, SAMPLING)
     score = top
     if SAMPLING != "greedy":
-        row_id = tl.load(row_ids + n)
-        score, column = draw_token(
-            start, segment, begin, end, banned, top, own_scale, masses, seed, step, row_id, VOCAB
-        )
-    column = tl.minimum(column, VOCAB - 1)
-    place_out = partials + program
-    tl.store(place_out, top)
-    tl.store(place_out + programs, total_sum)
-    tl.store(place_out + 2 * programs, own_sum)
-    tl.store(place_out + 3 * programs, entropy_sum)
-    tl.store(place_out + 4 * programs, moment_sum * LN_2)
-    tl.store(place_out + 5 * programs, score)
-    tl.store(place_out + 6 * programs, column.to(tl.float32, bitcast=True))
-    tl.store(place_out + 7 * programs, tl.load(start + column).to(tl.float32))
+        score, column = sums[4], sums[5]
+    out = partials + program
+    tl.store(out, top)
+    tl.store(out + programs, sums[0])
+    tl.store(out + 2 * programs, sums[1])
+    tl.store(out + 3 * programs, sums[2])
+    tl.store(out + 4 * programs, sums[3] * LN_2)
+    tl.store(out + 5 * programs, score)
+    tl.store(out + 6 * programs, column.to(tl.float32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(
+    do_not_specialize=["seed", "step", "row_stride", "programs", "banned"],
+    do_not_specialize_on_alignment=["logits", "row_ids"],
+)
 def row_sample_kernel(
+    logits,
+    row_ids,
     partials,
     token_out,
     log_prob_out,
     confidence_out,
     entropy_out,
+    seed: tl.int64,
+    step: tl.int64,
+    row_stride: tl.int64,
     programs: tl.int64,
     inverse_temperature,
     inverse_entropy_temperature,
+    banned: tl.int32,
     SAMPLING: tl.constexpr,
     VOCAB: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Combines the segments of one row: the sample, and its statistics."""
+    n = tl.program_id(0)
+    row_id = tl.load(row_ids + n)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-    n = tl.program_id(0)
-    _, inside, place = row_partials(partials, n, VOCAB)
+    segments, inside, place = row_partials(partials, n, VOCAB)
     maxima = tl.load(place, mask=inside, other=float("-inf"))
     totals = tl.load(place + programs, mask=inside, other=0.0)
     sampling_totals = tl.load(place + 2 * programs, mask=inside, other=0.0)
     entropy_totals = tl.load(place + 3 * programs, mask=inside, other=0.0)
     moments = tl.load(place + 4 * programs, mask=inside, other=0.0)
     scores = tl.load(place + 5 * programs, mask=inside, other=float("-inf"))
-    tokens = tl.load(place + 6 * programs, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    logits = tl.load(place + 7 * programs, mask=inside, other=float("-inf"))
+    columns = tl.load(place + 6 * programs, mask=inside, other=0.0).to(tl.int32, bitcast=True)
 
     maximum, entropy_total, moment = merge_segments(
         maxima, entropy_totals, moments, inverse_entropy_temperature
@@ -273,8 +327,18 @@ def row_sample_kernel(
         scores = tl.where(inside, scores * sampling_scale, -1.0)
     # A row of NaN has no best score: what is sampled must still be a token.
     best = tl.max(scores, 0)
-    token = tl.minimum(first_column(inside & (scores == best), tokens), VOCAB - 1)
-    x = tl.max(tl.where(inside & (tokens == token), logits, float("-inf")), 0) - maximum
+    segment = tl.minimum(
+        first_column(inside & (scores == best), segments), triton.cdiv(VOCAB, SEGMENT) - 1
+    )
+    column = tl.sum(tl.where(segments == segment, columns, 0), 0)
+    token, logit = tl.minimum(column, VOCAB - 1), best
+    if SAMPLING != "greedy":
+        top = tl.sum(tl.where(segments == segment, maxima, 0.0), 0)
+        token, logit = draw_token(
+            logits + n.to(tl.int64) * row_stride, segment, column, banned, top,
+            inverse_temperature * LOG2_E, seed, step, row_id, VOCAB,
+        )  # fmt: skip
+    x = logit - maximum
     confidence = tl.exp(x) / tl.sum(totals * tl.exp(shift), 0)
     tl.store(entropy_out + n, tl.log(entropy_total) - moment / entropy_total)
     tl.store(token_out + n, token.to(tl.int64))
@@ -320,10 +384,12 @@ def sample_tokens(
     inverse_temperature = 1.0 if temperature == 0 else 1.0 / temperature
     inverse_entropy_temperature = 1.0 / entropy_temperature
     dependent, form = dependent_launches(device), layout(logits)
+    banned = -1 if banned_token is None else banned_token
+    row_ids = row_ids.contiguous()
     with on_device_of(logits):
         arguments = (
             logits,
-            row_ids.contiguous(),
+            row_ids,
             partials,
             seed,
             step,
@@ -331,7 +397,7 @@ def sample_tokens(
             programs,
             inverse_temperature,
             inverse_entropy_temperature,
-            -1 if banned_token is None else banned_token,
+            banned,
             mode,
             entropy_mode,
             vocab_size,
@@ -342,14 +408,21 @@ def sample_tokens(
         variant = (device, vocab_size, mode, entropy_mode, form)
         _SEGMENTS(programs, variant, arguments, segment_options(device, REGISTERS))
         row_arguments = (
+            logits,
+            row_ids,
             partials,
             *sampled,
+            seed,
+            step,
+            logits.stride(0),
             programs,
             inverse_temperature,
             inverse_entropy_temperature,
+            banned,
             mode,
             vocab_size,
             dependent,
         )
-        _ROWS(count, (device, vocab_size, mode), row_arguments, row_options(device))
+        row_variant = (device, vocab_size, mode, logits.dtype)
+        _ROWS(count, row_variant, row_arguments, row_options(device))
     return sampled

@@ -42,6 +42,27 @@ def add_token_values(totals, values, tokens, present, member):
     return totals + tl.where(member, value[None, :], 0.0)
 
 
+@triton.jit
+def token_range(step_ids, first, last, num_tokens, num_steps, SCAN_TOKENS: tl.constexpr):
+    """Where the tokens of some steps begin and end, and how many tokens' steps do not exist.
+
+    The ids are read once, several loads under way at a time, in whatever order they are: a table of
+    the steps' ranges would take a launch of its own, which is longer.
+    """
+    begins = tl.full((SCAN_TOKENS,), 0x7FFFFFFF, tl.int32)
+    ends = tl.zeros((SCAN_TOKENS,), tl.int32)
+    strays = tl.zeros((SCAN_TOKENS,), tl.int32)
+    for start in tl.range(0, num_tokens, SCAN_TOKENS, loop_unroll_factor=4):
+        tokens = start + tl.arange(0, SCAN_TOKENS)
+        exists = tokens < num_tokens
+        ids = tl.load(step_ids + tokens, mask=exists, other=0)
+        strays += (exists & ((ids < 0) | (ids >= num_steps))).to(tl.int32)
+        near = exists & (ids >= first) & (ids < last)
+        begins = tl.minimum(begins, tl.where(near, tokens, 0x7FFFFFFF))
+        ends = tl.maximum(ends, tl.where(near, tokens + 1, 0))
+    return tl.min(begins, 0), tl.max(ends, 0), tl.sum(strays, 0)
+
+
 @triton.jit(
     do_not_specialize=["num_tokens", "num_steps"],
     do_not_specialize_on_alignment=[
@@ -92,29 +113,22 @@ def step_kernel(
     first = tl.program_id(0) * BLOCK_STEPS
     steps = first + tl.arange(0, BLOCK_STEPS)
     inside = steps < num_steps
+    begin, end, strays = token_range(
+        step_ids, first, first + BLOCK_STEPS, num_tokens, num_steps, SCAN_TOKENS
+    )
     log_probs = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
     references = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
     counts = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.int32)
-    strays = tl.zeros((SCAN_TOKENS,), tl.int32)
-    for scan in range(0, num_tokens, SCAN_TOKENS):
-        # All ids are looked at, many at once; values only where a token of these steps is near.
-        scanned = scan + tl.arange(0, SCAN_TOKENS)
-        exists = scanned < num_tokens
-        ids = tl.load(step_ids + scanned, mask=exists, other=0)
-        strays += (exists & ((ids < 0) | (ids >= num_steps))).to(tl.int32)
-        near = exists & (ids >= first) & (ids < first + BLOCK_STEPS)
-        if tl.max(near.to(tl.int32), 0) > 0:
-            for start in range(scan, min(scan + SCAN_TOKENS, num_tokens), BLOCK_TOKENS):
-                tokens = start + tl.arange(0, BLOCK_TOKENS)
-                present = tokens < num_tokens
-                step = tl.load(step_ids + tokens, mask=present, other=0)
-                member = (steps[:, None] == step[None, :]) & present[None, :]
-                counts += member.to(tl.int32)
-                log_probs = add_token_values(log_probs, token_log_prob, tokens, present, member)
-                if token_reference is not None:
-                    references = add_token_values(
-                        references, token_reference, tokens, present, member
-                    )
+    # From a multiple: the order of a sum does not depend on the steps beside it.
+    for start in range(begin // BLOCK_TOKENS * BLOCK_TOKENS, end, BLOCK_TOKENS):
+        tokens = start + tl.arange(0, BLOCK_TOKENS)
+        present = tokens < num_tokens
+        step = tl.load(step_ids + tokens, mask=present, other=0)
+        member = (steps[:, None] == step[None, :]) & present[None, :]
+        counts += member.to(tl.int32)
+        log_probs = add_token_values(log_probs, token_log_prob, tokens, present, member)
+        if token_reference is not None:
+            references = add_token_values(references, token_reference, tokens, present, member)
     count = tl.maximum(tl.sum(counts, 1), 1).to(tl.float32)
     log_prob = tl.sum(log_probs, 1)
     reference = tl.sum(references, 1)
@@ -161,7 +175,7 @@ def step_kernel(
     if AGGREGATION != "exact":
         share = weight / count
     # A token whose step does not exist, unchecked on a GPU, must not vanish silently.
-    term = tl.where(tl.sum(strays, 0) > 0, float("nan"), term)
+    term = tl.where(strays > 0, float("nan"), term)
 
     tl.store(log_prob_out + steps, log_prob, mask=inside)
     tl.store(ratio_out + steps, ratio, mask=inside)

@@ -62,17 +62,6 @@ def first_column(selected, columns):
 
 
 @triton.jit
-def columns_in_order(x0, x1, x2, x3, x4, x5, x6, x7):
-    """float32 [THREADS, GROUP] of its columns.
-
-    However they were loaded: the order of registers, by which sums go, is that of these joins.
-    """
-    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
-    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
-    return tl.reshape(tl.join(even, odd), (THREADS, GROUP))
-
-
-@triton.jit
 def load_four(pointers):
     """Four neighbours for each thread, in one access of 16 bytes."""
     loaded = tl.load(pointers[:, None] + tl.arange(0, 4)[None, :])
@@ -96,7 +85,10 @@ def unpack(word, dtype: tl.constexpr):
 
 @triton.jit
 def load_tile(start, first):
-    """float32 [THREADS, GROUP] of a whole tile of a row that is aligned to 16 bytes."""
+    """The ``GROUP`` columns of the threads of a whole tile, of a row that is aligned to 16 bytes.
+
+    They are apart, float32 [THREADS] each: sums over them go in one order, however they came.
+    """
     place = first + tl.arange(0, THREADS) * GROUP
     dtype: tl.constexpr = start.dtype.element_ty
     if dtype == tl.float32:
@@ -109,7 +101,7 @@ def load_tile(start, first):
         x2, x3 = unpack(b, dtype)
         x4, x5 = unpack(c, dtype)
         x6, x7 = unpack(d, dtype)
-    return columns_in_order(x0, x1, x2, x3, x4, x5, x6, x7)
+    return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
@@ -121,10 +113,7 @@ def load_column(start, columns, end, banned, ABSENT: tl.constexpr):
 
 @triton.jit
 def load_ragged(start, first, end, banned, ABSENT: tl.constexpr):
-    """The same of a tile that is not whole or holds the banned token, or of an unaligned row.
-
-    In the registers of the same threads: sums come out the same to the bit.
-    """
+    """The same of a tile that is not whole or holds the banned token, or of an unaligned row."""
     c = first + tl.arange(0, THREADS) * GROUP
     x0 = load_column(start, c, end, banned, ABSENT)
     x1 = load_column(start, c + 1, end, banned, ABSENT)
@@ -134,19 +123,13 @@ def load_ragged(start, first, end, banned, ABSENT: tl.constexpr):
     x5 = load_column(start, c + 5, end, banned, ABSENT)
     x6 = load_column(start, c + 6, end, banned, ABSENT)
     x7 = load_column(start, c + 7, end, banned, ABSENT)
-    return columns_in_order(x0, x1, x2, x3, x4, x5, x6, x7)
+    return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
 def load_whole(start, first, end, ALIGNED: tl.constexpr):
     """The same of a whole tile without the banned token; 16 bytes at a time where rows allow it."""
     return load_tile(start, first) if ALIGNED else load_ragged(start, first, end, -1, NO_LOGIT)
-
-
-@triton.jit
-def side_by_side(left, right):
-    """[THREADS, 2 GROUP] of two tiles."""
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (THREADS, 2 * GROUP))
 
 
 @triton.jit
@@ -159,37 +142,83 @@ def segment_bounds(segment, width, banned):
 
 
 @triton.jit
+def largest_of(x):
+    """The threads' largest of their columns."""
+    largest = x[0]
+    for i in tl.static_range(1, len(x)):
+        largest = tl.maximum(largest, x[i])
+    return largest
+
+
+@triton.jit
 def raise_maximum(x, first, maximum, place):
     """The threads' maxima with those of a tile, and the tile in which each was first met."""
-    largest = tl.max(x, 1)
+    largest = largest_of(x)
     return tl.maximum(maximum, largest), tl.where(largest > maximum, first, place)
 
 
 @triton.jit
-def accumulate(x, maximum, scale, reference, total, moment, MOMENT: tl.constexpr):
+def power_of_two(exponent):
+    """``2^d`` without the special unit, and ``d``, at least -126; d is at most about 1.
+
+    A polynomial of the fraction, exact to 1e-7, and the whole part added to its exponent.
+    """
+    exponent = tl.maximum(exponent, -126.0)
+    whole = exponent + 12582912.0  # 1.5 * 2^23: its last bit is 1
+    fraction = exponent - (whole - 12582912.0)
+    power = tl.fma(fraction, 0.001326472731307149, 0.009671512991189957)
+    power = tl.fma(power, fraction, 0.05550733581185341)
+    power = tl.fma(power, fraction, 0.24022242426872253)
+    power = tl.fma(power, fraction, 0.6931470036506653)
+    power = tl.fma(power, fraction, 1.0)
+    bits = (whole.to(tl.int32, bitcast=True) << 23) + power.to(tl.int32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True), exponent
+
+
+@triton.jit
+def accumulate(
+    x, maximum, scale, reference, total, moment, MOMENT: tl.constexpr, SPARED: tl.constexpr = 1000
+):
     """Reference, ``sum 2^d`` and ``sum 2^d d`` of the threads with those of a tile.
 
     Args:
-        x: float32 [THREADS, columns].
+        x: columns, [THREADS] each.
         maximum: [THREADS], of all logits up to here.
         reference, total, moment: [THREADS], of the logits before these.
+        SPARED: one in so many powers is taken by others than the special unit.
     """
     # An addition, so that the compiler fuses the product with none of those that follow.
     new = tl.fma(maximum, scale, 0.0)
-    step = reference - new
+    shift = -new
+    step = reference + shift
     ratio = tl.exp2(step)
-    exponent = tl.fma(x, scale, -new[:, None])
-    weight = tl.exp2(exponent)
     if MOMENT:
-        moment = (moment + step * total) * ratio + tl.sum(weight * exponent, 1)
-    return new, total * ratio + tl.sum(weight, 1), moment
+        moment = (moment + step * total) * ratio
+    exponent = tl.fma(x[0], scale, shift)
+    weight = tl.exp2(exponent)
+    weights = weight
+    terms = weight * exponent
+    for i in tl.static_range(1, len(x)):
+        exponent = tl.fma(x[i], scale, shift)
+        if (SPARED - 1 - i) % SPARED == 0:
+            weight, exponent = power_of_two(exponent)
+        else:
+            weight = tl.exp2(exponent)
+        weights += weight
+        terms = tl.fma(weight, exponent, terms)
+    if MOMENT:
+        moment += terms
+    return new, total * ratio + weights, moment
 
 
 @triton.jit
 def accumulate_exactly(x, shift, scale, total, moment):
     """The same relative to the segment's maximum, for any logits."""
-    weight, term = power_terms((x - shift) * scale)
-    return total + tl.sum(weight, 1), moment + tl.sum(term, 1)
+    for i in tl.static_range(len(x)):
+        weight, term = power_terms((x[i] - shift) * scale)
+        total += weight
+        moment += term
+    return total, moment
 
 
 @triton.jit
@@ -208,18 +237,21 @@ def strange(top, scale, sums):
 
 @triton.jit
 def exact_maximum(start, begin, end, banned):
-    """Largest logit of a segment, -inf where there is none, and its first column."""
+    """Largest logit of a segment, -inf where there is none."""
     maximum = tl.full((THREADS,), float("-inf"), tl.float32)
     for first in tl.range(begin, end, TILE):
         x = load_ragged(start, first, end, banned, float("-inf"))
-        maximum = tl.maximum(maximum, tl.max(x, 1))
-    top = tl.max(maximum, 0)
-    column = tl.full((THREADS,), 0x7FFFFFFF, tl.int32)
-    for first in tl.range(begin, end, TILE):
-        x = load_ragged(start, first, end, banned, float("-inf"))
-        columns = first + tl.arange(0, THREADS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        column = tl.minimum(column, tl.min(tl.where(x == top, columns, 0x7FFFFFFF), 1))
-    return top, tl.min(column, 0)
+        maximum = tl.maximum(maximum, largest_of(x))
+    return tl.max(maximum, 0)
+
+
+@triton.jit
+def lowest_column(x, top, first, lowest):
+    """The threads' lowest columns with the logit ``top``, with those of a tile."""
+    columns = first + tl.arange(0, THREADS) * GROUP
+    for i in tl.static_range(len(x)):
+        lowest = tl.minimum(lowest, tl.where(x[i] == top, columns + i, 0x7FFFFFFF))
+    return lowest
 
 
 @triton.jit

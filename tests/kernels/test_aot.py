@@ -32,21 +32,21 @@ def test_segments_are_read_with_wide_loads_and_kept_in_registers(
     for facts in segments:
         assert facts.spills == 0, facts
         assert facts.registers <= (LIMITS[facts.kernel] if limited else 64), facts
-        assert facts.shared <= 16, facts  # a word for each warp: what the reductions exchange
+        assert facts.shared <= 96, facts  # six words for each warp: what the reductions exchange
         # Layouts change in the IR, but within a thread: nothing passes between threads in the loop.
         assert sass.exchanges(sass.parse(facts.listing)) == 0, facts
         # Two tiles in the loop: 8 bfloat16 or 4 float32 in a load.
         wide = 4 if "*fp32" in facts.arguments.split("partials")[0] else 2
         assert facts.loads["v4.32"] == wide, facts
-        # What a segment leaves behind: 4 numbers, or 8.
-        assert facts.written in (16, 32), facts
+        # What a segment leaves behind: 4 numbers, or 7.
+        assert facts.written in (16, 28), facts
 
 
 def test_rows_are_combined_by_one_warp_without_spills(kernels: list[Compiled]) -> None:
     combining = [facts for facts in kernels if facts.kernel.startswith("row_")]
     assert {facts.kernel for facts in combining} == {"row_statistics_kernel", "row_sample_kernel"}
     for facts in combining:
-        assert facts.spills == 0 and facts.shared == 0 and facts.registers <= 48, facts
+        assert facts.spills == 0 and facts.shared == 0 and facts.registers <= 64, facts
 
 
 def test_nothing_but_vocabulary_dtype_and_alignment_compiles_again() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from egspo_kernels.shared.objective import Objective, Steps
 from tests.helpers.marks import first_fast
 from tests.kernels.aot import bytes_moved
 from tests.kernels.traffic import CASES, LLADA, Case, counted, measured
@@ -27,6 +28,23 @@ def test_logits_are_read_once_and_gradients_written_once(case: Case) -> None:
         least = 2 * LLADA * dtype.itemsize
         assert case.reads * least <= traffic.read <= (case.reads + OVERHEAD) * least
         assert case.writes * least <= traffic.written <= (case.writes + OVERHEAD) * least
+
+
+def test_a_program_reads_the_values_of_its_own_steps() -> None:
+    """And every step id once."""
+    from egspo_kernels.triton_kernels import steps as kernels
+
+    tokens, count, near = 4096, 256, 2 * kernels.BLOCK_TOKENS
+    ids = torch.arange(tokens) * count // tokens
+    objective = Objective(0.2, 0.2, 0.1, "exact", "sum")
+    values, per_step = torch.zeros(tokens), torch.zeros(count)
+    with counted() as traffic:
+        kernels.step_objective(
+            objective, values, values, Steps(ids, per_step, per_step, None, None)
+        )
+    programs = count // kernels.BLOCK_STEPS
+    scanned, others = programs * tokens * 8, count * 32
+    assert traffic.read <= scanned + (tokens + programs * near) * (8 + 4 + 4) + others
 
 
 def test_a_second_pass_would_be_seen() -> None:
