@@ -49,8 +49,8 @@ from egspo_kernels.triton_kernels.tiles import (
 )
 from egspo_kernels.types import TokenStats
 
-REGISTERS = 40
-"""Of a thread: twelve programs on a processor."""
+REGISTERS = {2: 40, 4: 48}
+"""Of a thread, by the bytes of a logit: twelve programs on a processor, or ten."""
 
 
 @triton.jit
@@ -237,7 +237,8 @@ def segment_statistics(
         dependent_launches(device),
     )
     variant = (device, vocab_size, dtype_of(rows), form)
-    _SEGMENTS(programs, variant, arguments, segment_options(device, REGISTERS))
+    registers = REGISTERS[logits.element_size()]
+    _SEGMENTS(programs, variant, arguments, segment_options(device, registers))
     return partials
 
 

@@ -52,7 +52,7 @@ def token_range(step_ids, first, last, num_tokens, num_steps, SCAN_TOKENS: tl.co
     begins = tl.full((SCAN_TOKENS,), 0x7FFFFFFF, tl.int32)
     ends = tl.zeros((SCAN_TOKENS,), tl.int32)
     strays = tl.zeros((SCAN_TOKENS,), tl.int32)
-    for start in tl.range(0, num_tokens, SCAN_TOKENS, loop_unroll_factor=4):
+    for start in tl.range(0, num_tokens, SCAN_TOKENS, loop_unroll_factor=2):
         tokens = start + tl.arange(0, SCAN_TOKENS)
         exists = tokens < num_tokens
         ids = tl.load(step_ids + tokens, mask=exists, other=0)

@@ -62,7 +62,7 @@ class Compiled:
     """For each thread."""
     spills: int = 0
     """Bytes of local memory for each thread."""
-    cubin: str = ""
+    cubin: str = dataclasses.field(default="", repr=False)
     """The machine code, in base64."""
 
     @functools.cached_property

@@ -95,12 +95,12 @@ def cost(gate: Gate, capability: int) -> Cost:
     )
 
 
-def end_of_statistics(capability: int) -> float:
-    """Seconds that ``token_stats`` takes after its pass: the start and the run of the last kernel.
+def end_of(launch: str, kernel: str, capability: int) -> float:
+    """Seconds that a call takes after its pass: the start and the run of the last kernel.
 
     The kernel is one wait for memory after the other: what the model has for its path, alone.
     """
-    facts = compiled("stats(2, targets=True)", "row_statistics_kernel", capability)
+    facts = compiled(launch, kernel, capability)
     gpu = processor.GPUS[capability]
     path = sass.usual_path(sass.parse(facts.listing), 1)
     programs = -(-ROWS // gpu.processors)

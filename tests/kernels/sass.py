@@ -98,10 +98,11 @@ def usual_path(blocks: list[Block], repetitions: int) -> list[Instruction]:
         block = blocks[number]
         path += block.instructions * (repetitions if block.repeats and block.is_wide else 1)
         last = block.instructions[-1]
-        if last.name in ("EXIT", "RET") and not last.conditional:
+        if last.name == "EXIT" and not last.conditional:
             break
         goal = place[last.target] if last.target else number
         skipped = blocks[number + 1 : goal]
         taken = goal > number and not (last.conditional and any(each.is_wide for each in skipped))
         number = goal if taken else number + 1
+    assert path[-1].name == "EXIT" and all(each.name != "CALL" for each in path), "not a usual way"
     return path

@@ -43,14 +43,14 @@ def _surrogate(logits: Tensor, ref_logits: Tensor, kl: str | None) -> list[Tenso
     return [*result, gradient]
 
 
-def _linear(logits: Tensor, ref_logits: Tensor, with_steps: bool) -> list[Tensor]:
+def _linear(logits: Tensor, ref_logits: Tensor, kl: str | None, *, steps: bool) -> list[Tensor]:
     hidden, weight = (
         logits[:, :WIDTH].contiguous(),
         ref_logits[:, : 4 * WIDTH].t() @ logits[:, :WIDTH],
     )
     leaf = hidden.detach().requires_grad_()
     targets = torch.arange(ROWS, device="cuda")
-    if with_steps:
+    if steps:
         zeros = torch.zeros(3, device="cuda")
         loss = linear_stepwise_surrogate(
             leaf,
@@ -59,6 +59,9 @@ def _linear(logits: Tensor, ref_logits: Tensor, with_steps: bool) -> list[Tensor
             targets % 3,
             zeros - 10.0,
             zeros + 1.0,
+            kl=kl,  # type: ignore[arg-type]
+            beta=0.1 if kl else 0.0,
+            ref_hidden=hidden + 0.1 if kl else None,
             clip_low=0.2,
             clip_high=0.2,
             backend="triton",
@@ -88,14 +91,24 @@ CALLS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "token_stats": lambda x, y: list(
         token_stats(x, torch.arange(ROWS, device="cuda"), temperature=0.7, backend="triton")
     ),
+    "token_stats, some rows": lambda x, y: list(
+        token_stats(
+            x.bfloat16(),
+            torch.arange(3, device="cuda"),
+            rows=torch.arange(3, device="cuda") * 4,
+            backend="triton",
+        )
+    ),
     "sample, temperature 1": lambda x, y: _sample(x, 1.0, 1.0),
     "sample, two temperatures": lambda x, y: _sample(x, 0.5, 0.7),
     "sample, greedy": lambda x, y: _sample(x, 0.0, 1.0),
     "surrogate": lambda x, y: _surrogate(x, y, None),
     "surrogate, k3": lambda x, y: _surrogate(x, y, "k3"),
     "surrogate, exact KL": lambda x, y: _surrogate(x, y, "exact"),
-    "linear_token_stats": lambda x, y: _linear(x, y, False),
-    "linear_stepwise_surrogate": lambda x, y: _linear(x, y, True),
+    "linear_token_stats": lambda x, y: _linear(x, y, None, steps=False),
+    "linear_stepwise_surrogate": lambda x, y: _linear(x, y, None, steps=True),
+    "linear_stepwise_surrogate, k3": lambda x, y: _linear(x, y, "k3", steps=True),
+    "linear_stepwise_surrogate, exact KL": lambda x, y: _linear(x, y, "exact", steps=True),
 }
 
 
