@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreter_prepares_once() -> Iterator[None]:
+def interpreter_without_waste() -> Iterator[None]:
     """Triton's interpreter prepares its language again, 5 ms, for each call of a device function.
 
-    Here it does so once in a launch for each module with such functions.
+    Here it does so once in a launch for each module with such functions. Nor does it compute
+    whether integers overflow, which it would tell nobody.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     prepare, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
@@ -32,6 +34,10 @@ def interpreter_prepares_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", prepare_once)
         patch.setattr(interpreter.GridExecutor, "__call__", execute_afresh)
+        options = dataclasses.replace(
+            interpreter.interpreter_builder.options, sanitize_overflow=False
+        )
+        patch.setattr(interpreter.interpreter_builder, "options", options)
         yield
 
 
