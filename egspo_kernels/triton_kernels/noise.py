@@ -35,6 +35,7 @@ def words(seed, step, row_id, counter):
     a, b = counter.to(tl.uint32), (counter * 0 + row_id.to(tl.int32)).to(tl.uint32)
     c = (counter * 0 + (row_id >> 32).to(tl.int32)).to(tl.uint32)
     d = (counter * 0 + step.to(tl.int32)).to(tl.uint32)
+    seed = seed.to(tl.uint64)  # the interpreter chooses a type by the value
     key, next_key = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
         left, right = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57

@@ -41,14 +41,14 @@ class Gate:
 SEGMENT = 16384
 GATES = (
     Gate("`token_stats`", "stats(2)", "segment_statistics_kernel",
-         SEGMENT, 4, 8, 2, 10.5, {80: 40, 90: 40}, {80: 0.90, 90: 0.95}),
+         SEGMENT, 4, 8, 2, 9.5, {80: 40, 90: 40}, {80: 0.90, 90: 0.95}),
     Gate("`sample_tokens`, temperature 1", "sample(2)", "segment_sample_kernel",
-         SEGMENT, 4, 8, 2, 16, {80: 48, 90: 48}, {80: 0.95, 90: 0.93}),
+         SEGMENT, 4, 8, 2, 10.5, {80: 48, 90: 48}, {80: 0.95, 90: 0.93}),
     Gate("`sample_tokens`, temperature 0.5", "sample(2, temperature=0.5)",
-         "segment_sample_kernel", SEGMENT, 4, 8, 2, 20, {80: 48, 90: 48},
+         "segment_sample_kernel", SEGMENT, 4, 8, 2, 16, {80: 48, 90: 48},
          {80: 0.85, 90: 0.83}),
     Gate("`sample_tokens`, greedy", "sample(2, temperature=0.0)", "segment_sample_kernel",
-         SEGMENT, 4, 8, 2, 12, {80: 48, 90: 48},
+         SEGMENT, 4, 8, 2, 10, {80: 48, 90: 48},
          {80: 0.95, 90: 0.95}),
     Gate("exact KL", "stepwise(2, 2, 'exact', bf16)", "segment_kl_kernel",
          SEGMENT, 4, 16, 4, 18, {80: 48, 90: 48}, {80: 0.95, 90: 0.95}),

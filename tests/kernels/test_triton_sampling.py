@@ -125,7 +125,9 @@ def uniform_kernel(words, uniforms, exponentials, BLOCK: tl.constexpr):
     tl.store(exponentials + columns, exponential(u))
 
 
-@pytest.mark.parametrize(("seed", "step"), [(0, 0), (-(2**63), 2**32 - 1), (2**40 + 3, 2**31)])
+@pytest.mark.parametrize(
+    ("seed", "step"), [(0, 0), (-(2**63), 2**32 - 1), (2**40 + 3, 2**31), (2**31 + 5, 1)]
+)
 def test_noise_is_that_of_the_reference(seed: int, step: int) -> None:
     """Of columns, and of blocks, whose counters are negative int32."""
     ids = ids_of(4)
