@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from egspo_kernels.triton_kernels.draws import block_noise, draw_token, exchange
 from egspo_kernels.triton_kernels.launch import (
     Launcher,
     dependent_launches,
@@ -24,10 +25,8 @@ from egspo_kernels.triton_kernels.launch import (
     segment_count,
     segment_options,
 )
-from egspo_kernels.triton_kernels.noise import exponentials, exponentials_of_four
 from egspo_kernels.triton_kernels.rows import merge_segments, row_partials
 from egspo_kernels.triton_kernels.tiles import (
-    GROUP,
     LN_2,
     LOG2_E,
     NO_LOGIT,
@@ -41,11 +40,9 @@ from egspo_kernels.triton_kernels.tiles import (
     first_column,
     in_units_of,
     largest_column,
-    load_column,
     load_ragged,
     load_whole,
     lowest_column,
-    power_terms,
     raise_maximum,
     row_pointer,
     segment_bounds,
@@ -57,8 +54,6 @@ REGISTERS = 48
 """Of a thread: ten programs on a processor."""
 FIELDS = 7
 """float32 numbers that a segment leaves behind."""
-COLUMNS = tl.constexpr(SEGMENT.value // THREADS.value)
-"""Of a thread, in a segment."""
 SPARED = tl.constexpr(4)
 """At a second temperature one power in so many is left to the units that add and multiply: two
 powers of every logit are more than the special unit takes in the time of the memory."""
@@ -113,70 +108,6 @@ def exact_sums(start, begin, end, banned, scales, SAMPLING: tl.constexpr, ENTROP
     elif ENTROPY == "sampling":
         entropy_total, moment = own, own_moment
     return top, tl.min(column, 0), total, own, entropy_total, moment
-
-
-@triton.jit
-def add_four(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
-def meet(a, b, c, d, score, lane, e, f, g, h, other, other_lane):
-    """Sums of two groups of threads, and the better score with its thread."""
-    wins = other > score
-    best, winner = tl.where(wins, other, score), tl.where(wins, other_lane, lane)
-    return a + e, b + f, c + g, d + h, best, winner
-
-
-@triton.jit
-def exchange(total, own, entropy_total, moment, noise, SAMPLING: tl.constexpr):
-    """The sums over threads; the score of the sample, and its thread. All exchanged at once."""
-    if SAMPLING == "greedy":
-        a, b, c, d = tl.reduce((total, own, entropy_total, moment), 0, add_four)
-        return a, b, c, d, 0.0, 0
-    else:
-        operands = (total, own, entropy_total, moment, own / noise, tl.arange(0, THREADS))
-        return tl.reduce(operands, 0, meet)
-
-
-@triton.jit
-def block_noise(segment, seed, step, row_id):
-    """float32 [THREADS]: the exponentials of the threads' columns of a segment."""
-    block = segment * THREADS + tl.arange(0, THREADS)
-    # The counters of blocks start at 2^31: the sign of an int32.
-    return exponentials(seed, step, row_id, (block // 4) | -0x80000000, block % 4)
-
-
-@triton.jit
-def draw_token(start, segment, lane, banned, top, scale, seed, step, row_id, VOCAB: tl.constexpr):
-    """The token drawn among the columns of a thread of a segment, and its logit.
-
-    Args:
-        top: the segment's maximum, to which the masses were relative.
-    """
-    begin = segment * SEGMENT
-    end = tl.minimum(begin + SEGMENT, VOCAB)
-    # Each of 32 threads takes four neighbours: one counter.
-    threads = tl.arange(0, COLUMNS // 4)
-    columns = begin + threads // (GROUP // 4) * TILE + lane * GROUP + threads % (GROUP // 4) * 4
-    noise = exponentials_of_four(seed, step, row_id, columns // 4)
-    logits, races = (), ()
-    best = tl.full((COLUMNS // 4,), -1.0, tl.float32)
-    for i in tl.static_range(4):
-        x = load_column(start, columns + i, end, banned, float("-inf"))
-        weight, _ = power_terms((x - finite_or_zero(top)) * scale)
-        logits += (x,)
-        races += (weight / noise[i],)
-        best = tl.maximum(best, races[i])
-    winner = tl.max(best, 0)
-    token = tl.full((COLUMNS // 4,), 0x7FFFFFFF, tl.int32)
-    for i in tl.static_range(4):
-        token = tl.minimum(token, tl.where(races[i] == winner, columns + i, 0x7FFFFFFF))
-    drawn = tl.minimum(tl.min(token, 0), VOCAB - 1)
-    logit = tl.full((COLUMNS // 4,), float("-inf"), tl.float32)
-    for i in tl.static_range(4):
-        logit = tl.where(columns + i == drawn, logits[i], logit)
-    return drawn, tl.max(logit, 0)
 
 
 @triton.jit(
@@ -255,7 +186,7 @@ def segment_sample_kernel(
         entropy_total, entropy_moment = in_units_of(
             top, entropy_scale, references[2], totals[2], moments[2]
         )
-    column = 0
+    column = tl.full((), 0, tl.int32)
     if SAMPLING == "greedy":
         column = largest_column(start, top, maximum, place, end, banned)
     noise = zero

@@ -63,6 +63,39 @@ def token_range(step_ids, first, last, num_tokens, num_steps, SCAN_TOKENS: tl.co
     return tl.min(begins, 0), tl.max(ends, 0), tl.sum(strays, 0)
 
 
+@triton.jit
+def sum_tokens(
+    token_log_prob,
+    token_reference,
+    step_ids,
+    first,
+    num_tokens,
+    num_steps,
+    BLOCK_STEPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    SCAN_TOKENS: tl.constexpr,
+):
+    """Sums of both values over the tokens of some steps, the number of these, and strays."""
+    steps = first + tl.arange(0, BLOCK_STEPS)
+    begin, end, strays = token_range(
+        step_ids, first, first + BLOCK_STEPS, num_tokens, num_steps, SCAN_TOKENS
+    )
+    log_probs = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
+    references = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
+    counts = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.int32)
+    # From a multiple: the order of a sum does not depend on the steps beside it.
+    for start in range(begin // BLOCK_TOKENS * BLOCK_TOKENS, end, BLOCK_TOKENS):
+        tokens = start + tl.arange(0, BLOCK_TOKENS)
+        present = tokens < num_tokens
+        step = tl.load(step_ids + tokens, mask=present, other=0)
+        member = (steps[:, None] == step[None, :]) & present[None, :]
+        counts += member.to(tl.int32)
+        log_probs = add_token_values(log_probs, token_log_prob, tokens, present, member)
+        if token_reference is not None:
+            references = add_token_values(references, token_reference, tokens, present, member)
+    return tl.sum(log_probs, 1), tl.sum(references, 1), tl.sum(counts, 1), strays
+
+
 @triton.jit(
     do_not_specialize=["num_tokens", "num_steps"],
     do_not_specialize_on_alignment=[
@@ -113,25 +146,18 @@ def step_kernel(
     first = tl.program_id(0) * BLOCK_STEPS
     steps = first + tl.arange(0, BLOCK_STEPS)
     inside = steps < num_steps
-    begin, end, strays = token_range(
-        step_ids, first, first + BLOCK_STEPS, num_tokens, num_steps, SCAN_TOKENS
+    log_prob, reference, tokens, strays = sum_tokens(
+        token_log_prob,
+        token_reference,
+        step_ids,
+        first,
+        num_tokens,
+        num_steps,
+        BLOCK_STEPS,
+        BLOCK_TOKENS,
+        SCAN_TOKENS,
     )
-    log_probs = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
-    references = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.float32)
-    counts = tl.zeros((BLOCK_STEPS, BLOCK_TOKENS), tl.int32)
-    # From a multiple: the order of a sum does not depend on the steps beside it.
-    for start in range(begin // BLOCK_TOKENS * BLOCK_TOKENS, end, BLOCK_TOKENS):
-        tokens = start + tl.arange(0, BLOCK_TOKENS)
-        present = tokens < num_tokens
-        step = tl.load(step_ids + tokens, mask=present, other=0)
-        member = (steps[:, None] == step[None, :]) & present[None, :]
-        counts += member.to(tl.int32)
-        log_probs = add_token_values(log_probs, token_log_prob, tokens, present, member)
-        if token_reference is not None:
-            references = add_token_values(references, token_reference, tokens, present, member)
-    count = tl.maximum(tl.sum(counts, 1), 1).to(tl.float32)
-    log_prob = tl.sum(log_probs, 1)
-    reference = tl.sum(references, 1)
+    count = tl.maximum(tokens, 1).to(tl.float32)
     if AGGREGATION == "mean":
         log_prob /= count
         reference /= count
