@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.kernels import sass, variants
+from tests.kernels import aot, sass, variants
 from tests.kernels.aot import Compiled, Target, distinct
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.slow
+triton = pytest.importorskip("triton")
 
 SM_90 = Target("cuda", 90)
 
@@ -19,10 +20,27 @@ def kernels(request: pytest.FixtureRequest) -> list[Compiled]:
     return distinct(variants.kernels(Target("cuda", request.param), variants.ROWS))
 
 
+def test_what_was_compiled_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    def compile_(question: bytes) -> str:
+        asked.append(question)
+        return '{"launches": {"stats(2)": []}, "variants": []}'
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(aot, "_compile", compile_)
+    for target in (SM_90, SM_90, Target("cuda", 80), SM_90):
+        assert aot.compiled(["stats(2)"], target) == {"stats(2)": []}
+    assert len(asked) == 2
+
+
 # Registers of a thread, where they are limited (before sm_100), and for float32.
 LIMITS = {"segment_statistics_kernel": (40, 48), "segment_sample_kernel": (48, 48)}
 
 
+@pytest.mark.slow
 def test_segments_are_read_with_wide_loads_and_kept_in_registers(
     kernels: list[Compiled], request: pytest.FixtureRequest
 ) -> None:
@@ -42,6 +60,7 @@ def test_segments_are_read_with_wide_loads_and_kept_in_registers(
         assert facts.written in (16, 28), facts
 
 
+@pytest.mark.slow
 def test_rows_are_combined_by_one_warp_without_spills(kernels: list[Compiled]) -> None:
     combining = [facts for facts in kernels if facts.kernel.startswith("row_")]
     assert {facts.kernel for facts in combining} == {"row_statistics_kernel", "row_sample_kernel"}
@@ -49,6 +68,7 @@ def test_rows_are_combined_by_one_warp_without_spills(kernels: list[Compiled]) -
         assert facts.spills == 0 and facts.shared == 0 and facts.registers <= 64, facts
 
 
+@pytest.mark.slow
 def test_nothing_but_vocabulary_dtype_and_alignment_compiles_again() -> None:
     found = distinct(variants.kernels(SM_90, variants.SAME_ROWS))
     assert sorted(facts.kernel for facts in found) == [
@@ -59,6 +79,7 @@ def test_nothing_but_vocabulary_dtype_and_alignment_compiles_again() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_only_aligned_rows_are_read_with_wide_loads() -> None:
     """And the reader sees spills, with too few registers."""
     *launches, starved = variants.kernels(SM_90, (*variants.WIDE_LOADS, variants.STARVED))

@@ -72,6 +72,13 @@ def test_the_usual_way_takes_the_loop_and_skips_what_is_special() -> None:
     assert add.writes == ("R8",) and add.reads == ("R4", "R5")
 
 
+def test_a_way_through_a_call_is_refused() -> None:
+    """As where the machine code has a subroutine for what is special, behind the end."""
+    called = LISTING.replace("STG.E [R2.64], R9", "CALL.REL.NOINC `(.L_x_0)")
+    with pytest.raises(AssertionError, match="usual way"):
+        sass.usual_path(sass.parse(called), 3)
+
+
 def _loads(count: int) -> list[sass.Instruction]:
     return [sass.Instruction("LDG.E.128", (f"R{number}",), ()) for number in range(count)]
 

@@ -27,6 +27,7 @@ from egspo_kernels.triton_kernels.noise import (  # noqa: E402
     exponentials,
     uniform,
 )
+from egspo_kernels.triton_kernels.tiles import power_of_two  # noqa: E402
 from tests.helpers.marks import slow  # noqa: E402
 
 # The interpreter computes with numpy, which warns where a GPU does not.
@@ -155,6 +156,23 @@ def test_uniform_numbers_are_those_of_the_reference_to_the_last_bit() -> None:
     exact = -torch.log1p(-expected.double())
     # The sample is decided by the smallest values: their error must be relative.
     torch.testing.assert_close(exponentials.double(), exact, rtol=5e-7, atol=0)
+
+
+@triton.jit
+def power_kernel(exponents, powers, BLOCK: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    power, _ = power_of_two(tl.load(exponents + places))
+    tl.store(powers + places, power)
+
+
+def test_powers_without_the_special_unit() -> None:
+    """As exact as those of the hardware are, and nothing far below."""
+    exponents = torch.cat([torch.linspace(-126, 1, 2044), torch.tensor([-INF, -1e30, -3e4, -127])])
+    powers = torch.empty(2048, device=DEVICE)
+    power_kernel[(1,)](exponents.to(DEVICE), powers, BLOCK=2048)
+    exact = exponents[:-4].double().exp2()
+    torch.testing.assert_close(powers[:-4].cpu().double(), exact, rtol=2.5e-7, atol=0)
+    assert bool((powers[-4:] <= 2.0**-126).all())
 
 
 @pytest.mark.slow
