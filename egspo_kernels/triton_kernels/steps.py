@@ -47,7 +47,7 @@ def token_range(step_ids, first, last, num_tokens, num_steps, SCAN_TOKENS: tl.co
     """Where the tokens of some steps begin and end, and how many tokens' steps do not exist.
 
     The ids are read once, several loads under way at a time, in whatever order they are: a table of
-    the steps' ranges would take a launch of its own, which is longer.
+    the steps' ranges would take a launch of its own.
     """
     begins = tl.full((SCAN_TOKENS,), 0x7FFFFFFF, tl.int32)
     ends = tl.zeros((SCAN_TOKENS,), tl.int32)
