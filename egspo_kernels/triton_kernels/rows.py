@@ -86,6 +86,12 @@ def merge_segments(maxima, sums, moments, inverse_temperature):
 
 
 @triton.jit
+def entropy_of(log_total, total, moment):
+    """Of a row that is all but certain, rounding would give a number below 0. NaN stays NaN."""
+    return tl.maximum(log_total - moment / total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def exact_statistics(start, begin, end, banned, scale):
     """(m, s, t, column) of a segment with logits of any kind."""
     top = exact_maximum(start, begin, end, banned)
@@ -199,7 +205,7 @@ def row_statistics_kernel(
     argmax = tl.minimum(first_column(inside & (maxima == maximum), columns), VOCAB - 1)
     log_total = tl.log(total)
     tl.store(logsumexp_out + n, maximum * inverse_temperature + log_total)
-    tl.store(entropy_out + n, log_total - moment / total)
+    tl.store(entropy_out + n, entropy_of(log_total, total, moment))
     tl.store(confidence_out + n, tl.where(total == 0, float("nan"), 1.0 / total))
     tl.store(argmax_out + n, argmax.to(tl.int64))
     if targets is not None:

@@ -25,7 +25,7 @@ from egspo_kernels.triton_kernels.launch import (
     segment_count,
     segment_options,
 )
-from egspo_kernels.triton_kernels.rows import merge_segments, row_partials
+from egspo_kernels.triton_kernels.rows import entropy_of, merge_segments, row_partials
 from egspo_kernels.triton_kernels.tiles import (
     LN_2,
     LOG2_E,
@@ -271,7 +271,8 @@ def row_sample_kernel(
         )  # fmt: skip
     x = logit - maximum
     confidence = tl.exp(x) / tl.sum(totals * tl.exp(shift), 0)
-    tl.store(entropy_out + n, tl.log(entropy_total) - moment / entropy_total)
+    entropy = entropy_of(tl.log(entropy_total), entropy_total, moment)
+    tl.store(entropy_out + n, entropy)
     tl.store(token_out + n, token.to(tl.int64))
     tl.store(confidence_out + n, confidence)
     if SAMPLING == "greedy":

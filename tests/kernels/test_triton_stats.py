@@ -17,6 +17,7 @@ from egspo_kernels import (
     available_backends,
     last_backend,
     reference,
+    sample_tokens,
     token_stats,
 )
 from egspo_kernels.dispatch.backend import ENVIRONMENT_VARIABLE
@@ -202,6 +203,24 @@ def test_indices_out_of_range_read_nothing() -> None:
     assert stats.log_prob is not None
     assert stats.log_prob.isnan().tolist() == [True, True, False, True, True, False]
     assert stats.entropy.isnan().tolist() == [True, False, False, True, False, False]
+
+
+def test_rounding_leaves_no_entropy_below_zero() -> None:
+    """The largest weight is not 1 where its exponent is the rest of a rounded product."""
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, 6e4]], device=DEVICE)
+    for temperature in (11.8125, 0.3, 7.7):
+        stats = triton_stats(logits, None, temperature=temperature)
+        sampled = sample_tokens(
+            logits,
+            temperature=1.0,
+            seed=0,
+            step=0,
+            row_ids=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+            entropy_temperature=temperature,
+            backend="triton",
+        )
+        for entropy in (stats.entropy, sampled.entropy):
+            assert 0.0 <= float(entropy) <= 2e-6
 
 
 values = st.one_of(
