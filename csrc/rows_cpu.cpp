@@ -66,7 +66,8 @@ float logsumexp_of(const RowSums& sums, double temperature) {
 }
 
 float entropy_of(const RowSums& sums) {
-  return static_cast<float>(sums.log_total() - kLn2 * sums.moment / sums.total);
+  const double entropy = sums.log_total() - kLn2 * sums.moment / sums.total;
+  return static_cast<float>(entropy < 0 ? 0 : entropy);  // by rounding; NaN stays NaN
 }
 
 bool same_shape(const egspo_rows& rows, const egspo_rows* reference) {

@@ -77,7 +77,8 @@ struct Sampler {
       moment += weight * (partial[kMoment] + shift * partial[kEntropy]);
     }
     if (total == 0) return kNaN;
-    return static_cast<float>(std::log(total) - kLn2 * moment / total);
+    const double entropy = std::log(total) - kLn2 * moment / total;
+    return static_cast<float>(entropy < 0 ? 0 : entropy);  // by rounding; NaN stays NaN
   }
 
   // The column that wins the race, and the sum of the exponentials of all.

@@ -99,6 +99,16 @@ def test_special_rows_as_the_reference_has_them(
             torch.testing.assert_close(value, other, equal_nan=True, rtol=1e-6, atol=1e-6)
 
 
+def test_rounding_leaves_no_entropy_below_zero() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, 6e4]])
+    options = {"temperature": 1.0, "seed": 0, "step": 0, "row_ids": torch.zeros(1).long()}
+    for temperature in torch.linspace(0.1, 20, 100).tolist():
+        stats = token_stats(logits, None, temperature=temperature, backend="cpp")
+        sample = sample_tokens(logits, **options, entropy_temperature=temperature, backend="cpp")
+        for entropy in (stats.entropy, sample.entropy):
+            assert 0.0 <= float(entropy) <= 2e-6
+
+
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
