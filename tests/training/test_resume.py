@@ -344,7 +344,13 @@ def test_resuming_from_an_older_checkpoint_takes_the_later_ones_away(
             ["optimizer.learning_rate was 0.01, now 0.001", "algorithm.lam was 0.5, now 0.25"],
         ),
         ({"task": {"options": {"empty_cells": 4}}}, ["task.options.empty_cells was [6, 10], now"]),
-        (LORA, [f"model.lora.{name} was None, now" for name in ("rank", "alpha", "dropout")]),
+        (
+            LORA,
+            [
+                f"model.lora.{name} was None, now"
+                for name in ("rank", "alpha", "dropout", "experts")
+            ],
+        ),
         ({"steps": 9}, ["steps was 6, now 9, which optimizer.schedule=cosine depends on"]),
     ],
 )
