@@ -36,4 +36,4 @@ COUNTDOWN = SmallTask(
     "Countdown, 8 steps",
     ("steps=40", "prompts_per_step=8", "eval.every=20", "sft.steps=500"),
 )
-ARITHMETIC = SmallTask("arithmetic_tiny", "Chains of sums, 64 steps", ())
+ARITHMETIC = SmallTask("arithmetic_tiny", "Chains of sums, 64 steps, dual cache", ())

@@ -94,6 +94,8 @@ def _definitions(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     for over in get_args(EntropyOver):
         if over == "block" and generation.block_length == generation.max_new_tokens:
             continue  # all masked positions are in the block
+        if over == "masked" and generation.cache == "dual":
+            continue  # its steps compute no hidden states of later blocks
         for reduce in get_args(EntropyReduce):
             if (over, reduce) == ("revealed", "sum") and generation.steps == (
                 generation.max_new_tokens

@@ -76,6 +76,7 @@ def test_every_strategy_and_definition_is_compared_once(task: str, tmp_path: Pat
     assert (algorithm.stepwise, algorithm.beta, algorithm.aggregation) == (False, 0.0, "exact")
     over = {each.entropy[0] for each in made}
     assert ("block" in over) == (config.generation.block_length < config.generation.max_new_tokens)
+    assert ("masked" in over) == (config.generation.cache != "dual")
 
 
 @pytest.fixture
