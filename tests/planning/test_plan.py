@@ -263,8 +263,17 @@ def test_the_peak_of_the_update_is_what_it_allocates(
     config = runs.config(tmp_path, FULL, common, changes)
     trainer = Trainer(config)
     iteration = trainer.iteration
-    if trainer.denoiser.offload is not None:
-        trainer.denoiser.offload.smallest = 1024
+    offload, micro_batches = trainer.denoiser.offload, 0
+    if offload is not None:
+        offload.smallest = 1024
+        inside = type(offload).__call__
+
+        def counted(self: Any) -> Any:
+            nonlocal micro_batches
+            micro_batches += torch.is_grad_enabled()
+            return inside(self)
+
+        monkeypatch.setattr(type(offload), "__call__", counted)
     iteration.run(1, [0, 0], 0)  # the optimizer makes its moments
     update, allocated = iteration.optimize, Allocated()
 
@@ -283,9 +292,10 @@ def test_the_peak_of_the_update_is_what_it_allocates(
     parts = estimate_memory(config, trainer.denoiser.model, prompt)
     expected = sum(part.bytes for part in parts if part.phase in ("always", "update"))
     assert allocated.peak == pytest.approx(expected, rel=0.1)
-    if (offload := trainer.denoiser.offload) is not None:
+    if offload is not None:
         moved = next(part.bytes for part in parts if part.phase == "host")
-        assert offload.bytes / 8 == pytest.approx(moved, rel=0.1)  # micro-batches of both steps
+        # A group of equal rewards, which rounding decides, needs none.
+        assert offload.bytes / micro_batches == pytest.approx(moved, rel=0.1)
     moments = next(part.bytes for part in parts if part.name == "optimizer")
     assert allocated.now >= moments
 
