@@ -16,7 +16,7 @@ from egspo.config import ModelConfig, TrainConfig
 from egspo.models import add_lora, load_adapter, load_model, new_model
 from egspo.models.experts import freeze_routers
 from egspo.models.loading import set_block_size
-from egspo.models.lora import REFERENCE_ADAPTER, add_reference_adapter
+from egspo.models.lora import REFERENCE_ADAPTER, add_reference_adapter, check_targets
 from egspo.models.quantization import keep_differentiable, nf4_config
 from egspo.rollouts.decoding import check_decoding
 from egspo.rollouts.denoiser import Denoiser
@@ -198,6 +198,12 @@ def check_data(config: TrainConfig, data: Data, model_config: PretrainedConfig) 
     check_task(config, data.task)
     for prompts in (data.train, data.held_out):
         check_context(prompts.token_ids, config.generation, context)
+
+
+def check_lora(config: ModelConfig, model: PreTrainedModel) -> None:
+    """The adapter of the recipe must find what it is on; raises ValueError where it does not."""
+    if config.lora is not None:
+        check_targets(model, config.lora.target_modules, experts=config.lora.experts)
 
 
 def check_model(config: TrainConfig, model_config: PretrainedConfig) -> None:

@@ -239,6 +239,16 @@ def test_block_options_are_refused_before_the_warm_start(tmp_path: Path) -> None
             train(recipe("llada", tmp_path / "run", SFT, changes))
 
 
+def test_adapters_on_nothing_are_refused_before_the_warm_start(tmp_path: Path) -> None:
+    for lora, message in (
+        ({"experts": True}, "experts is of models with routed experts"),
+        ({"target_modules": ["up_projection"]}, "'up_projection', which names no projection"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(recipe("sdar", tmp_path / "run", SFT, {"model": {"lora": lora}}))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_another_block_size(tmp_path: Path, no_plots: None) -> None:
     changes = {"model": {"block_size": 8}, "generation": {"block_length": 8}}
     train(recipe("sdar", tmp_path / "run", changes))
