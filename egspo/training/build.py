@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from egspo.algorithm.objectives.registry import check_objective
 from egspo.config import ModelConfig, TrainConfig
 from egspo.models import add_lora, load_adapter, load_model, new_model
 from egspo.models.experts import freeze_routers
@@ -210,6 +211,7 @@ def check_model(config: TrainConfig, model_config: PretrainedConfig) -> None:
     """Options must have a meaning for the model; raises ValueError naming the one that has none."""
     block_size = getattr(model_config, "block_size", None)
     check_decoding(config.generation, block_size)
+    check_objective(config, block_size)
     if block_size is not None and config.algorithm.entropy_over == "masked":
         raise ValueError(
             "algorithm.entropy_over: masked needs every masked position in each step, and a "
