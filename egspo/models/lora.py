@@ -78,24 +78,7 @@ def add_lora(
         raise ValueError(f"rank must be >= 1, got {rank}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if isinstance(target_modules, str):
-        raise TypeError(
-            f"target_modules must be a list of names, got the string {target_modules!r}"
-        )
-    projections = [name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
-    for target in target_modules or ():
-        if re.search(_EXPERTS, target):
-            raise ValueError(
-                f"target_modules has {target!r}: the matrices of routed experts are stacked, and "
-                "adapted together by experts: true; those of shared experts are "
-                "shared_experts.up_proj and so on"
-            )
-        if not any(_is_suffix(target, name) for name in projections):
-            raise ValueError(f"target_modules has {target!r}, which names no projection of a block")
-    if experts and not routed_layers(model):
-        raise ValueError(
-            f"experts is of models with routed experts; {type(model).__name__} has none"
-        )
+    check_targets(model, target_modules, experts=experts)
     targets = LORA_TARGETS if target_modules is None else list(target_modules)
     config = LoraConfig(
         r=rank,
@@ -106,11 +89,46 @@ def add_lora(
     )
     if experts:
         config.target_modules = f"{pattern(targets)}|{SEPARATE}"
-        stacked_targets(config)
+        stacked_targets(config, model)
     with seeded(seed, model.device):
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def check_targets(
+    model: PreTrainedModel, target_modules: Sequence[str] | None, *, experts: bool
+) -> None:
+    """Refuse what :func:`add_lora` would, of the same arguments.
+
+    Raises:
+        TypeError: ``target_modules`` is a string.
+        ValueError: it is empty or has what is no projection, or there are no experts to adapt.
+    """
+    if isinstance(target_modules, str):
+        raise TypeError(
+            f"target_modules must be a list of names, got the string {target_modules!r}"
+        )
+    if target_modules is not None and not target_modules and not experts:
+        raise ValueError("target_modules must name a projection, or be null for all, got []")
+    projections = [name for name, _ in model.named_modules() if re.fullmatch(LORA_TARGETS, name)]
+    for target in target_modules or ():
+        if re.search(_EXPERTS, target):
+            raise ValueError(
+                f"target_modules has {target!r}: the matrices of routed experts are stacked, and "
+                "adapted together by experts: true; those of shared experts are "
+                "shared_experts.up_proj and so on"
+            )
+        if not any(_is_suffix(target, name) for name in projections):
+            known = dict.fromkeys(re.sub(r".*\.\d+\.", "", name) for name in projections)
+            raise ValueError(
+                f"target_modules has {target!r}, which names no projection of a block; "
+                f"{type(model).__name__} has {', '.join(known)}"
+            )
+    if experts and not routed_layers(model):
+        raise ValueError(
+            f"experts is of models with routed experts; {type(model).__name__} has none"
+        )
 
 
 def load_adapter(
@@ -143,7 +161,7 @@ def load_adapter(
     if head is not None and not any(f".{head[0]}.lora_" in key for key in weights):
         config.exclude_modules = _joined(config.exclude_modules, head[0])
     if routed_layers(model) and (on_experts(weights) or targets_experts(config)):
-        stacked_targets(config)
+        stacked_targets(config, model)
         weights = together(weights)
     config.inference_mode = not trainable
     with seeded(0, model.device):  # the initial values drawn here are all overwritten
@@ -271,6 +289,10 @@ def _difference(weights: dict[str, Tensor], adapted: PeftModel) -> str:
     problems = {
         "missing": sorted(set(expected) - set(weights)),
         "unknown": sorted(set(weights) - set(expected)),
-        "mis-shaped": [key for key in shared if weights[key].shape != expected[key].shape],
+        "mis-shaped": [
+            f"{key} {list(weights[key].shape)}, expected {list(expected[key].shape)}"
+            for key in shared
+            if weights[key].shape != expected[key].shape
+        ],
     }
     return "; ".join(f"{kind} {', '.join(keys[:8])}" for kind, keys in problems.items() if keys)

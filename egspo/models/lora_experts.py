@@ -7,7 +7,7 @@ linear modules: ``...mlp.experts.3.up_proj.lora_A.weight``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from egspo.models.experts import Experts, Product, grouped
@@ -212,16 +213,45 @@ def on_experts(names: Iterable[str]) -> bool:
 
 
 def targets_experts(config: LoraConfig) -> bool:
-    """Whether an expression among the targets names routed experts."""
+    """Whether an expression among the targets names routed experts, which are not excluded."""
     targets, one = config.target_modules, "model.layers.1.mlp.experts.0.up_proj"
-    return isinstance(targets, str) and re.fullmatch(targets, one) is not None
+    named = isinstance(targets, str) and re.fullmatch(targets, one) is not None
+    return named and re.fullmatch(pattern(config.exclude_modules), one) is None
 
 
-def stacked_targets(config: LoraConfig) -> None:
-    """Have ``config`` also target experts that are stacked, by :class:`LoraExperts`."""
+def stacked_targets(config: LoraConfig, model: nn.Module) -> None:
+    """Have ``config`` also target the experts of ``model``, which are stacked, by
+    :class:`LoraExperts`.
+
+    Raises:
+        ValueError: it gives experts a rank or scale of their own, or leaves layers out.
+    """
+    for option in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, option)
+        for name in _names(model) if keys else ():
+            key = get_pattern_key(keys, name)
+            if key in keys:
+                raise ValueError(
+                    f"{option} has {key!r}, which names {name}: adapters on routed experts have "
+                    "one rank and one alpha, expected a pattern that leaves experts out"
+                )
+    if config.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform is {config.layers_to_transform}: adapters on routed experts "
+            "are on all layers, expected null"
+        )
     config._register_custom_module({Experts: LoraExperts})
     separate_targets(config)
     config.target_modules = f"{pattern(config.target_modules)}|{_STACKED}"
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Of the experts of ``model``, in memory and in files."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            yield name
+            for number in range(len(module.down_proj)):
+                yield from (f"{name}.{number}.{part}" for part in PROJECTIONS)
 
 
 def separate_targets(config: LoraConfig) -> None:

@@ -88,6 +88,11 @@ class StrictPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call, u
         new = getattr(self, "activation_checkpointing_enable", None)
         (new or self.gradient_checkpointing_enable)()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers guesses by the text of the class's file, and warns where it guesses no.
+        return True
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         """As peft asks, without the warning of transformers that the name is old."""

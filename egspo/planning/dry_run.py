@@ -278,7 +278,7 @@ def described_model(config: TrainConfig, model_config: PretrainedConfig) -> tupl
                 base.checkpoint_activations()
             adapter = PeftConfig.from_pretrained(config.model.adapter)
             if isinstance(adapter, LoraConfig) and routed_layers(base) and targets_experts(adapter):
-                stacked_targets(adapter)
+                stacked_targets(adapter, base)
             model = PeftModel(base, adapter)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(".lora_" in name)

@@ -12,11 +12,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from egspo.algorithm.objectives.registry import check_objective
 from egspo.config import ModelConfig, TrainConfig
 from egspo.models import add_lora, load_adapter, load_model, new_model
 from egspo.models.experts import freeze_routers
 from egspo.models.loading import set_block_size
-from egspo.models.lora import REFERENCE_ADAPTER, add_reference_adapter
+from egspo.models.lora import REFERENCE_ADAPTER, add_reference_adapter, check_targets
 from egspo.models.quantization import keep_differentiable, nf4_config
 from egspo.rollouts.decoding import check_decoding
 from egspo.rollouts.denoiser import Denoiser
@@ -200,10 +201,17 @@ def check_data(config: TrainConfig, data: Data, model_config: PretrainedConfig) 
         check_context(prompts.token_ids, config.generation, context)
 
 
+def check_lora(config: ModelConfig, model: PreTrainedModel) -> None:
+    """The adapter of the recipe must find what it is on; raises ValueError where it does not."""
+    if config.lora is not None:
+        check_targets(model, config.lora.target_modules, experts=config.lora.experts)
+
+
 def check_model(config: TrainConfig, model_config: PretrainedConfig) -> None:
     """Options must have a meaning for the model; raises ValueError naming the one that has none."""
     block_size = getattr(model_config, "block_size", None)
     check_decoding(config.generation, block_size)
+    check_objective(config, block_size)
     if block_size is not None and config.algorithm.entropy_over == "masked":
         raise ValueError(
             "algorithm.entropy_over: masked needs every masked position in each step, and a "

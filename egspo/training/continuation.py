@@ -30,6 +30,7 @@ _FREE = (
     "task.reward_timeout",
     "micro_batch_size",  # how the same gradient is summed
     "micro_batch_tokens",
+    "algorithm.share_prompts",
     "max_empty_steps",
     "allow_changed_data",
 )

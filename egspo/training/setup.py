@@ -108,6 +108,10 @@ def launched(config: TrainConfig) -> Launch:
     check_quantization(config, accelerator.device)
     if config.generation.cuda_graphs:
         check_device(accelerator.device)
+    if config.model.attn_implementation == "flex_attention" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "model.attn_implementation: flex_attention has no backward pass on a CPU: use sdpa"
+        )
     return Launch(config, accelerator, processes, engine)
 
 

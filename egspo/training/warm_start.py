@@ -30,6 +30,7 @@ from egspo.training.build import (
     autocast_dtype,
     base_model,
     check_data,
+    check_lora,
     fresh_model,
     plain_denoiser,
     trainable_model,
@@ -84,6 +85,7 @@ def warm_start(
         model_config = replace(config.model, dtype="float32")
         model = fresh_model(model_config, data.tokenizer, config.sft.seed, device)
         check_data(config, data, model.config)
+        check_lora(config.model, model)
         needed = sum(p.numel() * p.element_size() for p in model.parameters())
         check_writable(cached.parent, needed, name="the warm-start cache (EGSPO_CACHE)")
         denoiser = plain_denoiser(config, model, data.tokenizer, device)

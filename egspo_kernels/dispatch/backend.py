@@ -140,8 +140,8 @@ class Dispatcher:
         """
         setting = _read_environment() if requested == "auto" else None
         call = (requested, setting, device)
-        if refused:
-            chosen = self._decide(*call, refused)
+        if refused or not isinstance(requested, str):  # which may not be a key, and is refused
+            chosen = self._decide(*call, refused or {})
         elif (known := self._chosen.get(call)) is not None:
             chosen = known
         else:

@@ -82,6 +82,8 @@ def test_explicit_choice_runs_or_raises(dispatcher: Dispatcher) -> None:
         dispatcher.choose("triton", CPU)
     with pytest.raises(ValueError, match=r"backend must be .* got 'fastest'"):
         dispatcher.choose("fastest", CPU)
+    with pytest.raises(ValueError, match=r"backend must be .* got \['cpp'\]"):
+        dispatcher.choose(["cpp"], CPU)  # type: ignore[arg-type]
     assert last_backend("twice") == "reference"
 
 

@@ -22,7 +22,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from egspo.models import LLaDA2Config, SDARConfig, add_lora
 from egspo.models.blocks import Columns, dense_mask, flex_mask
 from egspo.models.experts import Experts, GroupedRouter, Router, stacked
-from tests.families import BLOCK_CAUSAL, make
+from tests.families import BLOCK_CAUSAL, FAMILIES, make
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 BLOCK = 4
@@ -257,6 +257,13 @@ def test_experts_that_nobody_goes_to() -> None:
 
 
 # --- Padding, passes over some columns, copies
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_memory_attends_as_it_is_told(family: str) -> None:
+    for implementation in ("eager", "sdpa"):
+        model = make(family, attn_implementation=implementation)
+        assert model.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -66,7 +66,8 @@ def test_given_targets_never_reach_the_head(make_model: MakeModel) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target_modules": ["q_proj", "o_proj"]}, ValueError, "'o_proj'"),
+        ({"target_modules": ["q_proj", "o_proj"]}, ValueError, "'o_proj'.*has q_proj, k_proj"),
+        ({"target_modules": []}, ValueError, r"must name a projection, .* got \[\]"),
         ({"target_modules": [HEAD]}, ValueError, "names no projection of a block"),
         ({"target_modules": "q_proj"}, TypeError, "list of names"),
         ({"rank": 0}, ValueError, "rank must be >= 1, got 0"),

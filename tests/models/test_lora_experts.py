@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from egspo.models import add_lora, load_adapter, reference_mode
 from egspo.models.experts import Experts
 from egspo.models.lora import add_reference_adapter, save_adapter
+from egspo.models.lora_experts import LoraExperts
 from egspo.models.transformer import GatedMLP
 from egspo.rollouts.work import ModelCost, Work
 from tests.families import make
@@ -192,11 +193,42 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         save_file(left, tmp_path / WEIGHTS, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"does not fit|experts have factors"):
             load_adapter(make("llada2"), tmp_path)
-    settings = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**settings, "use_dora": True}))
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="adapters on routed experts are plain"):
+    last = {name: tensor for name, tensor in tensors.items() if ".experts.7." not in name}
+    save_file(last, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"down_proj \[7, 2, 16\], expected \[8, 2, 16\]"):
         load_adapter(make("llada2"), tmp_path)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    for change, message in (
+        ({"use_dora": True}, "adapters on routed experts are plain"),
+        # What PEFT would apply to experts that are linear modules.
+        (
+            {"alpha_pattern": {r"experts\.3\.up_proj": 4}},
+            r"alpha_pattern has .*experts\.3\.up_proj",
+        ),
+        ({"rank_pattern": {"up_proj": 2}}, "rank_pattern has 'up_proj', which names"),
+        (
+            {"layers_to_transform": [1], "target_modules": ["up_proj"]},
+            r"layers_to_transform is \[1\]",
+        ),
+    ):
+        (tmp_path / CONFIG).write_text(json.dumps({**settings, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_adapter(make("llada2"), tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({**settings, "alpha_pattern": {"dense": 4}}))
+    load_adapter(make("llada2"), tmp_path)
+
+
+def test_experts_that_an_adapter_excludes_are_left_alone(tmp_path: Path) -> None:
+    save_adapter(adapted("llada2"), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    others = {name: tensor for name, tensor in tensors.items() if not EXPERT.search(name)}
+    save_file(others, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    settings["exclude_modules"] = r".*\.experts\..*"
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    model = load_adapter(make("llada2"), tmp_path)
+    assert not any(isinstance(module, LoraExperts) for module in model.modules())
 
 
 def test_flops_of_adapters_are_counted(ids: Tensor) -> None:

@@ -107,6 +107,7 @@ def test_configurations_that_cannot_work(
         ({"model": {"config": {"n_headz": 2}}}, r"unknown fields .* \['n_headz'\]"),
         ({"model": {"lora": {"target_modules": ["q"]}}}, "target_modules has 'q'"),
         ({"generation": {"cuda_graphs": True}}, "generation.cuda_graphs needs a GPU"),
+        ({"model": {"attn_implementation": "flex_attention"}}, "no backward pass on a CPU"),
         ({"trackers": ["wandb"]}, r"trackers has 'wandb', .* pip install 'egspo\[wandb\]'"),
         ({"sft": {"steps": 2}, **LETTERS, "generation": SHORT}, "target .* 0 has 6 tokens"),
     ],

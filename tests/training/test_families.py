@@ -160,6 +160,13 @@ def test_an_adapter_on_experts_from_a_run_to_its_export(
     assert files[0].keys() == files[1].keys()
 
 
+def test_a_resumed_run_may_share_prompts_or_not(tmp_path: Path, no_plots: None) -> None:
+    shared = {"algorithm": {"share_prompts": "always"}}
+    train(recipe("sdar", tmp_path / "run", {"steps": 2}, shared))
+    train(recipe("sdar", tmp_path / "run"), resume=tmp_path / "run")
+    check(tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_evaluation_measures_what_training_did(
@@ -227,16 +234,32 @@ def test_block_options_are_refused_before_the_warm_start(tmp_path: Path) -> None
         ),
         ({"generation": {"cache": "dual"}}, "cache: dual is of models with full attention"),
         ({"algorithm": {"entropy_over": "masked"}}, "entropy_over: masked needs"),
+        (
+            {"algorithm": {"objective": "mean_field", "stepwise": False}},
+            "objective: mean_field masks whole completions again",
+        ),
+        ({"algorithm": {"objective": "no.such:Thing"}}, "no.such:Thing"),
     ]
     for changes, message in bad:
         with pytest.raises(ValueError, match=message):
             train(recipe("sdar", tmp_path / "run", SFT, changes))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
     for changes, message in (
         ({"model": {"block_size": 4}}, "model.block_size is of block-causal models"),
         ({"algorithm": {"completion_blocks": "active"}}, "completion_blocks: active is of block"),
     ):
         with pytest.raises(ValueError, match=message):
             train(recipe("llada", tmp_path / "run", SFT, changes))
+
+
+def test_adapters_on_nothing_are_refused_before_the_warm_start(tmp_path: Path) -> None:
+    for lora, message in (
+        ({"experts": True}, "experts is of models with routed experts"),
+        ({"target_modules": ["up_projection"]}, "'up_projection', which names no projection"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(recipe("sdar", tmp_path / "run", SFT, {"model": {"lora": lora}}))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_another_block_size(tmp_path: Path, no_plots: None) -> None:

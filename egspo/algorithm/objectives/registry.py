@@ -11,6 +11,7 @@ from egspo.algorithm.micro_batches import MicroBatches
 from egspo.algorithm.objectives.base import Objective
 from egspo.algorithm.objectives.coupled import CoupledObjective
 from egspo.algorithm.objectives.mean_field import MeanFieldObjective
+from egspo.algorithm.objectives.remasked import RemaskedObjective
 from egspo.algorithm.objectives.sandwich import SandwichObjective
 from egspo.algorithm.objectives.sequence_elbo import SequenceElboObjective
 from egspo.algorithm.objectives.stepwise import StepwiseObjective
@@ -50,9 +51,29 @@ def build_objective(
         ValueError: it cannot be imported or has not the methods of
             :class:`~egspo.algorithm.objectives.base.Objective`, or the model does not go with it.
     """
+    made = check_objective(config, denoiser.block_size)
+    return made(config, denoiser, micro_batches, processes, prompt_tokens)
+
+
+def check_objective(config: TrainConfig, block_size: int | None) -> Callable[..., Objective]:
+    """The class that ``algorithm.objective`` names, if it goes with a model.
+
+    Args:
+        config: of the run.
+        block_size: of a block-causal model, or None.
+
+    Raises:
+        ValueError: as of :func:`build_objective`.
+    """
     name = config.algorithm.objective
     made = _BUILT_IN[name] if name in _BUILT_IN else _imported(name)
-    return made(config, denoiser, micro_batches, processes, prompt_tokens)
+    remasked = isinstance(made, type) and issubclass(made, RemaskedObjective)
+    if block_size is not None and remasked:
+        raise ValueError(
+            f"algorithm.objective: {name} masks whole completions again, which a block-causal "
+            "model cannot be shown: use stepwise"
+        )
+    return made
 
 
 def _imported(path: str) -> Any:

@@ -104,15 +104,14 @@ class Outcome(NamedTuple):
 class RemaskedObjective(ABC):
     """An :class:`~egspo.algorithm.objectives.base.Objective` but for the masks and the loss.
 
+    Not of block-causal models, whose rollout sees clean blocks only.
+
     Args:
         config: of the run.
         denoiser: of the policy.
         micro_batches: how many canvases share a pass.
         processes: this one among all of them.
         prompt_tokens: of a prompt, on average.
-
-    Raises:
-        ValueError: the model is block-causal: its rollout sees clean blocks only.
     """
 
     completes = False
@@ -130,11 +129,6 @@ class RemaskedObjective(ABC):
         processes: Processes,
         prompt_tokens: float,
     ) -> None:
-        if denoiser.block_size is not None:
-            raise ValueError(
-                f"algorithm.objective: {config.algorithm.objective} masks whole completions again, "
-                "which a block-causal model cannot be shown: use stepwise"
-            )
         self.config, self.micro_batches, self.processes = config, micro_batches, processes
         self.scorer = Scorer(denoiser, config.algorithm, config.generation)
 
