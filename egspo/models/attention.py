@@ -90,6 +90,17 @@ def attend(
     return output.reshape(batch, length, -1), weights, key, value
 
 
+def check_attention(name: str) -> None:
+    """Raise ValueError unless transformers knows the attention implementation, or it is one of the
+    hub (``owner/name``). Whether it can run here is another question."""
+    known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)]
+    if name not in known and "/" not in name:
+        raise ValueError(
+            f"model.attn_implementation must be one of {sorted(known)} or owner/name of a kernel "
+            f"on the hub, got {name!r}"
+        )
+
+
 def rope_tables(config: PretrainedConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, float32 [B or 1, 1, S, rotary_dim].
 

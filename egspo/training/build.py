@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from egspo.algorithm.objectives.registry import check_objective
 from egspo.config import ModelConfig, TrainConfig
 from egspo.models import add_lora, load_adapter, load_model, new_model
+from egspo.models.attention import check_attention
 from egspo.models.experts import freeze_routers
 from egspo.models.loading import set_block_size
 from egspo.models.lora import REFERENCE_ADAPTER, add_reference_adapter, check_targets
@@ -209,6 +210,7 @@ def check_lora(config: ModelConfig, model: PreTrainedModel) -> None:
 
 def check_model(config: TrainConfig, model_config: PretrainedConfig) -> None:
     """Options must have a meaning for the model; raises ValueError naming the one that has none."""
+    check_attention(config.model.attn_implementation)
     block_size = getattr(model_config, "block_size", None)
     check_decoding(config.generation, block_size)
     check_objective(config, block_size)

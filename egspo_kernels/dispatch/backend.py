@@ -245,6 +245,8 @@ def _parse_override(setting: str) -> str | dict[str, str]:
                     f"{ENVIRONMENT_VARIABLE}={setting!r}: a list must be of function=backend items"
                 )
             return name
+        if function in per_function:
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}={setting!r}: {function} is named twice")
         per_function[function] = name
     return per_function
 

@@ -124,6 +124,7 @@ def test_environment_changes_the_automatic_choice(
         ("cpp,reference", ValueError, "function=backend"),
         ("twice=cpp,reference", ValueError, "function=backend"),
         ("twice=cpp,", ValueError, "unknown backend ''"),
+        ("twice=cpp,twice=reference", ValueError, "twice is named twice"),
     ],
 )
 def test_environment_mistakes_are_errors(

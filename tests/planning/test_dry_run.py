@@ -93,6 +93,15 @@ def test_no_weights_are_read(
         load_model(model_folder(tmp_path / "other", weights=True))
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_attention_need_not_be_installed_but_known(name: str, tmp_path: Path) -> None:
+    model = {"model": {"attn_implementation": name}}
+    assert not dry_run(config(tmp_path / "run", model)).failed
+    model = {"model": {"attn_implementation": "flashy"}}
+    (found,) = dry_run(config(tmp_path / "run", model)).failed
+    assert "model.attn_implementation must be one of ['eager', 'flash_attention_2'" in found.detail
+
+
 def test_an_adapter_to_continue_from(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model", weights=True)
     adapter = add_lora(load_model(folder), rank=4, alpha=8, dropout=0.0, seed=0)
