@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -195,8 +196,9 @@ def save_adapter(
     finally:
         config.target_modules = targets
     if any(isinstance(module, LoraExperts) for module in model.modules()):
-        file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        save_file(separate(load_file(file)), file, metadata={"format": "pt"})
+        file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+        written = load(file.read_bytes())  # not mapped: the file is about to be another
+        save_file(separate(written), file, metadata={"format": "pt"})
 
 
 def add_reference_adapter(model: PeftModel) -> None:
