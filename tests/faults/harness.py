@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing.process
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +49,7 @@ _REACH = 0.8
 """Of a run without kills, at most, when a kill comes: later ones would come too late for a start
 that goes on from a checkpoint, which is what reaches the end."""
 _PATIENCE = 240.0
+_STARTING = threading.Lock()
 
 
 def train(folder: Path, rank: int) -> None:
@@ -269,7 +272,11 @@ def _start(
         for rank in range(scenario.processes)
     ]
     for process in started:
-        process.start()
+        with _STARTING:
+            process.start()
+            # Or else a start in another thread would ask how this one ended; of two who ask at
+            # once, one gets no answer, and takes 255 for the exit code.
+            multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
     if delay is not None:
         while scenario.fresh and started[victim].is_alive() and not _has_folder(folder, started[0]):
             time.sleep(0.02)
