@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.markdown import table
 from egspo.algorithm.replay import Scorer, Scores
 from egspo.algorithm.states import States
 from egspo.config import AlgorithmConfig, GenerationConfig, SharePrompts
@@ -76,14 +77,8 @@ def measured(denoiser: Denoiser, states: States, share: SharePrompts) -> tuple[f
     return time.process_time() - begun, (denoiser.work - before).tokens
 
 
-def lines() -> Iterator[str]:
-    """Markdown."""
-    yield (
-        "| prompt, trajectories, states of each | columns | "
-        + " | ".join(f"seconds, width {width}" for width in WIDTHS)
-        + " |"
-    )
-    yield "|---|--:|" + "--:|" * len(WIDTHS)
+def lines() -> Iterator[list[str]]:
+    """A case each: what it is, and how many times fewer columns and seconds shared passes take."""
     denoisers = [denoiser_of(width) for width in WIDTHS]
     for case in CASES:
         states, ratios = states_of(*case), []
@@ -94,13 +89,13 @@ def lines() -> Iterator[str]:
             ]
             (apart, columns), (together, fewer) = (min(each) for each in zip(*runs, strict=True))
             ratios.append(apart / together)
-        numbers = " | ".join(f"{ratio:.2f}" for ratio in (columns / fewer, *ratios))
-        yield f"| {', '.join(map(str, case))} | {numbers} |"
+        numbers = [f"{ratio:.2f}" for ratio in (columns / fewer, *ratios)]
+        yield [", ".join(map(str, case)), *numbers]
 
 
 def main() -> None:
-    for line in lines():
-        print(line, flush=True)
+    seconds = (f"seconds, width {width}" for width in WIDTHS)
+    print(table(["prompt, trajectories, states of each", "columns", *seconds], lines()))
 
 
 if __name__ == "__main__":

@@ -66,8 +66,7 @@ float logsumexp_of(const RowSums& sums, double temperature) {
 }
 
 float entropy_of(const RowSums& sums) {
-  const double entropy = sums.log_total() - kLn2 * sums.moment / sums.total;
-  return static_cast<float>(entropy < 0 ? 0 : entropy);  // by rounding; NaN stays NaN
+  return entropy_from(sums.log_total(), sums.moment, sums.total);
 }
 
 bool same_shape(const egspo_rows& rows, const egspo_rows* reference) {

@@ -77,8 +77,7 @@ struct Sampler {
       moment += weight * (partial[kMoment] + shift * partial[kEntropy]);
     }
     if (total == 0) return kNaN;
-    const double entropy = std::log(total) - kLn2 * moment / total;
-    return static_cast<float>(entropy < 0 ? 0 : entropy);  // by rounding; NaN stays NaN
+    return entropy_from(std::log(total), moment, total);
   }
 
   // The column that wins the race, and the sum of the exponentials of all.

@@ -46,6 +46,12 @@ inline float finite_or_zero(float maximum) {
   return maximum == -std::numeric_limits<float>::infinity() ? 0.0f : maximum;
 }
 
+// Of a row, from the sums of its exponentials and of their moments in powers of two.
+inline float entropy_from(double log_total, double moment, double total) {
+  const double entropy = log_total - kLn2 * moment / total;
+  return static_cast<float>(entropy < 0 ? 0 : entropy);  // by rounding; NaN stays NaN
+}
+
 // 2^(x * scale - shift) is the exponential of x below `maximum`, at a temperature.
 inline Affine below(float maximum, double temperature) {
   const float scale = static_cast<float>(kLog2E / temperature);

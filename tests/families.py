@@ -74,6 +74,15 @@ def make(
     return model
 
 
+def disturb(model: Any, std: float = 0.2) -> Any:
+    """Make adapters count: their second factors start at zero."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=std, generator=generator)
+    return model
+
+
 def new_fields(family: str) -> dict[str, Any]:
     """Of a new model in a recipe: the tokenizer decides the rest."""
     left_out = ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id")

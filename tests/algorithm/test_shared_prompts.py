@@ -20,7 +20,7 @@ from egspo.rollouts.engine import rollout_blocks
 from egspo.rollouts.trajectory import PromptBatch
 from egspo.training.build import check_model
 from tests.algorithm.test_causal_policy import GENERATION, MASK_ID, prompts_of, small_denoiser
-from tests.families import BLOCK_CAUSAL, make
+from tests.families import BLOCK_CAUSAL, disturb, make
 
 LENGTHS = [3, 21, 9, 6, 8]
 MEMBERS = [1, 2, 1, 4, 0, 1, 2]
@@ -46,9 +46,7 @@ def adapted(family: str, dtype: torch.dtype) -> Denoiser:
     """With an adapter that has left where it began."""
     model: Any = make(family, max_position_embeddings=256).to(dtype)
     model = add_lora(model, rank=2, alpha=8, dropout=0.0, seed=0).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    model = disturb(model, std=0.1)
     return Denoiser(model, mask_id=MASK_ID, eos_id=1, pad_id=1)
 
 

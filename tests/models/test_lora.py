@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from egspo.models import LLaDAForMaskedLM, add_lora, load_adapter, reference_mode
+from tests.families import disturb
 
 MakeModel = Callable[..., LLaDAForMaskedLM]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
@@ -23,15 +24,6 @@ HEAD = "model.transformer.ff_out"
 def adapted_modules(model: PeftModel) -> set[str]:
     names = (n for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A"))
     return set(names)
-
-
-def disturb(model: PeftModel) -> PeftModel:
-    """Make the adapter count: its second factor starts at zero."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.2, generator=generator)
-    return model
 
 
 def lora(model: LLaDAForMaskedLM, **options: Any) -> PeftModel:

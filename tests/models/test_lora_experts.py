@@ -21,7 +21,7 @@ from egspo.models.lora import add_reference_adapter, save_adapter
 from egspo.models.lora_experts import LoraExperts
 from egspo.models.transformer import GatedMLP
 from egspo.rollouts.work import ModelCost, Work
-from tests.families import make
+from tests.families import disturb, make
 
 FAMILIES = ("sdar_moe", "llada2")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -65,15 +65,6 @@ def adapted(family: str, rank: int = 2, **options: Any) -> Any:
     return add_lora(model, **given)
 
 
-def disturbed(model: PeftModel) -> Any:
-    """Second factors that are not zero."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.2, generator=generator)
-    return model
-
-
 @pytest.fixture
 def ids() -> Tensor:
     return torch.randint(6, 60, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -98,7 +89,7 @@ def test_an_adapter_changes_nothing_until_it_is_trained(family: str, ids: Tensor
     assert trained and all(".lora_" in name for name in trained)
     layers = 2  # of three in LLaDA2, the first being dense
     assert sum(".experts.lora_" in name for name in trained) == layers * 2 * 3
-    disturbed(model)
+    disturb(model)
     moved = logits(model, ids)
     assert float((moved - expected).abs().max()) > 0.1
     with reference_mode(model):
@@ -114,7 +105,7 @@ def test_an_adapter_changes_nothing_until_it_is_trained(family: str, ids: Tensor
 def test_grouped_products_and_merged_weights_give_the_same(
     family: str, rank: int, ids: Tensor
 ) -> None:
-    model = disturbed(adapted(family, rank))
+    model = disturb(adapted(family, rank))
     expected = logits(model, ids)
     model.get_base_model().set_experts_implementation("grouped_mm")
     close(logits(model, ids), expected)
@@ -133,7 +124,7 @@ def test_files_are_those_of_peft_on_linear_experts(
     family: str, ids: Tensor, tmp_path: Path
 ) -> None:
     """Read by PEFT, and gradients there the same."""
-    model = disturbed(adapted(family))
+    model = disturb(adapted(family))
     save_adapter(model, tmp_path / "ours")
     tensors = load_file(tmp_path / "ours" / WEIGHTS)
     name = "base_model.model.model.layers.1.mlp.experts.7.down_proj"
@@ -166,7 +157,7 @@ def test_an_adapter_of_peft_is_read_and_written_unchanged(
     targets += ["query_key_value"] if family == "llada2" else []
     targets = targets if family == "sdar_moe" else targets[:3] + targets[4:]
     config = LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=targets)
-    theirs = disturbed(get_peft_model(separated(family), config).eval())  # type: ignore[arg-type]
+    theirs = disturb(get_peft_model(separated(family), config).eval())  # type: ignore[arg-type]
     theirs.save_pretrained(tmp_path / "theirs")
     model = load_adapter(make(family), tmp_path / "theirs", trainable=True)
     close(logits(model, ids), logits(theirs, ids))
